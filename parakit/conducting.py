@@ -1,0 +1,399 @@
+"""Conducting a run: a chain of committed segments, between which wishes take effect.
+
+Runs in a thread of its own. A segment is a few steps, about a quarter of a second of them; every member keeps its
+state when a segment begins, that is, when the driver knows that all members reached its first step. A wish is a mark
+in `Wishes` and a vote that ends the segment early; only this thread acts on it. A resize is prepared while the run
+goes on: newcomers get the recipe and their chunks first, and the group changes when they are ready.
+"""
+
+from __future__ import annotations
+
+import copy
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from parakit.errors import ParakitError, RunError, RunFailed
+from parakit.events import (
+    EpochEnded,
+    History,
+    Resized,
+    RunEnd,
+    RunStart,
+    Said,
+    SegmentDone,
+    StepDone,
+    WorkerStep,
+)
+from parakit.replica import EXCHANGE, State, StepRecord, load_model_state
+from parakit.workers.base import Crew, Job, Report, Roster, Workers
+
+__all__ = ["Conductor", "Plan", "Wishes"]
+
+SEGMENT_SECONDS = 0.25
+_GROWTH = 4  # a segment is at most this many times longer than the one before
+_KEEP_SHARE = 0.02  # of the time may go into fetching the state to the notebook's side
+_GROW_SECONDS = 60.0
+_POLL_SECONDS = 0.25
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run, fully checked.
+
+    Parameters
+    ----------
+    job : Job
+    roster : Roster
+        Of the first generation.
+    workers, steps : int
+        How many to begin with, and how far to go.
+    start : RunStart
+        What the history begins with.
+    """
+
+    job: Job
+    roster: Roster
+    workers: int
+    steps: int
+    start: RunStart
+
+
+class Wishes:
+    """What the user wants, expressed in any thread and granted by the conductor.
+
+    Parameters
+    ----------
+    target : int
+        Workers wanted.
+    """
+
+    def __init__(self, target: int) -> None:
+        self.changed = threading.Condition()
+        self.target = target
+        self.paused = False
+        self.stopping = False
+        #: Counts wishes; a segment ordered under a number is ended by a higher one.
+        self.number = 0
+        self.asked_at = time.perf_counter()
+        self.interrupt: Callable[[int], None] = lambda number: None
+
+    def express(self, change: Callable[[Wishes], Any]) -> None:
+        """Change what is wanted, and end the present segment."""
+        with self.changed:
+            change(self)
+            self.asked_at = time.perf_counter()
+        self.nudge()
+
+    def nudge(self) -> None:
+        """End the present segment, so that the conductor looks here."""
+        with self.changed:
+            self.number += 1
+            number = self.number
+            self.changed.notify_all()
+        self.interrupt(number)
+
+
+@dataclass
+class _Change:
+    """A roster that is being prepared."""
+
+    roster: Roster
+    target: int
+    ready: Future[None]
+
+
+class Conductor:
+    """Takes a run from its plan to its end."""
+
+    def __init__(self, plan: Plan, pool: Workers, history: History, wishes: Wishes) -> None:
+        self._plan = plan
+        self._pool = pool
+        self._history = history
+        self._wishes = wishes
+        self._crew: Crew | None = None
+        self._roster = plan.roster
+        self._change: _Change | None = None
+        self._growing_since: float | None = None
+        self._pace = _Pace()
+        self._keeper = _Keeper(plan.job.recipe.model)
+        self._began = time.perf_counter()
+        self.status = "running"
+        self.step = 0
+        self.error: RunError | None = None
+
+    def now(self) -> float:
+        """Seconds since the start of the run."""
+        return time.perf_counter() - self._began
+
+    @property
+    def world_size(self) -> int:
+        """Active workers."""
+        return len(self._roster.members)
+
+    @property
+    def model(self) -> nn.Module:
+        """The newest model on the notebook's side."""
+        return self._keeper.model
+
+    @property
+    def model_step(self) -> int:
+        """Steps that it was trained for."""
+        return self._keeper.step
+
+    def conduct(self) -> None:
+        """Do the whole run; never raises."""
+        try:
+            self._begin()
+            while self.step < self._plan.steps and self._grant():
+                self._advance()
+            self._keep(final=True)
+            self._end("finished")
+        except Exception as error:
+            self.error = error if isinstance(error, RunFailed) else _explained(error, self.step)
+            self._rescue()
+            self._end("failed")
+        finally:
+            if self._crew is not None:
+                self._crew.release()
+
+    def _begin(self) -> None:
+        self._history.append(self._plan.start)
+        self._crew = self._pool.open(self._plan.job)
+        self._wishes.interrupt = self._crew.halt
+        self._crew.prepare(self._roster).result()
+        self._muster(self._roster, len(self._roster.training.sizes), wished=False)
+
+    def _end(self, status: str) -> None:
+        self.status = status
+        reason = str(self.error) if self.error else ("stopped" if self.step < self._plan.steps else "")
+        self._history.append(RunEnd(self.now(), status, self.step, reason))
+
+    # --- segments
+
+    def _advance(self) -> None:
+        crew, order = self._working, self._plan.job.recipe.order
+        count = min(self._pace.steps, self._plan.steps - self.step)
+        if self._roster.validation is not None:
+            count = min(count, order.steps_per_epoch - self.step % order.steps_per_epoch)
+        began = self.now()
+        report = crew.advance(self.step, count, self._number, self._pace.seconds(count))
+        ended = self.now()
+        steps = self._record(report, began)
+        self._pace.learn(report.steps, sum(step.seconds for step in steps))
+        control = max(0.0, ended - began - sum(step.seconds for step in steps))
+        self._history.append(
+            *steps, SegmentDone(ended, self.step, report.steps, ended - began, control, report.commit_seconds)
+        )
+        self.step += report.steps
+        self._close_epochs(self.step - report.steps)
+        self._keep()
+
+    def _record(self, report: Report, began: float) -> list[StepDone]:
+        order = self._plan.job.recipe.order
+        labels = [self._working.label(member) for member in self._roster.members]
+        steps = []
+        at = began + report.commit_seconds
+        for records in zip(*report.records, strict=True):
+            first = records[0]
+            seconds = max(record.wall_seconds for record in records)
+            at += seconds
+            steps.append(
+                StepDone(
+                    at, first.step, order.epoch_of(first.step), first.loss, order.batch_rows(first.step), seconds,
+                    first.learning_rate, len(records), self._roster.generation, _shares(labels, records),
+                )  # fmt: skip
+            )
+        return steps
+
+    def _close_epochs(self, before: int) -> None:
+        per_epoch = self._plan.job.recipe.order.steps_per_epoch
+        for epoch in range(before // per_epoch, self.step // per_epoch):
+            began = self.now()
+            loss, accuracy = None, None
+            if self._roster.validation is not None:
+                result = self._working.evaluate().result()
+                loss, accuracy = result.loss, result.accuracy
+            ended = self.now()
+            self._history.append(EpochEnded(ended, epoch, (epoch + 1) * per_epoch, loss, accuracy, ended - began))
+
+    # --- wishes
+
+    @property
+    def _working(self) -> Crew:
+        assert self._crew is not None
+        return self._crew
+
+    def _grant(self) -> bool:
+        """Grant what is wanted; says whether the run is to go on."""
+        wishes = self._wishes
+        while True:
+            with wishes.changed:
+                self._number, target, paused, stopping = (
+                    wishes.number, wishes.target, wishes.paused, wishes.stopping,
+                )  # fmt: skip
+            if stopping:
+                return False
+            self._approach(target)
+            if not paused:
+                self.status = "running"
+                return True
+            if self.status != "paused":
+                self._keep(final=True)
+                self.status = "paused"
+            with wishes.changed:
+                wishes.changed.wait_for(lambda seen=self._number: wishes.number != seen, _POLL_SECONDS)  # type: ignore[misc]
+
+    def _approach(self, target: int) -> None:
+        """Come nearer to the worker count that is wanted, without waiting for anything."""
+        change = self._change
+        if change is not None and change.ready.done():
+            self._change = None
+            self._apply(change)
+        if self._change is None and target != self.world_size:
+            self._prepare(target)
+
+    def _prepare(self, target: int) -> None:
+        there = self._pool.names
+        if target > len(there):
+            self._grow(target, len(there))
+        else:
+            self._growing_since = None
+        members = [m for m in self._roster.members if m in there]
+        members += [name for name in there if name not in members]
+        count = min(target, len(members))
+        if count == self.world_size:
+            return
+        roster = self._roster.succeed(members[:count])
+        self._change = _Change(roster, target, self._working.prepare(roster))
+        self._change.ready.add_done_callback(lambda _: self._wishes.nudge())
+
+    def _grow(self, target: int, there: int) -> None:
+        if self._growing_since is None:
+            self._growing_since = self.now()
+            self._history.append(Said(self.now(), f"Asking the cluster for {target} workers; {there} are there."))
+            self._pool.grow(target)
+        elif self.now() - self._growing_since > _GROW_SECONDS:
+            self._growing_since = None
+            self._give_up(f"Only {there} of {target} workers came within {_GROW_SECONDS:g} s.")
+
+    def _apply(self, change: _Change) -> None:
+        error = change.ready.exception()
+        if error is not None:
+            self._give_up(f"{change.roster.generation}: {error}")
+            return
+        moved = sum(len(c) for c in self._roster.training.gains(change.roster.training).values())
+        self._muster(change.roster, moved, wished=True)
+
+    def _give_up(self, why: str) -> None:
+        self._history.append(Said(self.now(), f"The run goes on with {self.world_size} workers: {why}"))
+        with self._wishes.changed:
+            self._wishes.target = self.world_size
+
+    def _muster(self, roster: Roster, moved: int, *, wished: bool) -> None:
+        began = time.perf_counter()
+        self._working.muster(roster, None)
+        self._roster = roster
+        ended = time.perf_counter()
+        waited = ended - self._wishes.asked_at if wished else 0.0
+        labels = tuple(self._working.label(member) for member in roster.members)
+        self._history.append(
+            Resized(self.now(), self.step, roster.generation, labels, moved, ended - began, waited)
+        )  # fmt: skip
+
+    # --- the notebook's copy
+
+    def _keep(self, *, final: bool = False) -> None:
+        self._keeper.keep(self._working, self.step, self.now(), final=final)
+
+    def _rescue(self) -> None:
+        """After a failure: fetch the last commit, if a worker is left that has it."""
+        try:
+            if self._crew is not None:
+                state = self._crew.state()
+                self._keeper.take(state)
+        except Exception as error:
+            self._history.append(
+                Said(self.now(), f"The state could not be fetched ({error}); step {self._keeper.step} is kept.")
+            )
+        self.step = max(self.step, self._keeper.step)
+
+
+class _Pace:
+    """How many steps make a segment."""
+
+    def __init__(self) -> None:
+        self.steps = 1
+        self._step_seconds = SEGMENT_SECONDS
+
+    def learn(self, steps: int, seconds: float) -> None:
+        self._step_seconds = max(1e-6, seconds / steps)
+        wanted = round(SEGMENT_SECONDS / self._step_seconds)
+        self.steps = max(1, min(wanted, _GROWTH * self.steps))
+
+    def seconds(self, steps: int) -> float:
+        return steps * self._step_seconds
+
+
+class _Keeper:
+    """The newest state on the notebook's side, fetched as often as a small share of the time allows."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._lock = threading.Lock()
+        self._initial = model
+        self._state: State | None = None
+        self._model: nn.Module | None = None
+        self._not_before = 0.0
+        self.step = 0
+
+    def keep(self, crew: Crew, step: int, now: float, *, final: bool) -> None:
+        if (not final and now < self._not_before) or (step == self.step and self._state is not None):
+            return
+        began = time.perf_counter()
+        self.take(crew.state())
+        spent = time.perf_counter() - began
+        self._not_before = now + spent / _KEEP_SHARE
+
+    def take(self, state: State) -> None:
+        with self._lock:
+            self._state, self._model, self.step = state, None, int(state["step"])
+
+    @property
+    def model(self) -> nn.Module:
+        with self._lock:
+            if self._model is None:
+                self._model = copy.deepcopy(self._initial).eval()
+                if self._state is not None:
+                    load_model_state(self._model, self._state)
+            return self._model
+
+
+def _shares(labels: list[str], records: tuple[StepRecord, ...]) -> tuple[WorkerStep, ...]:
+    """Every worker's account, with the wait for slower ones told apart from the exchange."""
+    exchange = min(record.seconds[EXCHANGE] for record in records)
+    shares = []
+    for label, record in zip(labels, records, strict=True):
+        data, forward, backward, waited, update = record.seconds
+        shares.append(
+            WorkerStep(label, data, forward, backward, exchange, update, waited - exchange, record.samples)
+        )  # fmt: skip
+    return tuple(shares)
+
+
+def _explained(error: Exception, step: int) -> RunFailed:
+    """What a user should read about an error that ended the run."""
+    if isinstance(error, ParakitError):
+        failed = RunFailed(f"The run failed after step {step}: {error}", remedy="run.model holds the last kept state")
+    else:
+        failed = RunFailed(
+            f"The run failed after step {step}: {type(error).__name__}: {error}",
+            cause="the model, the loss or the optimizer raised this error in its own code",
+            remedy="run.model holds the last committed state",
+        )
+    failed.__cause__ = error
+    return failed

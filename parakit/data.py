@@ -1,0 +1,264 @@
+"""Samples: what a user gave as data, seen as rows that can be taken, packed and sent.
+
+Owns the forms that data may have; refuses to know about workers. A *tree* is a tensor, or a tuple or dict of trees.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset, default_collate
+
+from parakit.errors import DataError
+
+__all__ = ["Samples", "Tree", "leaves", "map_tree", "pack", "unpack"]
+
+Tree = Any  # Tensor | tuple[Tree, ...] | dict[str, Tree]; spelled out it only gets in the way
+
+# numpy has no such type, so these travel as integers of the same width.
+_DISGUISES = {torch.bfloat16: torch.int16}
+_READ_AT_ONCE = 1024
+
+
+def map_tree(function: Callable[[Any], Any], tree: Tree) -> Tree:
+    """Apply a function to every leaf, keeping tuples and dicts."""
+    if isinstance(tree, Mapping):
+        return {key: map_tree(function, value) for key, value in tree.items()}
+    if isinstance(tree, tuple | list):
+        return tuple(map_tree(function, value) for value in tree)
+    return function(tree)
+
+
+def leaves(tree: Tree) -> list[Any]:
+    """All leaves of a tree, in order."""
+    found: list[Any] = []
+    map_tree(found.append, tree)
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class _Disguised:
+    """A tensor of a type that numpy lacks, as integers."""
+
+    array: np.ndarray[Any, Any]
+    dtype: torch.dtype
+
+
+def pack(value: Any) -> Any:
+    """Tensors to numpy arrays, through dicts, lists and tuples: arrays travel between processes without a copy."""
+    if isinstance(value, Tensor):
+        plain = value.detach().cpu()
+        disguise = _DISGUISES.get(plain.dtype)
+        return _Disguised(plain.view(disguise).numpy(), plain.dtype) if disguise else plain.numpy()
+    if isinstance(value, dict):
+        return {key: pack(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(pack(item) for item in value)
+    return value
+
+
+def unpack(value: Any) -> Any:
+    """What `pack` packed, in memory that may be written to."""
+    if isinstance(value, _Disguised):
+        return _owned(value.array).view(value.dtype)
+    if isinstance(value, np.ndarray):
+        return _owned(value)
+    if isinstance(value, dict):
+        return {key: unpack(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(unpack(item) for item in value)
+    return value
+
+
+def _owned(array: np.ndarray[Any, Any]) -> Tensor:
+    # What arrives through a connection is often read-only, which torch cannot express.
+    return torch.from_numpy(array if array.flags.writeable else array.copy())
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Rows of inputs and targets.
+
+    Parameters
+    ----------
+    inputs, targets : tree of tensors
+        All leaves have the same number of rows.
+    """
+
+    inputs: Tree
+    targets: Tree
+
+    def __len__(self) -> int:
+        return len(leaves(self.inputs)[0])
+
+    @classmethod
+    def of(cls, data: Any, *, what: str = "data") -> Samples:
+        """See whatever a user gave as samples.
+
+        Parameters
+        ----------
+        data : (inputs, targets), TensorDataset or map-style Dataset
+            Inputs may be a tensor or array, or a tuple or dict of them. The items of a Dataset are pairs (input,
+            target); they are read once, here.
+        what : str
+            The argument's name, for messages.
+
+        Returns
+        -------
+        Samples
+
+        Raises
+        ------
+        DataError
+            If it is empty, ragged, or in none of these forms.
+        """
+        if isinstance(data, cls):
+            return data
+        if isinstance(data, DataLoader | IterableDataset):
+            raise DataError(
+                f"{what} is {_article(data)}, which has no rows that could be cut into chunks.",
+                remedy="give the map-style Dataset itself (loader.dataset), or tensors; parakit makes the batches",
+            )
+        if isinstance(data, TensorDataset):
+            inputs, targets = _pair(data.tensors, what, "tensors")
+        elif isinstance(data, Dataset) or (hasattr(data, "__getitem__") and _is_sized_object(data)):
+            inputs, targets = _read(data, what)
+        elif isinstance(data, tuple | list):
+            inputs, targets = _pair(data, what, "parts")
+        else:
+            raise DataError(
+                f"{what} is {_article(data)}, which parakit cannot read.",
+                remedy="give (inputs, targets) as tensors or numpy arrays, or a map-style torch Dataset",
+            )
+        return cls(_tensors(inputs, f"the inputs of {what}"), _tensors(targets, f"the targets of {what}"))._checked(
+            what
+        )
+
+    def take(self, rows: Any) -> Samples:
+        """The rows of the given numbers, copied."""
+        index = torch.as_tensor(rows)
+        return self.map(lambda leaf: leaf.index_select(0, index))
+
+    def slice(self, first: int, end: int) -> Samples:
+        """The rows from first to end, as views."""
+        return self.map(lambda leaf: leaf[first:end])
+
+    def map(self, function: Callable[[Any], Any]) -> Samples:
+        """Apply a function to every tensor."""
+        return Samples(map_tree(function, self.inputs), map_tree(function, self.targets))
+
+    @staticmethod
+    def join(parts: Sequence[Samples]) -> Samples:
+        """Parts laid end to end, in one piece of memory."""
+        return Samples(_join([p.inputs for p in parts]), _join([p.targets for p in parts]))
+
+    def _checked(self, what: str) -> Samples:
+        for leaf in leaves(self.inputs) + leaves(self.targets):
+            if leaf.ndim == 0:
+                raise DataError(f"{what} holds a single number where rows are needed.")
+        rows_in, rows_out = ({len(leaf) for leaf in leaves(tree)} for tree in (self.inputs, self.targets))
+        if not rows_in or not rows_out:
+            raise DataError(f"{what} holds no tensor in its inputs or its targets.")
+        if len(rows_in | rows_out) > 1:
+            raise DataError(
+                f"{what} has {_numbers(rows_in)} rows of inputs but {_numbers(rows_out)} rows of targets.",
+                cause="inputs and targets come from different splits, or one of them is transposed",
+                remedy="the first dimension of every tensor counts the samples; make them equal",
+            )
+        if rows_in == {0}:
+            raise DataError(f"{what} is empty: 0 samples.", remedy="give at least one sample")
+        return self
+
+
+def _numbers(values: set[int]) -> str:
+    return " and ".join(map(str, sorted(values)))
+
+
+def _article(value: Any) -> str:
+    name = type(value).__name__
+    return f"an {name}" if name[0] in "AEIOUaeiou" else f"a {name}"
+
+
+def _is_sized_object(data: Any) -> bool:
+    """A map-style dataset that does not derive from torch's class, but no plain container or array."""
+    return hasattr(data, "__len__") and not isinstance(data, tuple | list | dict | str | bytes | Tensor | np.ndarray)
+
+
+def _pair(parts: Sequence[Any], what: str, noun: str) -> tuple[Any, Any]:
+    if len(parts) != 2:
+        raise DataError(
+            f"{what} has {len(parts)} {noun} where 2 are needed: inputs and targets.",
+            remedy="group several inputs in a tuple or dict: ((first, second), targets)",
+        )
+    return parts[0], parts[1]
+
+
+def _read(dataset: Any, what: str) -> tuple[Any, Any]:
+    """All items of a map-style Dataset, in one tree of tensors."""
+    count = len(dataset)
+    if count == 0:
+        raise DataError(f"{what} is empty: 0 samples.", remedy="give at least one sample")
+    try:
+        first = dataset[0]
+        if not isinstance(first, tuple | list) or len(first) != 2:
+            raise DataError(
+                f"An item of {what} is {_article(first)}, not a pair (input, target).",
+                remedy="wrap the Dataset so that each item is (input, target); the input may be a tuple or dict",
+            )
+        blocks = []
+        for start in range(0, count, _READ_AT_ONCE):
+            items = [dataset[row] for row in range(start, min(start + _READ_AT_ONCE, count))]
+            blocks.append(default_collate(items))
+        _warn_if_random(first, dataset[0], what)
+        inputs, targets = (_join([block[side] for block in blocks]) for side in (0, 1))
+    except DataError:
+        raise
+    except Exception as error:
+        raise DataError(
+            f"The {count} items of {what} could not be read into tensors: {type(error).__name__}: {error}",
+            cause="items of different shapes or types",
+            remedy="pad or crop the items to one shape, or give tensors",
+        ) from error
+    return inputs, targets
+
+
+def _join(trees: Sequence[Tree]) -> Tree:
+    first = trees[0]
+    if isinstance(first, Mapping):
+        return {key: _join([tree[key] for tree in trees]) for key in first}
+    if isinstance(first, tuple | list):
+        return tuple(_join([tree[place] for tree in trees]) for place in range(len(first)))
+    return first if len(trees) == 1 else torch.cat(list(trees))
+
+
+def _warn_if_random(first: Any, again: Any, what: str) -> None:
+    once, twice = (leaves(map_tree(torch.as_tensor, default_collate([item])[0])) for item in (first, again))
+    if not all(torch.equal(a, b) for a, b in zip(once, twice, strict=True)):
+        warnings.warn(
+            f"Reading item 0 of {what} twice gave different values. The items are read once, when the run starts, so "
+            "random augmentation is frozen; put it into the model's forward to have it fresh in every epoch.",
+            UserWarning,
+            stacklevel=5,
+        )
+
+
+def _tensors(tree: Tree, what: str) -> Tree:
+    def convert(leaf: Any) -> Tensor:
+        if isinstance(leaf, Tensor):
+            return leaf.detach().cpu()
+        try:
+            array = np.ascontiguousarray(leaf)
+            return torch.from_numpy(array if array.flags.writeable else array.copy())
+        except (TypeError, ValueError) as error:
+            raise DataError(
+                f"A part of {what} is {_article(leaf)} that cannot be a tensor: {error}",
+                remedy="give tensors or numpy arrays of numbers",
+            ) from error
+
+    return map_tree(convert, tree)

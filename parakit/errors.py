@@ -1,0 +1,116 @@
+"""The errors parakit raises, and nothing else.
+
+Every message states the fact with its numbers, then the likely cause, then the remedy. What a user did wrong is
+also a `ValueError`; what went wrong while running is also a `RuntimeError`, so ordinary handlers catch both.
+
+::
+
+    ParakitError
+    ├── InputError (ValueError)          an argument that cannot be right
+    │   ├── DataError                    samples, targets, batches
+    │   ├── ModelError                   the model or its optimizer
+    │   ├── LossError                    a loss whose value is not a sum over samples
+    │   └── WorkerCountError             zero, negative or too many workers
+    ├── ConnectError (RuntimeError)      the workers cannot be reached or used
+    ├── PoolError (RuntimeError)         the pool is busy or closed
+    ├── RunError (RuntimeError)
+    │   ├── RunFailed                    the run stopped by itself; its last committed state is kept
+    │   ├── RunEnded                     a wish came after the run's end
+    │   ├── WorkerLost                   a worker died, or was silent for too long
+    │   └── StaleGeneration              an order of an older process group was refused
+    └── WaitTimeout (TimeoutError)       a wait reached its limit; what was waited for goes on
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "ConnectError",
+    "DataError",
+    "InputError",
+    "LossError",
+    "ModelError",
+    "ParakitError",
+    "PoolError",
+    "RunEnded",
+    "RunError",
+    "RunFailed",
+    "StaleGeneration",
+    "WaitTimeout",
+    "WorkerCountError",
+    "WorkerLost",
+]
+
+
+class ParakitError(Exception):
+    """The root of all parakit errors.
+
+    Parameters
+    ----------
+    fact : str
+        What is the case, with the numbers.
+    cause : str, optional
+        The likely cause.
+    remedy : str, optional
+        What to do about it.
+    """
+
+    def __init__(self, fact: str, *, cause: str = "", remedy: str = "") -> None:
+        lines = [fact]
+        if cause:
+            lines.append(f"Likely cause: {cause}")
+        if remedy:
+            lines.append(f"Remedy: {remedy}")
+        # One positional argument, so that the error survives pickling between processes.
+        super().__init__("\n".join(lines))
+
+
+class InputError(ParakitError, ValueError):
+    """An argument that cannot be right."""
+
+
+class DataError(InputError):
+    """Samples, targets or batches that do not fit together."""
+
+
+class ModelError(InputError):
+    """A model or an optimizer that cannot be trained."""
+
+
+class LossError(InputError):
+    """A loss that is no sum over samples, no mean over them, or no scalar."""
+
+
+class WorkerCountError(InputError):
+    """A number of workers that the pool or the data cannot serve."""
+
+
+class ConnectError(ParakitError, RuntimeError):
+    """The workers cannot be reached, or lack what training needs."""
+
+
+class PoolError(ParakitError, RuntimeError):
+    """The pool is busy with another run, or closed."""
+
+
+class RunError(ParakitError, RuntimeError):
+    """Something about a run."""
+
+
+class RunFailed(RunError):
+    """The run stopped by itself; the last committed state is kept."""
+
+
+class RunEnded(RunError):
+    """The run has ended, so the wish cannot take effect."""
+
+
+class WorkerLost(RunError):
+    """A worker died, or said nothing for longer than the limit."""
+
+
+class StaleGeneration(RunError):
+    """An order of an older process group, refused by a worker that has moved on."""
+
+
+class WaitTimeout(ParakitError, TimeoutError):
+    """A wait reached its limit. What was waited for is still going on."""

@@ -1,0 +1,385 @@
+"""What happened: events as frozen records with units in their names, and the history that keeps them.
+
+Plots, panels and analyses read events and nothing else. An event converts to a plain dict and back. The history is
+bounded: past its capacity the older half of the step records is thinned, so that a run of any length keeps its whole
+course at a resolution that fades with age.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, fields
+from types import NoneType
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, get_args, get_type_hints
+
+import numpy as np
+import numpy.typing as npt
+
+from parakit.errors import InputError, ParakitError
+
+if TYPE_CHECKING:
+    import pandas
+
+__all__ = [
+    "PHASES",
+    "Asked",
+    "EpochEnded",
+    "Event",
+    "History",
+    "Resized",
+    "RunEnd",
+    "RunStart",
+    "Said",
+    "SegmentDone",
+    "StepDone",
+    "WorkerStep",
+    "event_from_dict",
+]
+
+#: Where a worker's time goes in a step, in the order of a step.
+PHASES = ("data", "forward", "backward", "exchange", "update", "idle")
+
+DEFAULT_CAPACITY = 50_000
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerStep:
+    """One worker's part of one step, in seconds.
+
+    ``exchange`` is the time in which gradients travel and are summed; ``idle`` the time spent waiting for a slower
+    worker before they can. A worker sees only their sum; the wait is what its sum exceeds the smallest of all
+    workers, because the last one to arrive waits for nobody.
+    """
+
+    worker: str
+    data_seconds: float
+    forward_seconds: float
+    backward_seconds: float
+    exchange_seconds: float
+    update_seconds: float
+    idle_seconds: float
+    samples: int
+
+    def seconds(self) -> tuple[float, ...]:
+        """The six phases, in the order of `PHASES`."""
+        return tuple(getattr(self, f"{phase}_seconds") for phase in PHASES)
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """Something that happened.
+
+    Attributes
+    ----------
+    at_seconds : float
+        Since the start of the run.
+    """
+
+    at_seconds: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """A plain dict; ``kind`` names the event."""
+        return {"kind": type(self).__name__, **asdict(self)}
+
+
+@dataclass(frozen=True, slots=True)
+class RunStart(Event):
+    """The run began: what is trained, on what, and how."""
+
+    strategy: str
+    workers: tuple[str, ...]
+    pool: str
+    cores: int
+    threads_per_worker: int
+    parameters: int
+    samples: int
+    chunks: int
+    batch_size: int
+    steps: int
+    steps_per_epoch: int
+    seed: int
+
+
+@dataclass(frozen=True, slots=True)
+class StepDone(Event):
+    """One step over one global batch.
+
+    Attributes
+    ----------
+    step, epoch : int
+        Counted from zero.
+    loss : float
+        Of the global batch, before the update.
+    samples : int
+        Rows in the global batch.
+    seconds : float
+        Wall time of the step.
+    learning_rate : float
+        Of the optimizer's first parameter group, as used in this step.
+    world_size, generation : int
+        Active workers, and how many times their group has been formed before.
+    workers : tuple of WorkerStep
+        One record a worker, in the order of their ranks.
+    """
+
+    step: int
+    epoch: int
+    loss: float
+    samples: int
+    seconds: float
+    learning_rate: float
+    world_size: int
+    generation: int
+    workers: tuple[WorkerStep, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class SegmentDone(Event):
+    """A segment ended and its last step is committed.
+
+    ``seconds`` is its wall time as the notebook sees it; ``control_seconds`` what remains of it after the steps:
+    orders, commit and report. ``commit_seconds`` is the part of that in which the slowest worker kept its state.
+    """
+
+    first_step: int
+    steps: int
+    seconds: float
+    control_seconds: float
+    commit_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Asked(Event):
+    """A wish was expressed: "resize", "pause", "resume" or "stop"."""
+
+    wish: str
+    value: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Resized(Event):
+    """The group was formed: at the start, and whenever membership changed.
+
+    ``seconds`` is the time the run stood still for it; ``chunks_moved`` counts chunks that a worker had to load;
+    ``waited_seconds`` is the time from the wish to the moment the new group was ready (0 without a wish).
+    """
+
+    step: int
+    generation: int
+    workers: tuple[str, ...]
+    chunks_moved: int
+    seconds: float
+    waited_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class EpochEnded(Event):
+    """An epoch ended; the validation figures are None where no validation data was given."""
+
+    epoch: int
+    step: int
+    validation_loss: float | None
+    validation_accuracy: float | None
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Said(Event):
+    """A sentence for people, such as why a wish could not be granted."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class RunEnd(Event):
+    """The run ended: "finished" or "failed"; ``step`` is the number of committed steps."""
+
+    status: str
+    step: int
+    reason: str
+
+
+_KINDS: dict[str, type[Event]] = {
+    kind.__name__: kind for kind in (RunStart, StepDone, SegmentDone, Asked, Resized, EpochEnded, Said, RunEnd)
+}
+_E = TypeVar("_E", bound=Event)
+# The plain types whose values may stand in an event, and what a file may hold in their place.
+_ACCEPTS: dict[type, tuple[type, ...]] = {float: (float, int), int: (int,), str: (str,), NoneType: (NoneType,)}
+
+
+def event_from_dict(record: dict[str, Any]) -> Event:
+    """The event that `Event.to_dict` described.
+
+    Raises
+    ------
+    InputError
+        If the record is of no known kind, or lacks a field.
+    """
+    values = dict(record)
+    kind = _KINDS.get(str(values.pop("kind", None)))
+    if kind is None or set(values) != {f.name for f in fields(kind)}:
+        raise InputError(
+            f"This record is no parakit event: {str(record)[:200]}",
+            cause="the file was written by something else, or by another version of parakit",
+        )
+    hints = get_type_hints(kind)
+    return kind(**{name: _revive(kind, name, hints[name], value) for name, value in values.items()})
+
+
+def _revive(kind: type[Event], name: str, hint: Any, value: Any) -> Any:
+    """The value of a field as the event holds it: JSON knows no tuples."""
+    if hint == tuple[WorkerStep, ...]:
+        return tuple(WorkerStep(**part) for part in value)
+    if hint == tuple[str, ...]:
+        return tuple(str(part) for part in value)
+    allowed = [accepted for plain in (get_args(hint) or (hint,)) for accepted in _ACCEPTS[plain]]
+    if not isinstance(value, tuple(allowed)):
+        raise InputError(f"{kind.__name__}.{name} cannot be {value!r}.")
+    return value
+
+
+class History:
+    """All events of a run, in order, bounded in memory, readable while the run goes on.
+
+    Parameters
+    ----------
+    capacity : int
+        The most step records to keep, and the most records of every other kind.
+    """
+
+    _FRAME_COLUMNS: ClassVar = ("at_seconds", "step", "epoch", "loss", "samples", "seconds", "learning_rate",
+                                "world_size", "generation")  # fmt: skip
+
+    def __init__(self, capacity: int = DEFAULT_CAPACITY) -> None:
+        if capacity < 4:
+            raise InputError(f"A history needs room for at least 4 records, not {capacity}.")
+        self.capacity = capacity
+        #: Step records that were thinned out so far.
+        self.thinned = 0
+        #: Events ever appended, the thinned ones included.
+        self.total = 0
+        self._lock = threading.Lock()
+        self._steps: list[StepDone] = []
+        self._others: list[Event] = []
+
+    def append(self, *events: Event) -> None:
+        """Add events; safe from any thread."""
+        with self._lock:
+            for event in events:
+                self.total += 1
+                if isinstance(event, StepDone):
+                    self._steps.append(event)
+                else:
+                    self._others.append(event)
+            while len(self._steps) > self.capacity:
+                self.thinned += _thin(self._steps)
+            while len(self._others) > self.capacity:
+                _thin(self._others)
+
+    @property
+    def steps(self) -> tuple[StepDone, ...]:
+        """The step records, in order."""
+        with self._lock:
+            return tuple(self._steps)
+
+    def of(self, kind: type[_E]) -> tuple[_E, ...]:
+        """All events of a kind, in order."""
+        with self._lock:
+            source: list[Any] = self._steps if kind is StepDone else self._others
+            return tuple(event for event in source if isinstance(event, kind))
+
+    def latest(self, kind: type[_E]) -> _E | None:
+        """The newest event of a kind, or None."""
+        found = self.of(kind)
+        return found[-1] if found else None
+
+    @property
+    def losses(self) -> npt.NDArray[np.float64]:
+        """Loss of every kept step, in order; float64, (steps,)."""
+        return np.array([step.loss for step in self.steps], np.float64)
+
+    def __iter__(self) -> Iterator[Event]:
+        with self._lock:
+            everything = [*self._others, *self._steps]
+        return iter(sorted(everything, key=lambda event: event.at_seconds))
+
+    def __len__(self) -> int:
+        with self._lock:
+            return len(self._steps) + len(self._others)
+
+    def to_dicts(self) -> list[dict[str, Any]]:
+        """Every event as a plain dict, in the order of time."""
+        return [event.to_dict() for event in self]
+
+    def to_json(self) -> str:
+        """The events as a JSON array; numbers that are not finite are written as NaN and Infinity."""
+        return json.dumps(self.to_dicts())
+
+    @classmethod
+    def from_dicts(cls, records: list[dict[str, Any]], capacity: int = DEFAULT_CAPACITY) -> History:
+        """The history that `to_dicts` described."""
+        history = cls(capacity)
+        history.append(*(event_from_dict(record) for record in records))
+        return history
+
+    @classmethod
+    def from_json(cls, text: str) -> History:
+        """The history that `to_json` wrote.
+
+        Raises
+        ------
+        InputError
+            If the text is no JSON array of events.
+        """
+        try:
+            records = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise InputError(f"This text is no JSON: {error}.") from error
+        if not isinstance(records, list) or not all(isinstance(record, dict) for record in records):
+            raise InputError(f"A history is a JSON array of objects, not {text[:80]!r}.")
+        return cls.from_dicts(records)
+
+    def to_frame(self) -> pandas.DataFrame:
+        """The steps as a pandas data frame, one row a step and worker.
+
+        Raises
+        ------
+        ParakitError
+            If pandas is not installed.
+        """
+        try:
+            import pandas
+        except ImportError as error:
+            raise ParakitError(
+                "A data frame needs pandas, which is not installed here.",
+                remedy="pip install pandas, or use history.to_dicts()",
+            ) from error
+        rows = [
+            {
+                **{name: getattr(step, name) for name in self._FRAME_COLUMNS},
+                "rank": rank,
+                **{"worker_samples" if name == "samples" else name: value for name, value in asdict(part).items()},
+            }
+            for step in self.steps
+            for rank, part in enumerate(step.workers)
+        ]
+        return pandas.DataFrame(rows)
+
+    def __repr__(self) -> str:
+        steps = self.steps
+        if not steps:
+            return "<History: no step yet>"
+        sizes = sorted({step.world_size for step in steps})
+        return (
+            f"<History: {steps[-1].step + 1} steps, loss {steps[0].loss:.4g} to {steps[-1].loss:.4g}, "
+            f"world sizes {', '.join(map(str, sizes))}, {len(self)} events kept>"
+        )
+
+
+def _thin(records: list[Any]) -> int:
+    """Drop every second record of the older half, keeping the very first; returns how many."""
+    half = len(records) // 2
+    del records[1:half:2]
+    return len(range(1, half, 2))

@@ -1,0 +1,192 @@
+"""Gradients as sums with a count: the one thing that travels between workers.
+
+Owns the flat layout of a gradient and the gradient of one share. Means are never averaged here: sums are added, and
+whoever updates the parameters divides once by the true global count.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from parakit.data import Samples
+from parakit.losses import SummedLoss
+
+__all__ = ["GradientBuffer", "GradientSum", "call_model", "flatten", "unflatten_into"]
+
+_TAIL = 3  # count, loss_sum and votes ride behind the gradient, so that one exchange carries all
+
+
+class GradientSum:
+    """A sum of per-sample gradients, with how much it is a sum of.
+
+    Sums add with ``+``. All parts lie in one flat vector, so that a collective operation on the vector adds everything
+    at once.
+
+    Parameters
+    ----------
+    total : tensor, (parameters,)
+        Sum over samples of the gradient of the loss; float32 or float64.
+    count : float
+        What the sum is to be divided by; 0 for a loss that is itself a sum.
+    loss_sum : float
+        Sum over samples of the loss.
+    """
+
+    __slots__ = ("vector",)
+
+    def __init__(self, total: Tensor, count: float, loss_sum: float) -> None:
+        self.vector = torch.cat([total, total.new_tensor([count, loss_sum, 0.0])])
+
+    @classmethod
+    def around(cls, vector: Tensor) -> GradientSum:
+        """See a vector of the right layout as a sum, without a copy."""
+        new = cls.__new__(cls)
+        new.vector = vector
+        return new
+
+    @property
+    def total(self) -> Tensor:
+        """The summed gradient, a view."""
+        return self.vector[:-_TAIL]
+
+    @property
+    def count(self) -> float:
+        """What the sum is to be divided by."""
+        return float(self.vector[-_TAIL])
+
+    @property
+    def loss_sum(self) -> float:
+        """Sum of the loss over the samples."""
+        return float(self.vector[-_TAIL + 1])
+
+    @property
+    def votes(self) -> float:
+        """How many workers ask to end the segment after this step."""
+        return float(self.vector[-1])
+
+    def vote(self) -> None:
+        """Ask for the end of the segment."""
+        self.vector[-1] = 1.0
+
+    def clone(self) -> GradientSum:
+        """A copy that shares no memory."""
+        return self.around(self.vector.clone())
+
+    def __add__(self, other: GradientSum) -> GradientSum:
+        return self.around(self.vector + other.vector)
+
+    def __iadd__(self, other: GradientSum) -> GradientSum:
+        self.vector += other.vector
+        return self
+
+    def __reduce__(self) -> tuple[Callable[[Any], GradientSum], tuple[Any]]:
+        return _from_array, (self.vector.numpy(),)
+
+    def __repr__(self) -> str:
+        return f"GradientSum({len(self.total)} parameters, count={self.count:g}, loss_sum={self.loss_sum:.6g})"
+
+
+def _from_array(array: Any) -> GradientSum:
+    return GradientSum.around(torch.from_numpy(array if array.flags.writeable else array.copy()))
+
+
+def flatten(tensors: Iterable[Tensor], dtype: torch.dtype) -> Tensor:
+    """Tensors as one flat vector of a type."""
+    return torch.cat([tensor.detach().reshape(-1).to(dtype) for tensor in tensors])
+
+
+def unflatten_into(vector: Tensor, tensors: Iterable[Tensor]) -> None:
+    """Copy a flat vector back into tensors, in their order and type."""
+    place = 0
+    with torch.no_grad():
+        for tensor in tensors:
+            tensor.copy_(vector[place : place + tensor.numel()].view_as(tensor))
+            place += tensor.numel()
+
+
+def call_model(model: nn.Module, inputs: Any) -> Any:
+    """Call a model with a tensor, a tuple of arguments or a dict of keyword arguments."""
+    if isinstance(inputs, dict):
+        return model(**inputs)
+    return model(*inputs) if isinstance(inputs, tuple) else model(inputs)
+
+
+@dataclass
+class GradientBuffer:
+    """The flat gradient of a model: ``parameter.grad`` of each parameter is a view into one vector.
+
+    Backward then writes where the exchange reads, and nothing is copied. Parameters in half precision are the
+    exception: their sums are kept in float32, because a count beyond 256 does not fit into bfloat16.
+
+    Parameters
+    ----------
+    parameters : sequence of tensors
+        The trainable parameters, in a fixed order.
+    """
+
+    parameters: Sequence[nn.Parameter]
+
+    def __post_init__(self) -> None:
+        kinds = {parameter.dtype for parameter in self.parameters}
+        self.dtype = torch.float64 if torch.float64 in kinds else torch.float32
+        self._direct = kinds == {self.dtype}
+        size = sum(parameter.numel() for parameter in self.parameters)
+        self.sum = GradientSum.around(torch.zeros(size + _TAIL, dtype=self.dtype))
+        for parameter, view in self._views():
+            parameter.grad = view if self._direct else torch.zeros_like(parameter)
+
+    def _views(self) -> list[tuple[nn.Parameter, Tensor]]:
+        sizes = [parameter.numel() for parameter in self.parameters]
+        pieces = self.sum.total.split(sizes)
+        return [(p, piece.view_as(p)) for p, piece in zip(self.parameters, pieces, strict=True)]
+
+    def clear(self) -> None:
+        """Set the sum to nothing."""
+        self.sum.vector.zero_()
+        if not self._direct:
+            for parameter in self.parameters:
+                assert parameter.grad is not None
+                parameter.grad.zero_()
+
+    def forward(self, model: nn.Module, loss: SummedLoss, share: Samples) -> Tensor:
+        """The summed loss of a share, still attached to its graph; notes loss and count in the sum."""
+        total, count = loss(call_model(model, share.inputs), share.targets)
+        tail = self.sum.vector[-_TAIL:]
+        tail[0] = count
+        tail[1] = total.detach()
+        return total
+
+    def backward(self, total: Tensor) -> None:
+        """Add the gradient of a summed loss to the sum."""
+        total.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        if not self._direct:
+            for parameter, view in self._views():
+                assert parameter.grad is not None
+                view.copy_(parameter.grad)
+
+    def load(self, total: GradientSum) -> float:
+        """Make a global sum the gradient that an optimizer sees.
+
+        Parameters
+        ----------
+        total : GradientSum
+            Over the whole batch.
+
+        Returns
+        -------
+        float
+            The loss of the batch, as the user's loss would have said.
+        """
+        count = total.count
+        divisor = count if count else 1.0
+        if total is not self.sum:
+            self.sum.vector.copy_(total.vector)
+        self.sum.total.div_(divisor)
+        if not self._direct:
+            unflatten_into(self.sum.total, [p.grad for p in self.parameters if p.grad is not None])
+        return total.loss_sum / divisor

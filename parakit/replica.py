@@ -1,0 +1,312 @@
+"""A replica: one worker's copy of what is trained, with the chunks it holds.
+
+Owns the model, the optimizer, the schedule and the committed state of one process; refuses to know how gradients
+travel. A step is a function of (seed, step, share): random numbers that a model draws (dropout masks) come from a
+generator seeded by (seed, step, rank), so a step that is done again draws the same ones. What depends on the batch as
+one process sees it (dropout masks, the statistics of batch normalisation) depends on the worker count.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from parakit.chunks import EpochOrder
+from parakit.data import Samples
+from parakit.events import PHASES
+from parakit.gradients import GradientBuffer, GradientSum
+from parakit.losses import SummedLoss
+
+__all__ = ["Holding", "Recipe", "Replica", "State", "StepRecord", "copy_state", "load_model_state", "needs_closure"]
+
+#: Named tensors and plain values: everything a run needs to go on from a step.
+State = dict[str, Any]
+
+OptimizerFactory = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
+SchedulerFactory = Callable[[torch.optim.Optimizer], torch.optim.lr_scheduler.LRScheduler]
+
+DATA, FORWARD, BACKWARD, EXCHANGE, UPDATE = (PHASES.index(p) for p in PHASES[:5])
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What to train and how: the same on every worker, and never changed in a run.
+
+    Parameters
+    ----------
+    model : nn.Module
+        With its initial parameters.
+    loss : SummedLoss
+    optimizer : callable
+        Makes the optimizer from the list of parameters.
+    scheduler : callable, optional
+        Makes a learning-rate scheduler from the optimizer.
+    scheduler_every : {"epoch", "step"}
+        When the scheduler steps.
+    clip_norm : float, optional
+        The largest 2-norm of the global gradient; larger ones are scaled down to it.
+    seed : int
+    order : EpochOrder
+    reached : frozenset of str
+        Names of the parameters that the loss depends on; the others keep no gradient, as in a plain loop.
+    """
+
+    model: nn.Module
+    loss: SummedLoss
+    optimizer: OptimizerFactory
+    scheduler: SchedulerFactory | None
+    scheduler_every: str
+    clip_norm: float | None
+    seed: int
+    order: EpochOrder
+    reached: frozenset[str]
+
+
+@dataclass(slots=True)
+class StepRecord:
+    """One worker's account of one step; `seconds` has a place for each of `PHASES` but the last."""
+
+    step: int
+    loss: float
+    learning_rate: float
+    seconds: list[float]
+    wall_seconds: float
+    samples: int
+
+
+class Holding:
+    """The chunks that one worker holds, laid end to end in one piece of memory.
+
+    Parameters
+    ----------
+    order : EpochOrder, optional
+        Needed to ask for the share of a step.
+    """
+
+    def __init__(self, order: EpochOrder | None = None) -> None:
+        self._order = order
+        self._chunks: dict[int, Samples] = {}
+        self._all: Samples | None = None
+        self._epoch = -1
+        self._rows = torch.zeros(0, dtype=torch.int64)
+        self._ends: list[int] = []
+
+    @property
+    def chunks(self) -> tuple[int, ...]:
+        """Numbers of the chunks held, ascending."""
+        return tuple(self._chunks)
+
+    @property
+    def samples(self) -> Samples | None:
+        """All rows held, or None."""
+        return self._all
+
+    def change(self, keep: Iterable[int], adopt: Mapping[int, Samples]) -> None:
+        """Let go of all chunks but some, and take in others."""
+        chosen = {chunk: self._chunks[chunk] for chunk in keep} | dict(adopt)
+        numbers = sorted(chosen)
+        if tuple(numbers) == self.chunks and not adopt:
+            return
+        self._all = Samples.join([chosen[n] for n in numbers]) if numbers else None
+        ends = np.cumsum([0] + [len(chosen[n]) for n in numbers])
+        # The pieces are views from here on, so a chunk is held once.
+        self._chunks = {
+            n: self._all.slice(int(first), int(end))
+            for n, first, end in zip(numbers, ends[:-1], ends[1:], strict=True)
+            if self._all is not None
+        }
+        self._epoch = -1
+
+    def share(self, step: int) -> Samples | None:
+        """The rows of a step's global batch that are held here, or None if there are none."""
+        assert self._order is not None
+        epoch, batch = divmod(step, self._order.steps_per_epoch)
+        if epoch != self._epoch:
+            rows, ends = self._order.epoch_rows(epoch, self.chunks)
+            self._epoch, self._rows, self._ends = epoch, torch.from_numpy(rows), ends.tolist()
+        first, end = self._ends[batch : batch + 2]
+        return self._all.take(self._rows[first:end]) if self._all is not None and end > first else None
+
+
+class Replica:
+    """A model in training on one worker.
+
+    Parameters
+    ----------
+    recipe : Recipe
+    """
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe = recipe
+        self.model = copy.deepcopy(recipe.model).train()
+        parameters = list(self.model.parameters())
+        named = self.model.named_parameters()
+        self.buffer = GradientBuffer([p for name, p in named if p.requires_grad and name in recipe.reached])
+        self.optimizer = recipe.optimizer(parameters)
+        self.scheduler = recipe.scheduler(self.optimizer) if recipe.scheduler else None
+        self._by_closure = needs_closure(self.optimizer)
+        self.step = 0
+        self.records: list[StepRecord] = []
+        self.spent = [0.0] * (len(PHASES) - 1)
+        self.share_rows = 0
+        self._committed: State = {}
+        self.commit()
+
+    @property
+    def averaged_buffers(self) -> list[Tensor]:
+        """Buffers that workers average when they commit: running statistics, which are means over what each saw."""
+        return [b for b in self.model.buffers() if b.is_floating_point()]
+
+    def gradient(self, step: int, holding: Holding, rank: int) -> GradientSum:
+        """The summed gradient of this worker's share of a step.
+
+        Parameters
+        ----------
+        step : int
+        holding : Holding
+        rank : int
+            Seeds, with the step, the random numbers that the model draws.
+
+        Returns
+        -------
+        GradientSum
+            A view of this replica's buffer: the next call overwrites it.
+        """
+        start = perf_counter()
+        share = holding.share(step)
+        self.buffer.clear()
+        loaded = perf_counter()
+        self.spent[DATA] += loaded - start
+        if share is not None:
+            torch.default_generator.manual_seed(_mix(self.recipe.seed, step, rank))
+            total = self.buffer.forward(self.model, self.recipe.loss, share)
+            forwarded = perf_counter()
+            self.buffer.backward(total)
+            self.spent[FORWARD] += forwarded - loaded
+            self.spent[BACKWARD] += perf_counter() - forwarded
+        self.share_rows = len(share) if share is not None else 0
+        return self.buffer.sum
+
+    def update(self, summed: Callable[[], GradientSum]) -> None:
+        """Do one step of the optimizer, by the gradient over the whole batch.
+
+        Parameters
+        ----------
+        summed : callable
+            Returns the sum over the global batch at the present parameters. Called once; more often for an
+            optimizer that evaluates its step several times, such as LBFGS.
+        """
+        began = perf_counter()
+        before = sum(self.spent)
+        rate = learning_rate(self.optimizer)
+        losses: list[float] = []
+
+        def evaluate() -> float:
+            losses.append(self.buffer.load(summed()))
+            if self.recipe.clip_norm is not None:
+                nn.utils.clip_grad_norm_(self.buffer.parameters, self.recipe.clip_norm)
+            return losses[-1]
+
+        if self._by_closure:
+            self.optimizer.step(evaluate)
+        else:
+            evaluate()
+            self.optimizer.step()
+        self._schedule()
+        wall = perf_counter() - began
+        self.spent[UPDATE] += wall - (sum(self.spent) - before)
+        self.records.append(StepRecord(self.step, losses[0], rate, self.spent, wall, self.share_rows))
+        self.spent = [0.0] * len(self.spent)
+        self.step += 1
+
+    def _schedule(self) -> None:
+        if self.scheduler is None:
+            return
+        at_epoch_end = (self.step + 1) % self.recipe.order.steps_per_epoch == 0
+        if self.recipe.scheduler_every == "step" or at_epoch_end:
+            self.scheduler.step()
+
+    def take_records(self) -> list[StepRecord]:
+        """The accounts of the steps since the last call."""
+        records, self.records = self.records, []
+        return records
+
+    def live_state(self) -> State:
+        """The present state, whose tensors are the ones in use."""
+        return {
+            "step": self.step,
+            "parameters": {name: p.detach() for name, p in self.model.named_parameters()},
+            "buffers": dict(self.model.named_buffers()),
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict() if self.scheduler else None,
+        }
+
+    def commit(self) -> None:
+        """Keep the present state; a roll-back returns to it."""
+        self._committed = copy_state(self.live_state(), self._committed)
+
+    @property
+    def committed_step(self) -> int:
+        """Steps done at the last commit."""
+        return int(self._committed["step"])
+
+    def roll_back(self) -> None:
+        """Return to the last commit."""
+        self.load(self._committed)
+
+    def load(self, state: State) -> None:
+        """Go to a state, and commit it."""
+        load_model_state(self.model, state)
+        self.optimizer.load_state_dict(copy_state(state["optimizer"]))
+        if self.scheduler and state["scheduler"] is not None:
+            self.scheduler.load_state_dict(copy_state(state["scheduler"]))
+        self.step = int(state["step"])
+        self.records, self.spent = [], [0.0] * len(self.spent)
+        self.commit()
+
+
+def load_model_state(model: nn.Module, state: State) -> None:
+    """Copy the parameters and buffers of a state into a model."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(state["parameters"][name])
+        for name, buffer in model.named_buffers():
+            buffer.copy_(state["buffers"][name])
+
+
+def copy_state(tree: Any, into: Any = None) -> Any:
+    """A copy of a state, written into an older copy's memory where that has the same shape."""
+    if isinstance(tree, Tensor):
+        if isinstance(into, Tensor) and into.shape == tree.shape and into.dtype == tree.dtype:
+            return into.copy_(tree)
+        return tree.detach().clone()
+    if isinstance(tree, dict):
+        old = into if isinstance(into, dict) else {}
+        return {key: copy_state(value, old.get(key)) for key, value in tree.items()}
+    if isinstance(tree, list | tuple):
+        olds = into if isinstance(into, list | tuple) and len(into) == len(tree) else [None] * len(tree)
+        return type(tree)(copy_state(value, old) for value, old in zip(tree, olds, strict=True))
+    return copy.deepcopy(tree)
+
+
+def learning_rate(optimizer: torch.optim.Optimizer) -> float:
+    """Learning rate of the first parameter group; NaN where an optimizer has none."""
+    return float(optimizer.param_groups[0].get("lr", float("nan")))
+
+
+def needs_closure(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether an optimizer evaluates the loss itself, several times a step."""
+    return isinstance(optimizer, torch.optim.LBFGS)
+
+
+def _mix(seed: int, step: int, rank: int) -> int:
+    """One seed from three numbers; neighbours land far apart."""
+    mixed = (seed * 0x9E3779B97F4A7C15 + step * 0xBF58476D1CE4E5B9 + rank * 0x94D049BB133111EB) % 2**64
+    return (mixed ^ (mixed >> 31)) % 2**63

@@ -1,0 +1,213 @@
+"""A run as its user sees it: wishes go in at any moment, events come out."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from parakit.conducting import Conductor, Plan, Wishes
+from parakit.errors import InputError, RunEnded, RunError, WaitTimeout, WorkerCountError
+from parakit.events import Asked, History, StepDone
+from parakit.progress import in_a_notebook, progress_line, show_progress
+from parakit.workers.base import Workers
+
+__all__ = ["Run"]
+
+_LET_GO_SECONDS = 10.0
+
+
+class Run:
+    """A training run that is going on in the background; `parakit.train` makes one.
+
+    A wish (`resize`, `pause`, `resume`, `stop`) returns at once and takes effect after the present step. The run's
+    course is in `history`; the trained model is `model`.
+    """
+
+    def __init__(self, plan: Plan, pool: Workers, history: History) -> None:
+        self._plan = plan
+        self._pool = pool
+        self._history = history
+        self._wishes = Wishes(plan.workers)
+        self._conductor = Conductor(plan, pool, history, self._wishes)
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._conduct, name=f"parakit-run-{plan.job.run_id}", daemon=True)
+        pool.hold(plan.job.run_id, self._let_go)
+        self._thread.start()
+
+    def _conduct(self) -> None:
+        try:
+            self._conductor.conduct()
+        finally:
+            self._pool.free(self._plan.job.run_id)
+            self._ended.set()
+
+    @property
+    def status(self) -> str:
+        """What the run is doing: "running", "paused", "finished" or "failed".
+
+        A run that was stopped is finished; `stopped_early` tells the difference.
+        """
+        return self._conductor.status
+
+    @property
+    def stopped_early(self) -> bool:
+        """Whether the run finished because `stop` was called before its last step."""
+        return self.status == "finished" and self._conductor.step < self._plan.steps
+
+    @property
+    def history(self) -> History:
+        """The events so far."""
+        return self._history
+
+    @property
+    def step(self) -> int:
+        """Committed steps."""
+        return self._conductor.step
+
+    @property
+    def steps(self) -> int:
+        """Steps of the whole run."""
+        return self._plan.steps
+
+    @property
+    def world_size(self) -> int:
+        """Active workers."""
+        return self._conductor.world_size
+
+    @property
+    def model(self) -> nn.Module:
+        """The model on the notebook's side: trained when the run has ended, the newest state fetched until then.
+
+        Each newer state comes as a new object, in evaluation mode; the model given to `train` is never changed.
+        """
+        return self._conductor.model
+
+    @property
+    def model_step(self) -> int:
+        """Steps that `model` was trained for."""
+        return self._conductor.model_step
+
+    @property
+    def error(self) -> RunError | None:
+        """Why the run failed, or None."""
+        return self._conductor.error
+
+    def resize(self, workers: int) -> None:
+        """Ask for another number of workers.
+
+        Parameters
+        ----------
+        workers : int
+            From 1 to what the pool has or can grow to, and at most the number of chunks.
+
+        Raises
+        ------
+        WorkerCountError
+            If that many can never be had.
+        RunEnded
+            If the run is over.
+        """
+        self._check_going("resize")
+        count = self._pool.check_count(workers, most=self._pool.most)
+        check_chunks(count, len(self._plan.roster.training.sizes))
+        self._wish("resize", count, lambda wishes: setattr(wishes, "target", count))
+
+    def pause(self) -> None:
+        """Ask the run to stand still after its present step, holding its workers."""
+        self._check_going("pause")
+        self._wish("pause", None, lambda wishes: setattr(wishes, "paused", True))
+
+    def resume(self) -> None:
+        """Ask a paused run to go on."""
+        self._check_going("resume")
+        self._wish("resume", None, lambda wishes: setattr(wishes, "paused", False))
+
+    def stop(self) -> None:
+        """Ask the run to finish after its present step; does nothing once it has ended."""
+        if not self._ended.is_set():
+            self._wish("stop", None, lambda wishes: setattr(wishes, "stopping", True))
+
+    def wait(self, timeout: float | None = None, *, progress: bool | None = None) -> Run:
+        """Wait until the run has ended.
+
+        Parameters
+        ----------
+        timeout : float, optional
+            Seconds; None waits as long as the run goes on.
+        progress : bool, optional
+            Whether to show a line of progress meanwhile. Default: in scripts and terminals, not in notebooks.
+
+        Returns
+        -------
+        Run
+            This run.
+
+        Raises
+        ------
+        RunFailed
+            If the run failed.
+        WaitTimeout
+            If it has not ended in time; it goes on.
+        RunError
+            If it is paused and no timeout was given, as nothing would ever end the wait.
+        """
+        if timeout is not None and (isinstance(timeout, bool) or not isinstance(timeout, int | float) or timeout < 0):
+            raise InputError(f"timeout is {timeout!r}; it must be a number of seconds, or None.")
+        if timeout is None and self.status == "paused":
+            raise RunError(
+                f"The run is paused at step {self.step} of {self.steps}, so waiting for its end would never end.",
+                remedy="run.resume() first, or wait(timeout=...)",
+            )
+        show = not in_a_notebook() if progress is None else progress
+        if show:
+            show_progress(self, self._ended, timeout)
+        elif not self._ended.wait(timeout):
+            pass
+        if not self._ended.is_set():
+            raise WaitTimeout(
+                f"The run has not ended within {timeout:g} s: it is {self.status} at step {self.step} of {self.steps}.",
+                remedy="wait longer, or run.stop()",
+            )
+        if self.error is not None:
+            raise type(self.error)(str(self.error)) from self.error.__cause__
+        return self
+
+    def _check_going(self, wish: str) -> None:
+        if self._ended.is_set():
+            raise RunEnded(
+                f"The run is {self.status} at step {self.step} of {self.steps}; {wish} has no effect any more.",
+                remedy="start another run with parakit.train(run.model, ...)",
+            )
+
+    def _wish(self, name: str, value: int | None, change: Callable[[Wishes], Any]) -> None:
+        self._history.append(Asked(self._conductor.now(), name, value))
+        self._wishes.express(change)
+
+    def _let_go(self) -> None:
+        """End the run because its pool closes."""
+        self.stop()
+        self._thread.join(_LET_GO_SECONDS)
+
+    def __repr__(self) -> str:
+        latest = self._history.latest(StepDone)
+        loss = f", loss {latest.loss:.4g}" if latest else ""
+        early = ", stopped early" if self.stopped_early else ""
+        failed = f"\n{self.error}" if self.error else ""
+        many = "1 worker" if self.world_size == 1 else f"{self.world_size} workers"
+        rest = f", {progress_line(self)}" if self.status == "running" and latest else f", {many}"
+        return f"<Run {self.status}{early}: step {self.step} of {self.steps}{loss}{rest}>{failed}"
+
+
+def check_chunks(workers: int, chunks: int) -> None:
+    """Refuse more workers than chunks."""
+    if workers > chunks:
+        raise WorkerCountError(
+            f"{workers} workers cannot share {chunks} chunks: each worker needs at least one.",
+            cause="a small batch or little data, which are cut into fewer chunks",
+            remedy=f"ask for at most {chunks} workers, or train with a larger batch_size or chunks=",
+        )
+
+

@@ -1,0 +1,326 @@
+"""The protocol between a run and its workers: narrow, and free of Dask, processes and torch.distributed.
+
+Four nouns. A *pool* (`Workers`) is what `connect` returns. A *crew* (`Crew`) is a run's hold on a pool. A *roster*
+(`Roster`) says who is active and holds what. A *team* (`Team`) is what a strategy's text sees.
+
+One text of an algorithm serves every kind of worker. A strategy whose text runs on the workers is written as if for
+one of them, and each verb stands for what all do at once; a crew in one process gives the verbs the meaning of all
+workers together. Parts are opaque to the text: only the team that made one knows what it is.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any, Literal, Protocol, Self
+
+from parakit.chunks import Ownership
+from parakit.data import Samples
+from parakit.errors import PoolError, WorkerCountError
+from parakit.evaluation import Tally
+from parakit.replica import Recipe, State, StepRecord
+
+__all__ = ["Crew", "Job", "Part", "Report", "Roster", "RunsOn", "Strategy", "Team", "Workers"]
+
+Part = Any
+RunsOn = Literal["workers", "driver"]
+
+
+class Team(Protocol):
+    """The verbs of a strategy.
+
+    A text that runs on the workers uses `gradient`, `all_reduce` and `update`; one that runs beside the notebook uses
+    `map_gradients`, `add` and `update`.
+    """
+
+    def gradient(self, step: int) -> Part:
+        """The gradient sum of this worker's share of a step."""
+
+    def all_reduce(self, part: Part) -> Part:
+        """The sum of every worker's part, on every worker."""
+
+    def map_gradients(self, step: int) -> Sequence[Part]:
+        """The gradient sums of all workers, where they were computed."""
+
+    def add(self, parts: Sequence[Part]) -> Part:
+        """The sum of some parts, wherever there is room."""
+
+    def update(self, summed: Callable[[], Part]) -> None:
+        """One step of the optimizer; calls `summed` as often as the optimizer evaluates a step."""
+
+
+class Strategy(Protocol):
+    """An algorithm of data-parallel training.
+
+    Attributes
+    ----------
+    runs_on : {"workers", "driver"}
+        Where the text runs: on every worker at once, or once, beside the notebook.
+    """
+
+    @property
+    def runs_on(self) -> RunsOn:
+        """Where the text runs."""
+
+    def step(self, team: Team, step: int) -> None:
+        """Do one step of training."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a pool needs to know of a run.
+
+    Parameters
+    ----------
+    run_id : str
+        Unique; separates runs on one pool.
+    recipe : Recipe
+    strategy : Strategy
+    load, load_validation : callable
+        Give the samples of a chunk from its source, as often as they are lost.
+    limit_seconds : float
+        The longest that a worker may say nothing beyond what its work should take.
+    """
+
+    run_id: str
+    recipe: Recipe
+    strategy: Strategy
+    load: Callable[[int], Samples]
+    load_validation: Callable[[int], Samples]
+    limit_seconds: float
+
+
+@dataclass(frozen=True)
+class Roster:
+    """Who is active, and holds which chunks.
+
+    Parameters
+    ----------
+    generation : int
+        Counts rosters of a run; an order of an older one is refused.
+    training : Ownership
+        Its workers, in this order, are the ranks.
+    validation : Ownership or None
+        Held by the same workers, or by the first of them.
+    """
+
+    generation: int
+    training: Ownership
+    validation: Ownership | None
+
+    @property
+    def members(self) -> tuple[str, ...]:
+        """The active workers, in the order of their ranks."""
+        return self.training.workers
+
+    def succeed(self, members: Iterable[str]) -> Roster:
+        """The next generation, moving only the chunks that must move."""
+        training = self.training.reshard(members)
+        validation = self.validation
+        if validation is not None:
+            validation = validation.reshard(training.workers[: len(validation.sizes)])
+        return Roster(self.generation + 1, training, validation)
+
+
+@dataclass(frozen=True)
+class Report:
+    """What the members did in a segment.
+
+    Attributes
+    ----------
+    records : tuple of lists of StepRecord
+        One list a member, by rank; all of the same length.
+    commit_seconds : float
+        The longest that a member took to keep its state.
+    """
+
+    records: tuple[list[StepRecord], ...]
+    commit_seconds: float
+
+    @property
+    def steps(self) -> int:
+        """Steps done."""
+        return len(self.records[0])
+
+
+class Crew(Protocol):
+    """A run's hold on a pool. Only the run's own thread calls it, `halt` excepted."""
+
+    def prepare(self, roster: Roster) -> Future[None]:
+        """Begin to bring what a roster needs to its members, while the run goes on."""
+
+    def muster(self, roster: Roster, state: State | None) -> None:
+        """Make a prepared roster the active one.
+
+        Parameters
+        ----------
+        roster : Roster
+        state : State or None
+            Where all members are to start from; None to go on from what the members that stay have.
+        """
+
+    def advance(self, first: int, count: int, wish: int, expected_seconds: float) -> Report:
+        """Do a segment.
+
+        Parameters
+        ----------
+        first, count : int
+            The steps: `first` to `first + count - 1`.
+        wish : int
+            The number of the newest wish that was heeded; a `halt` with a higher number ends the segment early.
+        expected_seconds : float
+            What the segment should take.
+        """
+
+    def halt(self, wish: int) -> None:
+        """Ask the segment that is going on to end after its present step; returns at once, from any thread."""
+
+    def state(self) -> State:
+        """The state after the last segment."""
+
+    def evaluate(self) -> Tally:
+        """Evaluate the present model on the validation chunks."""
+
+    def label(self, worker: str) -> str:
+        """A short name for people."""
+
+    def release(self) -> None:
+        """Let go of everything that the run holds on the pool; never raises for workers that are gone."""
+
+
+@dataclass
+class _Hold:
+    run_id: str
+    let_go: Callable[[], None] = field(repr=False)
+
+
+class Workers(ABC):
+    """A pool of workers, from `connect`.
+
+    A context manager; on leaving, what was started here is stopped, and what was not is left as it was.
+    """
+
+    #: Says on what the workers run, for people.
+    kind: str
+    #: Threads that torch uses in each worker.
+    threads: int
+    #: Cores that this pool's workers can use at once.
+    cores: int
+
+    def __init__(self) -> None:
+        self._hold: _Hold | None = None
+        self._closed = False
+
+    @property
+    @abstractmethod
+    def names(self) -> tuple[str, ...]:
+        """The workers there are now, in the order in which they become active."""
+
+    @property
+    @abstractmethod
+    def most(self) -> int:
+        """The most workers that this pool can have or grow to."""
+
+    @abstractmethod
+    def grow(self, count: int) -> None:
+        """Begin to grow to a number of workers; returns at once."""
+
+    @abstractmethod
+    def open(self, job: Job) -> Crew:
+        """Begin a run."""
+
+    @abstractmethod
+    def map(self, function: Callable[[Any], Any], items: Sequence[Any], limit_seconds: float) -> list[Any]:
+        """Apply an importable function to items, on the workers."""
+
+    @abstractmethod
+    def _close(self) -> None:
+        """Stop what was started here."""
+
+    @property
+    def size(self) -> int:
+        """Workers there are now."""
+        return len(self.names)
+
+    @property
+    def closed(self) -> bool:
+        """Whether the pool was closed."""
+        return self._closed
+
+    def check_count(self, count: Any, *, most: int | None = None) -> int:
+        """A number of workers that this pool can serve.
+
+        Raises
+        ------
+        WorkerCountError
+            If it is no whole number, below 1, or above what there are (or could be).
+        """
+        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+            raise WorkerCountError(
+                f"The number of workers is {count!r}; it must be a whole number of at least 1.",
+                remedy=f"ask for 1 to {self.size} workers",
+            )
+        limit = self.size if most is None else most
+        if count > limit:
+            raise WorkerCountError(
+                f"{count} workers were asked for, but this pool ({self.kind}) has {self.size}"
+                + (f" and can grow to {limit}." if limit > self.size else "."),
+                remedy=f"ask for at most {limit}, or connect to more workers: parakit.connect({count})",
+            )
+        return count
+
+    def hold(self, run_id: str, let_go: Callable[[], None]) -> None:
+        """Reserve the pool for a run; `let_go` ends that run if the pool is closed.
+
+        Raises
+        ------
+        PoolError
+            If the pool is closed, or another run holds it.
+        """
+        self.check_open()
+        if self._hold is not None:
+            raise PoolError(
+                f"This pool is busy: run {self._hold.run_id} is training on it.",
+                cause="two runs on the same workers would wait for each other's processes",
+                remedy="run.wait() or run.stop() the other run first, or connect to a second pool",
+            )
+        self._hold = _Hold(run_id, let_go)
+
+    def free(self, run_id: str) -> None:
+        """End the reservation of a run."""
+        if self._hold is not None and self._hold.run_id == run_id:
+            self._hold = None
+
+    def check_open(self) -> None:
+        """Raise `PoolError` if the pool was closed."""
+        if self._closed:
+            raise PoolError("This pool is closed.", remedy="connect again: workers = parakit.connect(...)")
+
+    def close(self) -> None:
+        """End the run that holds the pool, if any, and stop what was started here. Closing twice does nothing."""
+        if self._closed:
+            return
+        self._closed = True
+        if self._hold is not None:
+            self._hold.let_go()
+        self._close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        if self._closed:
+            return f"<Workers: {self.kind}, closed>"
+        many = "1 worker" if self.size == 1 else f"{self.size} workers"
+        threads = "1 thread" if self.threads == 1 else f"{self.threads} threads"
+        cores = "1 core" if self.cores == 1 else f"{self.cores} cores"
+        crowded = "; more workers than cores" if self.size * self.threads > self.cores else ""
+        return f"<Workers: {self.kind}, {many} of {threads} each, {cores}{crowded}>"

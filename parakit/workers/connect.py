@@ -1,0 +1,91 @@
+"""`connect`: from what a user has to a pool of workers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from parakit.errors import InputError, WorkerCountError
+from parakit.workers.base import Workers
+from parakit.workers.inline import InlineWorkers
+
+__all__ = ["connect"]
+
+
+def connect(
+    target: Any = None,
+    *,
+    threads: int | None = None,
+    most: int | None = None,
+    security: Any = None,
+    timeout: float = 60.0,
+) -> Workers:
+    """Connect to workers that train models.
+
+    Parameters
+    ----------
+    target : int, str, Client, Cluster or None
+        A number starts that many warm processes on this machine (None: one a core), which listen on loopback
+        only. A string is the address of a Dask scheduler, or "inline" for virtual workers in this process. A
+        `distributed.Client` or any Dask cluster object is used as it is, and never shut down from here.
+    threads : int, optional
+        Threads that torch uses in each worker, the same for every worker count. Default: 1 on Dask workers; what
+        torch uses already for "inline".
+    most : int, optional
+        How far the pool may grow when a run is resized beyond it. Default: for local processes, the larger of
+        their number and twice the machine's cores; for a cluster that can scale, no limit of ours.
+    security : distributed.security.Security, optional
+        For an address with TLS.
+    timeout : float
+        Seconds to wait for the workers.
+
+    Returns
+    -------
+    Workers
+        Also a context manager.
+
+    Raises
+    ------
+    WorkerCountError
+        For a number below 1.
+    InputError
+        For something that workers cannot be reached by.
+    ConnectError
+        If the workers cannot be reached in time, or lack torch or parakit, or have other versions.
+
+    Examples
+    --------
+    >>> import parakit as pk
+    >>> with pk.connect("inline") as workers:
+    ...     print(workers.size)
+    1
+    """
+    _check_options(threads, most, timeout)
+    if target == "inline":
+        return InlineWorkers(threads)
+    if isinstance(target, bool) or (isinstance(target, int) and target < 1):
+        raise WorkerCountError(
+            f"The number of workers is {target!r}; it must be a whole number of at least 1.",
+            remedy='connect(2) starts two local processes; connect("inline") needs no process at all',
+        )
+    # Dask is imported when it is needed: "inline" starts without it.
+    from parakit.workers.dask.pool import connect_client, connect_cluster, connect_local, what_is
+
+    kind = what_is(target)
+    if kind == "local":
+        return connect_local(target, threads=threads or 1, most=most, timeout=timeout)
+    if kind == "cluster":
+        return connect_cluster(target, threads=threads or 1, most=most, timeout=timeout)
+    if kind in ("address", "client"):
+        return connect_client(target, threads=threads or 1, most=most, security=security, timeout=timeout)
+    raise InputError(
+        f"parakit cannot reach workers through {target!r}.",
+        remedy='give a number, "inline", a scheduler\'s address such as "tcp://host:8786", a Client or a Cluster',
+    )
+
+
+def _check_options(threads: Any, most: Any, timeout: Any) -> None:
+    for name, value in (("threads", threads), ("most", most)):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+            raise InputError(f"{name} is {value!r}; it must be a whole number of at least 1, or None.")
+    if isinstance(timeout, bool) or not isinstance(timeout, int | float) or not timeout > 0:
+        raise InputError(f"timeout is {timeout!r}; it must be a number of seconds above 0.")

@@ -1,0 +1,388 @@
+"""A run's crew on Dask workers: orders go out as pinned tasks, answers come back, and nobody is waited for in vain."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future as LocalFuture
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
+
+import cloudpickle
+import torch
+from distributed import Future
+
+from parakit.data import Samples, pack, unpack
+from parakit.errors import RunFailed, WorkerLost
+from parakit.evaluation import Tally
+from parakit.gradients import GradientSum, flatten
+from parakit.replica import EXCHANGE, UPDATE, Replica, State, StepRecord, copy_state
+from parakit.workers import resident
+from parakit.workers.base import Job, Report, Roster
+from parakit.workers.dask.rendezvous import WorkerBoard, forget
+from parakit.workers.resident import Answer, Failure, Orders, Segment
+
+if TYPE_CHECKING:
+    from parakit.workers.dask.pool import DaskWorkers
+
+__all__ = ["DaskCrew"]
+
+_LOOK_SECONDS = 0.5  # how often a wait looks whether everybody is still there
+_GRACE_SECONDS = 5.0  # survivors raise well within this after a partner died
+
+
+class DaskCrew:
+    """A run's hold on Dask workers.
+
+    Parameters
+    ----------
+    pool : DaskWorkers
+    job : Job
+    """
+
+    def __init__(self, pool: DaskWorkers, job: Job) -> None:
+        self._pool = pool
+        self._client = pool.client
+        self._job = job
+        self._resident = job.strategy.runs_on == "workers"
+        self._blob = cloudpickle.dumps((job.recipe, job.strategy))
+        self._roster: Roster | None = None
+        self._brought: dict[int, dict[str, tuple[Any, Any]]] = {}
+        self._couriers = ThreadPoolExecutor(2, thread_name_prefix="parakit-courier")
+        self._count = itertools.count()
+        self._driver = None if self._resident else DriverTeam(self, job)
+
+    # --- membership
+
+    def prepare(self, roster: Roster) -> LocalFuture[None]:
+        """Bring chunks and recipe to those who need them, while the run goes on."""
+        return self._couriers.submit(self._bring, roster)
+
+    def _bring(self, roster: Roster) -> None:
+        self._pool.make_ready(roster.members)
+        before = self._roster
+        staying = set(before.members) if before else set()
+        newcomers = [member for member in roster.members if member not in staying]
+        made = self._submit(newcomers, resident.prepare, lambda _: (self._job.run_id, self._blob, self._pool.threads))
+        loads = {}
+        for member in roster.members:
+            gained = []
+            for old, new, load in (
+                (before and before.training, roster.training, self._job.load),
+                (before and before.validation, roster.validation, self._job.load_validation),
+            ):
+                wanted = new.chunks_of.get(member, ()) if new else ()
+                held = set(old.chunks_of.get(member, ())) if old and member in staying else set()
+                gained.append({c: _packed(load(c)) for c in wanted if c not in held})
+            loads[member] = self._place(member, gained[0]), self._place(member, gained[1])
+        self._brought[roster.generation] = loads
+        self._answers(made, self._job.limit_seconds)
+
+    def _place(self, member: str, chunks: dict[int, Samples]) -> Any:
+        """Scatter chunks to a member; Dask's copy is let go of once the member has taken them."""
+        if not chunks:
+            return {}
+        return self._client.scatter([chunks], workers=[member], hash=False)[0]
+
+    def muster(self, roster: Roster, state: State | None) -> None:
+        """Make a prepared roster the active one."""
+        before, brought = self._roster, self._brought.pop(roster.generation)
+        staying = [m for m in roster.members if before and m in before.members]
+        given: Any = None if state is None else self._client.scatter(pack(state), broadcast=True, hash=False)
+        joining = self._state_for_newcomers(staying) if state is None else given
+
+        def order(member: str) -> tuple[Any, ...]:
+            training, validation = brought[member]
+            start = given if member in staying else joining
+            return self._job.run_id, self._orders(roster, member), training, validation, start, self._board(roster)
+
+        self._roster = roster
+        self._answers(self._submit(roster.members, resident.muster, order), self._job.limit_seconds)
+        if self._driver is not None and state is not None:
+            self._driver.replica.load(state)
+        if before:
+            self._dismiss([m for m in before.members if m not in roster.members])
+
+    def _state_for_newcomers(self, staying: Sequence[str]) -> Any:
+        if self._driver is not None:
+            return pack(copy_state(self._driver.replica.live_state()))
+        if not staying:
+            return None
+        # The first of those who stay computes it before anything else, and newcomers fetch it from there.
+        return self._submit(staying[:1], resident.state, self._address_order)[staying[0]]
+
+    def _orders(self, roster: Roster, member: str) -> Orders:
+        validation = roster.validation.chunks_of if roster.validation else {}
+        host = member.split("://")[-1].rsplit(":", 1)[0].strip("[]")
+        return Orders(
+            roster.generation, roster.members.index(member), len(roster.members), host, self._job.limit_seconds,
+            roster.training.chunks_of[member], validation.get(member, ()), self._resident,
+        )  # fmt: skip
+
+    def _board(self, roster: Roster) -> WorkerBoard:
+        return WorkerBoard(roster.members[0], self._job.run_id, roster.generation)
+
+    def _address_order(self, member: str, *more: Any) -> tuple[Any, ...]:
+        return self._job.run_id, self._generation, *more
+
+    @property
+    def _generation(self) -> int:
+        assert self._roster is not None
+        return self._roster.generation
+
+    @property
+    def _members(self) -> tuple[str, ...]:
+        return self._roster.members if self._roster else ()
+
+    def label(self, worker: str) -> str:
+        """A short name for people."""
+        return self._pool.label(worker)
+
+    def release(self) -> None:
+        """Let go of everything on the pool."""
+        self._brought.clear()
+        self._dismiss(self._members)
+        self._couriers.shutdown(wait=True, cancel_futures=True)
+
+    def _dismiss(self, members: Sequence[str]) -> None:
+        if members and self._client.status == "running":
+            with suppress(Exception):  # whoever is gone has nothing left to forget
+                run_id = self._job.run_id
+                self._client.run(resident.release, run_id, workers=list(members), on_error="ignore")
+                self._client.run(forget, run_id, workers=list(members), on_error="ignore")
+
+    # --- segments
+
+    def advance(self, first: int, count: int, wish: int, expected_seconds: float) -> Report:
+        """Do a segment; if it fails, the members that can be reached are back at the last commit."""
+        limit = self._job.limit_seconds + 5 * expected_seconds
+        try:
+            if self._driver is not None:
+                return self._driver.segment(first, count, wish)
+            answers = self.everyone(resident.advance, first, count, wish, limit_seconds=limit)
+        except (RunFailed, WorkerLost):
+            self._roll_back()
+            raise
+        segments: list[Segment] = list(answers.values())
+        return Report(tuple(s.records for s in segments), max(s.commit_seconds for s in segments))
+
+    def _roll_back(self) -> None:
+        if self._driver is not None:
+            self._driver.replica.roll_back()
+            return
+        present = [m for m in self._members if m in self._pool.names]
+        with suppress(RunFailed, WorkerLost):
+            self._answers(self._submit(present, resident.roll_back, self._address_order), self._job.limit_seconds)
+
+    def halt(self, wish: int) -> None:
+        """Let one member vote for the end of the segment; one vote ends it for all at the same step."""
+        members = self._members
+        if self._driver is not None:
+            self._driver.halted = max(self._driver.halted, wish)
+        elif members:
+            with suppress(RuntimeError):  # the run has ended and its couriers with it
+                self._couriers.submit(self._halt_one, members[0], wish)
+
+    def _halt_one(self, member: str, wish: int) -> None:
+        with suppress(Exception):  # a member that is gone ends the segment anyhow
+            self._client.run(resident.halt, self._job.run_id, wish, workers=[member])
+
+    def state(self) -> State:
+        """The state after the last segment."""
+        if self._driver is not None:
+            return dict(copy_state(self._driver.replica.live_state()))
+        present = [m for m in self._members if m in self._pool.names][:1]
+        if not present:
+            raise WorkerLost("No worker of the run is left to fetch the state from.")
+        answers = self._answers(self._submit(present, resident.state, self._address_order), self._job.limit_seconds)
+        return dict(unpack(answers[present[0]]))
+
+    def evaluate(self) -> Tally:
+        """Evaluate the present model on the validation chunks."""
+        parameters: Any = None
+        buffers: Any = None
+        if self._driver is not None:
+            parameters, buffers = self._driver.values()
+        limit = 10 * self._job.limit_seconds
+        tallies = self.everyone(resident.evaluate, parameters, buffers, limit_seconds=limit).values()
+        return sum(tallies, Tally())
+
+    # --- orders and answers
+
+    def everyone(self, function: Callable[..., Answer], *args: Any, limit_seconds: float) -> dict[str, Any]:
+        """Give all members an order of the present generation; what each answered, in the order of ranks."""
+        futures = self._submit(self._members, function, lambda member: self._address_order(member, *args))
+        return self._answers(futures, limit_seconds)
+
+    def _submit(
+        self, members: Sequence[str], function: Callable[..., Answer], args: Callable[[str], tuple[Any, ...]]
+    ) -> dict[str, Future]:
+        return {member: self.submit_to(member, function, *args(member)) for member in members}
+
+    def submit_to(self, member: str | None, function: Callable[..., Answer], *args: Any) -> Future:
+        """A task on one member, or anywhere; never shared with an equal one."""
+        pinned = {} if member is None else {"workers": [member], "allow_other_workers": False}
+        key = f"parakit-{function.__name__}-{self._job.run_id}-{next(self._count)}"
+        return self._client.submit(function, *args, key=key, pure=False, **pinned)
+
+    def _answers(self, futures: Mapping[str, Future], limit_seconds: float) -> dict[str, Any]:
+        """Wait for answers, and return their values; the first failure that explains the others is raised."""
+        self.watch(list(futures.values()), futures.keys(), limit_seconds)
+        failures: dict[str, Failure] = {}
+        values = {}
+        answers = self._client.gather(list(futures.values()), errors="skip") if _all_well(futures) else None
+        for place, (member, future) in enumerate(futures.items()):
+            answer = answers[place] if answers is not None else _settled(future)
+            if answer.failure is not None:
+                failures[member] = answer.failure
+            else:
+                values[member] = answer.value
+        if failures:
+            raise self._explained(failures)
+        return values
+
+    def watch(self, futures: Sequence[Future], members: Any, limit_seconds: float) -> None:
+        """Wait until futures are done, as long as those who work on them are there."""
+        deadline = time.monotonic() + limit_seconds
+        lost_at = None
+        while True:
+            _, waiting = self._pool.wait(futures, _LOOK_SECONDS)
+            if not waiting:
+                return
+            now = time.monotonic()
+            gone = set(members) - set(self._pool.names)
+            if gone and lost_at is None:
+                lost_at = now
+            if (lost_at is not None and now > lost_at + _GRACE_SECONDS) or now > deadline:
+                break
+            if lost_at is not None and all(f.done() for m, f in zip(members, futures, strict=False) if m not in gone):
+                break
+        self._client.cancel(list(waiting))
+        if gone:
+            raise self._lost(gone)
+        raise WorkerLost(
+            f"{len(waiting)} orders were not answered within {limit_seconds:.1f} s.",
+            cause="a worker that hangs, or is busy with somebody else's tasks",
+            remedy="look at the workers, or allow more: train(..., limit_seconds=...)",
+        )
+
+    def _lost(self, gone: set[str]) -> WorkerLost:
+        names = ", ".join(sorted(self.label(m) for m in gone))
+        return WorkerLost(
+            f"{len(gone)} of {len(self._members)} workers died: {names}.",
+            cause="the process was killed, ran out of memory, or its machine was taken away",
+        )
+
+    def _explained(self, failures: Mapping[str, Failure]) -> RunFailed | WorkerLost:
+        """The error that a user should see: code that raised explains a lost partner, not the other way round."""
+        gone = set(self._members) - set(self._pool.names)
+        member, failure = min(failures.items(), key=lambda item: ("code", "stale", "group").index(item[1].kind))
+        if failure.kind == "code":
+            return RunFailed(
+                f"Step {failure.step} failed on {self.label(member)}: {failure.error}: {failure.text}",
+                cause="the model, the loss or the optimizer raised this error in its own code",
+                remedy="try the same batch in this notebook: pk.train(..., on=pk.connect('inline')) raises it here",
+            )
+        if gone:
+            return self._lost(gone)
+        return WorkerLost(f"{self.label(member)} cannot go on: {failure.text}")
+
+
+class DriverTeam:
+    """The team that a strategy's text sees when it runs beside the notebook: parts are tasks on Dask workers."""
+
+    def __init__(self, crew: DaskCrew, job: Job) -> None:
+        self._crew = crew
+        self._job = job
+        self.replica = Replica(job.recipe)
+        self.halted = 0
+
+    def segment(self, first: int, count: int, wish: int) -> Report:
+        """Run the strategy's text for some steps."""
+        start = time.perf_counter()
+        self.replica.commit()
+        committed = time.perf_counter() - start
+        for step in range(first, first + count):
+            self._job.strategy.step(self, step)
+            if self.halted > wish:
+                break
+        return Report(self._collect(), committed)
+
+    def map_gradients(self, step: int) -> list[Future]:
+        """One task a member, over the chunks it holds, at the present parameters."""
+        crew = self._crew
+        flat = flatten(self.replica.model.parameters(), self.replica.buffer.dtype).numpy()
+        parameters = crew._client.scatter(flat, broadcast=True, hash=False)
+        return [
+            crew.submit_to(member, resident.map_gradient, *crew._address_order(member, step, rank, parameters))
+            for rank, member in enumerate(crew._members)
+        ]
+
+    def add(self, parts: Sequence[Future]) -> Future:
+        """A task that adds some parts."""
+        return self._crew.submit_to(None, resident.add, *parts)
+
+    def update(self, summed: Callable[[], Future]) -> None:
+        """One step of the driver's optimizer."""
+        self.replica.update(lambda: self._fetch(summed()))
+
+    def _fetch(self, root: Future) -> GradientSum:
+        crew = self._crew
+        crew.watch([root], crew._members, self._job.limit_seconds)
+        answer = _settled(root)
+        if answer.failure is not None:
+            raise crew._explained({crew._members[0]: answer.failure})
+        total: GradientSum = answer.value
+        return total
+
+    def gradient(self, step: int) -> Any:
+        """Not for a text that runs beside the notebook."""
+        raise NotImplementedError("gradient is a verb of strategies that run on the workers")
+
+    def all_reduce(self, part: Any) -> Any:
+        """Not for a text that runs beside the notebook."""
+        raise NotImplementedError("all_reduce is a verb of strategies that run on the workers")
+
+    def values(self) -> tuple[Any, Any]:
+        """The present parameters, flat, and the running statistics."""
+        model = self.replica.model
+        return flatten(model.parameters(), self.replica.buffer.dtype).numpy(), pack(dict(model.named_buffers()))
+
+    def _collect(self) -> tuple[list[StepRecord], ...]:
+        """Every member's accounts, completed by what the driver knows; averages the running statistics."""
+        limit = self._job.limit_seconds
+        collected = list(self._crew.everyone(resident.collect, limit_seconds=limit).values())
+        for name, buffer in self.replica.model.named_buffers():
+            every = [buffers[name] for _, buffers in collected]
+            buffer.copy_(torch.stack(every).mean(0) if buffer.is_floating_point() else every[0])
+        together = self.replica.take_records()
+        return tuple([_completed(record, records) for record in together] for records, _ in collected)
+
+
+def _completed(step: StepRecord, parts: Sequence[StepRecord]) -> StepRecord:
+    """A member's account of a step: what it computed is its own; the wall time left is exchange and waiting."""
+    mine = [part for part in parts if part.step == step.step]
+    seconds = [sum(column) for column in zip(*(part.seconds for part in mine), strict=True)]
+    computing = sum(seconds)
+    seconds[UPDATE] = step.seconds[UPDATE]
+    seconds[EXCHANGE] = max(0.0, step.wall_seconds - computing - step.seconds[UPDATE])
+    return StepRecord(step.step, step.loss, step.learning_rate, seconds, step.wall_seconds, mine[-1].samples)
+
+
+def _packed(samples: Samples) -> Samples:
+    return Samples(pack(samples.inputs), pack(samples.targets))
+
+
+def _all_well(futures: Mapping[str, Future]) -> bool:
+    return all(future.status == "finished" for future in futures.values())
+
+
+def _settled(future: Future) -> Answer:
+    """The answer of a future that is done; a task that Dask itself gave up on answers that its worker is lost."""
+    try:
+        answer: Answer = future.result(timeout=30)
+    except Exception as error:
+        return Answer(failure=Failure("group", -1, type(error).__name__, f"{type(error).__name__}: {error}", ""))
+    return answer

@@ -1,0 +1,249 @@
+"""Workers in this very process: deterministic, one after the other, for tests, teaching and debugging.
+
+The virtual workers share one replica, because replicas that stay equal need not be many. A verb does what all of
+them would do at once, rank by rank.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from parakit.chunks import DEFAULT_CHUNKS
+from parakit.evaluation import Tally, tally
+from parakit.gradients import GradientSum
+from parakit.machine import usable_cores
+from parakit.replica import BACKWARD, EXCHANGE, UPDATE, Holding, Replica, State, StepRecord, copy_state
+from parakit.workers.base import Job, Report, Roster, Workers
+
+__all__ = ["InlineWorkers"]
+
+
+class InlineWorkers(Workers):
+    """Virtual workers in this process; as many as a run has chunks, at no cost."""
+
+    kind = "inline, in this process"
+
+    def __init__(self, threads: int | None = None) -> None:
+        super().__init__()
+        self.threads = threads or torch.get_num_threads()
+        self.cores = usable_cores()
+        self._size = 1
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The virtual workers asked for so far."""
+        return tuple(f"inline {number}" for number in range(self._size))
+
+    @property
+    def most(self) -> int:
+        """As many as there are chunks by default."""
+        return DEFAULT_CHUNKS
+
+    def check_count(self, count: Any, *, most: int | None = None) -> int:
+        """As for any pool; but virtual workers come into being when they are asked for."""
+        count = super().check_count(count, most=max(self.most, most or 0))
+        self.grow(count)
+        return count
+
+    def grow(self, count: int) -> None:
+        """Have more virtual workers."""
+        self._size = max(self._size, count)
+
+    def open(self, job: Job) -> InlineCrew:
+        """Begin a run."""
+        return InlineCrew(job, self.threads)
+
+    def map(self, function: Callable[[Any], Any], items: Sequence[Any], limit_seconds: float) -> list[Any]:
+        """Apply a function to items, here."""
+        self.check_open()
+        return [function(item) for item in items]
+
+    def _close(self) -> None:
+        pass
+
+
+class InlineCrew:
+    """A run's hold on the workers of this process."""
+
+    def __init__(self, job: Job, threads: int) -> None:
+        self._job = job
+        self._threads = threads
+        self._replica = Replica(job.recipe)
+        self._holdings: list[Holding] = []
+        self._by_name: dict[str, Holding] = {}
+        self._validation = Holding()
+        self._team = InlineTeam(self._replica, self._holdings)
+        self._halt = 0
+
+    def prepare(self, roster: Roster) -> Future[None]:
+        """Nothing needs to be brought anywhere."""
+        done: Future[None] = Future()
+        done.set_result(None)
+        return done
+
+    def muster(self, roster: Roster, state: State | None) -> None:
+        """Make a roster the active one."""
+        job = self._job
+        held = {name: self._by_name.get(name, Holding(job.recipe.order)) for name in roster.members}
+        for name, holding in held.items():
+            mine = roster.training.chunks_of[name]
+            keep = set(mine) & set(holding.chunks)
+            holding.change(keep, {chunk: job.load(chunk) for chunk in mine if chunk not in keep})
+        self._by_name = held
+        self._holdings[:] = held.values()
+        if roster.validation is not None and not self._validation.chunks:
+            every = range(len(roster.validation.sizes))
+            self._validation.change((), {chunk: job.load_validation(chunk) for chunk in every})
+        if state is not None:
+            self._replica.load(state)
+        elif self._replica.step != self._replica.committed_step:
+            self._replica.commit()
+
+    def advance(self, first: int, count: int, wish: int, expected_seconds: float) -> Report:
+        """Do a segment."""
+        start = perf_counter()
+        self._replica.commit()
+        committed = perf_counter() - start
+        used = torch.get_num_threads()
+        torch.set_num_threads(self._threads)
+        try:
+            with torch.random.fork_rng(devices=[]):
+                for step in range(first, first + count):
+                    self._job.strategy.step(self._team, step)
+                    if self._halt > wish:
+                        break
+        except BaseException:
+            self._replica.roll_back()
+            self._team.take_records()
+            raise
+        finally:
+            torch.set_num_threads(used)
+        return Report(self._team.take_records(), committed)
+
+    def halt(self, wish: int) -> None:
+        """End the segment after its present step."""
+        self._halt = max(self._halt, wish)
+
+    def state(self) -> State:
+        """The state after the last segment."""
+        return dict(copy_state(self._replica.live_state()))
+
+    def evaluate(self) -> Tally:
+        """Evaluate the present model on the validation chunks."""
+        held = self._validation.samples
+        assert held is not None
+        return tally(self._replica.model, self._job.recipe.loss, held)
+
+    def label(self, worker: str) -> str:
+        """The name itself."""
+        return worker
+
+    def release(self) -> None:
+        """Let go of the chunks."""
+        self._by_name.clear()
+        self._holdings.clear()
+        self._validation = Holding()
+
+
+class InlineTeam:
+    """All workers of a crew at once; a part is the list of every worker's sum, or the sum of all."""
+
+    def __init__(self, replica: Replica, holdings: list[Holding]) -> None:
+        self._replica = replica
+        self._holdings = holdings
+        self._records: list[list[StepRecord]] = []
+        self._own: list[tuple[list[float], int]] = []
+
+    def gradient(self, step: int) -> list[GradientSum]:
+        """Every worker's gradient sum."""
+        return list(self.map_gradients(step))
+
+    def map_gradients(self, step: int) -> Sequence[GradientSum]:
+        """Every worker's gradient sum, rank by rank."""
+        replica, parts = self._replica, []
+        buffers = _Averaging(replica.averaged_buffers)
+        own = self._own or [([0.0] * (BACKWARD + 1), 0) for _ in self._holdings]
+        self._own = []
+        for rank, (holding, (seconds, _)) in enumerate(zip(self._holdings, own, strict=True)):
+            before = list(replica.spent)
+            buffers.begin()
+            parts.append(replica.gradient(step, holding, rank).clone())
+            buffers.end()
+            grown = [s + now - then for s, now, then in zip(seconds, replica.spent, before, strict=False)]
+            self._own.append((grown, replica.share_rows))
+        buffers.settle()
+        return parts
+
+    def add(self, parts: Sequence[GradientSum]) -> GradientSum:
+        """The sum of some parts."""
+        start = perf_counter()
+        first, *others = parts
+        total = first.clone()
+        for part in others:
+            total += part
+        self._replica.spent[EXCHANGE] += perf_counter() - start
+        return total
+
+    def all_reduce(self, part: list[GradientSum]) -> GradientSum:
+        """The sum of every worker's part, added in the order of ranks."""
+        return self.add(part)
+
+    def update(self, summed: Callable[[], GradientSum]) -> None:
+        """One step of the shared optimizer."""
+        self._replica.update(summed)
+        self._book(self._replica.take_records()[0])
+        self._own = []
+
+    def _book(self, together: StepRecord) -> None:
+        """Split the account of a step among the workers: what each computed is its own, the rest they shared."""
+        if len(self._records) != len(self._own):
+            self._records = [[] for _ in self._own]
+        shared = together.seconds[EXCHANGE], together.seconds[UPDATE]
+        for records, (seconds, rows) in zip(self._records, self._own, strict=True):
+            records.append(
+                StepRecord(
+                    together.step, together.loss, together.learning_rate, [*seconds, *shared],
+                    together.wall_seconds, rows,
+                )  # fmt: skip
+            )
+
+    def take_records(self) -> tuple[list[StepRecord], ...]:
+        """Every worker's accounts since the last call."""
+        taken, self._records = tuple(self._records), []
+        self._own = []
+        return taken
+
+
+class _Averaging:
+    """Lets each virtual worker see the buffers as its own process would, and averages them afterwards.
+
+    Running statistics move by a linear rule, so averaging after each step gives the same as averaging when workers
+    commit.
+    """
+
+    def __init__(self, buffers: list[Tensor]) -> None:
+        self._buffers = buffers
+        self._before = [b.clone() for b in buffers]
+        self._sums = [torch.zeros_like(b) for b in buffers]
+        self._count = itertools.count()
+
+    def begin(self) -> None:
+        for buffer, before in zip(self._buffers, self._before, strict=True):
+            buffer.copy_(before)
+
+    def end(self) -> None:
+        next(self._count)
+        for total, buffer in zip(self._sums, self._buffers, strict=True):
+            total += buffer
+
+    def settle(self) -> None:
+        workers = next(self._count)
+        for buffer, total in zip(self._buffers, self._sums, strict=True):
+            buffer.copy_(total / workers)

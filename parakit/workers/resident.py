@@ -1,0 +1,359 @@
+"""What lives on a worker process between orders: a run's replica, its chunks and its process group.
+
+The functions of this module are what the driver orders, one call a task. They are importable everywhere, so that
+state kept here survives from one order to the next. No order raises across the connection: it answers with an
+`Answer`, which carries a value or a `Failure` in words, because an exception of a user's code may not even be
+picklable. Knows nothing of Dask.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import pickle
+import threading
+import traceback
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from time import perf_counter
+from typing import Any, Concatenate, ParamSpec
+
+import torch
+from torch import Tensor
+
+from parakit.data import Samples, pack, unpack
+from parakit.errors import ParakitError, StaleGeneration
+from parakit.evaluation import Tally, tally
+from parakit.gradients import GradientSum, unflatten_into
+from parakit.replica import EXCHANGE, Holding, Recipe, Replica, State, StepRecord, copy_state
+from parakit.workers.base import Strategy
+from parakit.workers.group import Board, Group, GroupBroken
+
+__all__ = ["Answer", "Failure", "Orders", "Segment"]
+
+P = ParamSpec("P")
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why an order could not be carried out.
+
+    Attributes
+    ----------
+    kind : {"code", "group", "stale"}
+        The model, the loss or the optimizer raised; a partner was lost; or the order was of an older generation.
+    step : int
+        Steps that were done.
+    error, text, trace : str
+        The error's type, its message, and the traceback.
+    """
+
+    kind: str
+    step: int
+    error: str
+    text: str
+    trace: str
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What came of an order: a value, or a failure."""
+
+    value: Any = None
+    failure: Failure | None = None
+
+
+@dataclass(frozen=True)
+class Orders:
+    """One member's part of a roster.
+
+    Parameters
+    ----------
+    generation, rank, size : int
+    host : str
+        Where the member's process group is to listen.
+    limit_seconds : float
+        For each operation of the group.
+    training, validation : tuple of int
+        All chunks the member is to hold.
+    group : bool
+        Whether the members talk to each other.
+    """
+
+    generation: int
+    rank: int
+    size: int
+    host: str
+    limit_seconds: float
+    training: tuple[int, ...]
+    validation: tuple[int, ...]
+    group: bool
+
+
+@dataclass(frozen=True)
+class Segment:
+    """What a worker did in a segment."""
+
+    records: list[StepRecord]
+    commit_seconds: float
+
+
+class Resident:
+    """A run's part on this worker, and the team that a strategy's text sees when it runs here."""
+
+    def __init__(self, run_id: str, recipe: Recipe, strategy: Strategy, threads: int) -> None:
+        self.run_id = run_id
+        self.strategy = strategy
+        self.threads = threads
+        self.generation = -1
+        torch.set_num_threads(threads)
+        self.replica = Replica(recipe)
+        self.training = Holding(recipe.order)
+        self.validation = Holding()
+        self.rank = 0
+        self.group: Group | None = None
+        self.lock = threading.Lock()
+        self._heeded = 0
+        self._halt = 0
+        self._ended = False
+
+    def halt(self, wish: int) -> None:
+        """Vote for the end of every segment that was ordered before this wish."""
+        self._halt = max(self._halt, wish)
+
+    def follow(
+        self, orders: Orders, training: Any, validation: Any, state: State | Answer | None, board: Board | None
+    ) -> None:
+        """Become what a roster says."""
+        if orders.generation <= self.generation:
+            raise StaleGeneration(f"Generation {orders.generation} comes after {self.generation}.")
+        self.generation, self.rank = orders.generation, orders.rank
+        self.leave_group()
+        for holding, wanted, brought in (
+            (self.training, orders.training, training),
+            (self.validation, orders.validation, validation),
+        ):
+            adopted = {chunk: _unpacked(samples) for chunk, samples in brought.items() if chunk in wanted}
+            holding.change([c for c in wanted if c in holding.chunks and c not in adopted], adopted)
+        if isinstance(state, Answer):  # a newcomer's state comes straight from a member that stays
+            if state.failure is not None:
+                raise GroupBroken(f"The state could not be fetched from a member: {state.failure.text}")
+            state = state.value
+        if state is not None:
+            self.replica.load(unpack(state))
+        if orders.group:
+            assert board is not None
+            self.group = Group(board, orders.rank, orders.size, orders.host, orders.limit_seconds)
+
+    def segment(self, first: int, count: int, wish: int) -> Segment:
+        """Commit, then run the strategy's text for some steps."""
+        start = perf_counter()
+        self.replica.commit()
+        committed = perf_counter() - start
+        self._heeded, self._ended = wish, False
+        for step in range(first, first + count):
+            self.strategy.step(self, step)
+            if self._ended:
+                break
+        self._settle()
+        return Segment(self.replica.take_records(), committed)
+
+    def _settle(self) -> None:
+        if self.group is not None:
+            self.group.average(self.replica.averaged_buffers)
+
+    def gradient(self, step: int) -> GradientSum:
+        """This worker's share; carries its vote for the end of the segment."""
+        part = self.replica.gradient(step, self.training, self.rank)
+        if self._halt > self._heeded:
+            part.vote()
+        return part
+
+    def all_reduce(self, part: GradientSum) -> GradientSum:
+        """The sum over the group."""
+        start = perf_counter()
+        assert self.group is not None
+        self.group.all_reduce(part.vector)
+        self._ended = self._ended or part.votes > 0
+        self.replica.spent[EXCHANGE] += perf_counter() - start
+        return part
+
+    def update(self, summed: Callable[[], GradientSum]) -> None:
+        """One step of this worker's optimizer."""
+        self.replica.update(summed)
+
+    def map_gradients(self, step: int) -> list[GradientSum]:
+        """Not for a text that runs on the workers."""
+        raise NotImplementedError("map_gradients is a verb of strategies that run on the driver")
+
+    def add(self, parts: Any) -> GradientSum:
+        """Not for a text that runs on the workers."""
+        raise NotImplementedError("add is a verb of strategies that run on the driver")
+
+    def leave_group(self) -> None:
+        """Leave the process group, if any."""
+        group, self.group = self.group, None
+        if group is not None:
+            group.close()
+
+
+_residents: dict[str, Resident] = {}
+_residents_lock = threading.Lock()
+
+
+def _unpacked(samples: Samples) -> Samples:
+    return Samples(unpack(samples.inputs), unpack(samples.targets))
+
+
+def _order(function: Callable[Concatenate[Resident, P], Any]) -> Callable[Concatenate[str, int, P], Answer]:
+    """Make a function of a resident an order that answers in words, and only to its own generation."""
+
+    @functools.wraps(function)
+    def carry_out(run_id: str, generation: int, *args: P.args, **kwargs: P.kwargs) -> Answer:
+        resident = _residents.get(run_id)
+        if resident is None or resident.generation != generation:
+            now = "released" if resident is None else f"at generation {resident.generation}"
+            text = f"An order of generation {generation} came to a worker that is {now}."
+            return Answer(failure=Failure("stale", -1, StaleGeneration.__name__, text, ""))
+        return _answer(resident, lambda: function(resident, *args, **kwargs))
+
+    return carry_out  # type: ignore[return-value]  # functools.wraps hides the changed parameters
+
+
+def _answer(resident: Resident, work: Callable[[], Any]) -> Answer:
+    # Torch counts threads per thread of Python's, and tasks may run on any of the worker's.
+    torch.set_num_threads(resident.threads)
+    with resident.lock:
+        try:
+            return Answer(work())
+        except (GroupBroken, StaleGeneration) as error:
+            resident.leave_group()
+            return Answer(failure=_failure("group" if isinstance(error, GroupBroken) else "stale", resident, error))
+        except Exception as error:
+            resident.leave_group()  # the partners need not wait for their limit
+            return Answer(failure=_failure("code", resident, error))
+
+
+def _failure(kind: str, resident: Resident, error: BaseException) -> Failure:
+    text = str(error) or repr(error)
+    return Failure(kind, resident.replica.step, type(error).__name__, text, traceback.format_exc(limit=-6))
+
+
+def prepare(run_id: str, blob: bytes, threads: int) -> Answer:
+    """Make the resident of a run, unless it is here already."""
+    with _residents_lock:
+        if run_id in _residents:
+            return Answer()
+        try:
+            recipe, strategy = pickle.loads(blob)
+            _residents[run_id] = Resident(run_id, recipe, strategy, threads)
+        except Exception as error:
+            failure = Failure("code", 0, type(error).__name__, str(error), traceback.format_exc(limit=-6))
+            return Answer(failure=failure)
+    return Answer()
+
+
+def muster(
+    run_id: str,
+    orders: Orders,
+    training: Mapping[int, Samples],
+    validation: Mapping[int, Samples],
+    state: State | Answer | None,
+    board: Board | None,
+) -> Answer:
+    """Follow a roster; waits for the other members where they form a group."""
+    resident = _residents.get(run_id)
+    if resident is None:
+        return Answer(failure=Failure("stale", -1, StaleGeneration.__name__, "This run was released here.", ""))
+    return _answer(resident, lambda: resident.follow(orders, training, validation, state, board))
+
+
+@_order
+def advance(resident: Resident, first: int, count: int, wish: int) -> Segment:
+    """Do a segment."""
+    if resident.replica.step != first:
+        raise ParakitError(f"This worker is at step {resident.replica.step}, but step {first} was ordered.")
+    return resident.segment(first, count, wish)
+
+
+@_order
+def roll_back(resident: Resident) -> int:
+    """Return to the last commit; says at which step that is."""
+    resident.replica.roll_back()
+    return resident.replica.step
+
+
+@_order
+def map_gradient(resident: Resident, step: int, rank: int, parameters: Tensor) -> GradientSum:
+    """The gradient sum of this worker's share at some parameters, as a value of its own."""
+    began = perf_counter()
+    replica = resident.replica
+    unflatten_into(unpack(parameters), list(replica.model.parameters()))
+    part = replica.gradient(step, resident.training, rank).clone()
+    spent, replica.spent = replica.spent, [0.0] * len(replica.spent)
+    wall = perf_counter() - began
+    replica.records.append(StepRecord(step, float("nan"), float("nan"), spent, wall, replica.share_rows))
+    return part
+
+
+def add(*answers: Answer) -> Answer:
+    """The sum of some gradient sums; hands on the first failure among them."""
+    for answer in answers:
+        if answer.failure is not None:
+            return answer
+    first, *others = (answer.value for answer in answers)
+    total = first.clone()
+    for part in others:
+        total += part
+    return Answer(total)
+
+
+@_order
+def collect(resident: Resident) -> tuple[list[StepRecord], dict[str, Tensor]]:
+    """This worker's accounts since the last call, and the running statistics of its model."""
+    buffers = {name: b.clone() for name, b in resident.replica.model.named_buffers()}
+    return resident.replica.take_records(), buffers
+
+
+@_order
+def state(resident: Resident) -> State:
+    """The present state, as arrays of its own."""
+    return dict(pack(copy_state(resident.replica.live_state())))
+
+
+@_order
+def evaluate(resident: Resident, parameters: Any, buffers: Any) -> Tally:
+    """Evaluate the present model, or the parameters given, on the validation chunks held here."""
+    model = resident.replica.model
+    if parameters is not None:
+        unflatten_into(unpack(parameters), list(model.parameters()))
+        for name, buffer in model.named_buffers():
+            buffer.copy_(unpack(buffers[name]))
+    held = resident.validation.samples
+    return tally(model, resident.replica.recipe.loss, held) if held is not None else Tally()
+
+
+def halt(run_id: str, wish: int) -> None:
+    """Ask for the end of the segment going on; callable while it is."""
+    resident = _residents.get(run_id)
+    if resident is not None:
+        resident.halt(wish)
+
+
+def abandon(run_id: str) -> None:
+    """Break the process group from outside, so that whoever waits in it stops waiting."""
+    resident = _residents.get(run_id)
+    if resident is not None:
+        resident.leave_group()
+
+
+def release(run_id: str) -> None:
+    """Forget a run."""
+    resident = _residents.pop(run_id, None)
+    if resident is not None:
+        resident.leave_group()
+
+
+def survey() -> dict[str, Any]:
+    """What this process is, and whom it holds; for tests and for people."""
+    return {"pid": os.getpid(), "runs": tuple(_residents), "threads": torch.get_num_threads()}

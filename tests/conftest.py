@@ -1,0 +1,111 @@
+"""What every test relies on: nothing may be left behind, and a pool that tests share."""
+
+from __future__ import annotations
+
+import gc
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+
+import parakit as pk
+
+_SETTLE_SECONDS = 8.0
+# One of a process, kept by the libraries themselves for as long as it lives.
+_STANDING_THREADS = ("Dask-Callback-Thread", "Dask-Offload", "Profile", "TCP-Executor", "asyncio_", "pydevd")
+
+torch.set_num_threads(1)
+
+
+def _threads() -> set[str]:
+    return {
+        f"{thread.name}#{thread.ident}"
+        for thread in threading.enumerate()
+        if not thread.name.startswith(_STANDING_THREADS)
+    }
+
+
+def _children() -> set[int]:
+    found = set()
+    for child in psutil.Process().children(recursive=True):
+        try:
+            # The resource tracker belongs to multiprocessing and lives as long as this process.
+            if child.status() != psutil.STATUS_ZOMBIE and "resource_tracker" not in " ".join(child.cmdline()):
+                found.add(child.pid)
+        except psutil.Error:
+            continue
+    return found
+
+
+def _listening() -> set[str]:
+    return {
+        f"{c.laddr.ip}:{c.laddr.port}"
+        for c in psutil.Process().net_connections()
+        if c.status == psutil.CONN_LISTEN
+    }
+
+
+def _shared_memory() -> set[str]:
+    folder = Path("/dev/shm")
+    return {entry.name for entry in folder.iterdir()} if folder.is_dir() else set()
+
+
+_KINDS: dict[str, Callable[[], set]] = {
+    "threads": _threads,
+    "processes": _children,
+    "listening sockets": _listening,
+    "shared-memory segments": _shared_memory,
+}
+
+
+def leftovers(before: dict[str, set], settle_seconds: float = _SETTLE_SECONDS) -> dict[str, set]:
+    """What there is now that was not there before, once it has had time to go."""
+    deadline = time.monotonic() + settle_seconds
+    while True:
+        gc.collect()
+        left = {kind: look() - before[kind] for kind, look in _KINDS.items()}
+        if not any(left.values()) or time.monotonic() > deadline:
+            return {kind: things for kind, things in left.items() if things}
+        time.sleep(0.1)
+
+
+def standing() -> dict[str, set]:
+    """What there is now."""
+    return {kind: look() for kind, look in _KINDS.items()}
+
+
+@pytest.fixture
+def nothing_left() -> Iterator[None]:
+    """Fails the test if it leaves a thread, process, socket or shared-memory segment behind."""
+    before = standing()
+    yield
+    left = leftovers(before)
+    assert not left, f"left behind: {left}"
+
+
+@pytest.fixture(scope="session")
+def pool() -> Iterator[pk.Workers]:
+    """Four warm local processes, shared by the tests that do not harm them."""
+    before = standing()
+    with pk.connect(4) as workers:
+        yield workers
+    left = leftovers(before)
+    assert not left, f"the pool left behind: {left}"
+
+
+@pytest.fixture
+def inline() -> Iterator[pk.Workers]:
+    """Virtual workers in this process."""
+    with pk.connect("inline") as workers:
+        yield workers
+
+
+@pytest.fixture(autouse=True)
+def small_chunk_of_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Notebook code under test runs in its small mode."""
+    monkeypatch.setitem(os.environ, "PARAKIT_SMALL", "1")
