@@ -24,10 +24,13 @@ help: ## Show this list
 setup: ## Create or refresh .venv (quick when nothing changed)
 	@$(ANY_PYTHON) tools/setup_environment.py $(if $(PYTHON),--python "$(PYTHON)")
 
-# On loopback only, with Jupyter's token. PATH and the preference keep `!pip` and the kernel inside .venv.
+# On loopback only, with Jupyter's token. The notebook is given as the default URL, not as an argument, so that the
+# printed URL opens it too. PATH and the preference keep `!pip` and the kernel inside .venv; exec lets Jupyter itself get
+# the signal when somebody ends make.
 lab: setup ## Open the first notebook in JupyterLab
-	@PATH="$(CURDIR)/$(BIN):$$PATH" JUPYTER_PREFER_ENV_PATH=1 \
-		$(BIN)/python -m jupyterlab --ip=127.0.0.1 $(LAB_FLAGS) notebooks/00_start_here.ipynb $(ARGS)
+	@exec env PATH="$(CURDIR)/$(BIN):$$PATH" JUPYTER_PREFER_ENV_PATH=1 \
+		$(BIN)/python -m jupyterlab --ip=127.0.0.1 $(LAB_FLAGS) \
+		--LabApp.default_url=/lab/tree/notebooks/00_start_here.ipynb $(ARGS)
 
 test: setup browser lint ## Check style and types, then run all tests
 	@$(BIN)/python -m pytest $(ARGS)

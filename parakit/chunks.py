@@ -134,12 +134,14 @@ class EpochOrder:
         # Ties on the threshold go to the chunks in their order until the batch is full.
         tied = (_due(before, sizes) == threshold) & (before < sizes)
         missing = ends[:, None] - before.sum(axis=1, keepdims=True)
-        return before + (tied & (np.cumsum(tied, axis=1) <= missing))
+        boundaries: Rows = before + (tied & (np.cumsum(tied, axis=1) <= missing))
+        return boundaries
 
     def permutation(self, epoch: int, chunk: int) -> Rows:
         """The order in which an epoch visits the rows of a chunk."""
         generator = np.random.default_rng([self.seed, _EPOCH_STREAM, epoch, chunk])
-        return generator.permutation(self.sizes[chunk])
+        rows: Rows = generator.permutation(self.sizes[chunk])
+        return rows
 
     def rows(self, step: int, chunk: int) -> Rows:
         """Rows of a chunk that belong to the batch of a step.
@@ -207,7 +209,8 @@ def _rows_due_before(threshold: npt.NDArray[np.float64], sizes: Rows) -> Rows:
     # The guess is at most one off, since both sides round the same quotient.
     guess -= (guess > 0) & (_due(guess - 1, sizes) >= threshold)
     guess += (guess < sizes) & (_due(guess, sizes) < threshold)
-    return guess
+    counts: Rows = guess
+    return counts
 
 
 @dataclass(frozen=True)

@@ -81,7 +81,7 @@ class Wishes:
         #: Counts wishes; a segment ordered under a number is ended by a higher one.
         self.number = 0
         self.asked_at = time.perf_counter()
-        self.interrupt: Callable[[int], None] = lambda number: None
+        self.interrupt: Callable[[int], None] = lambda _: None
 
     def express(self, change: Callable[[Wishes], Any]) -> None:
         """Change what is wanted, and end the present segment."""
@@ -205,9 +205,17 @@ class Conductor:
             at += seconds
             steps.append(
                 StepDone(
-                    at, first.step, order.epoch_of(first.step), first.loss, order.batch_rows(first.step), seconds,
-                    first.learning_rate, len(records), self._roster.generation, _shares(labels, records),
-                )  # fmt: skip
+                    at,
+                    first.step,
+                    order.epoch_of(first.step),
+                    first.loss,
+                    order.batch_rows(first.step),
+                    seconds,
+                    first.learning_rate,
+                    len(records),
+                    self._roster.generation,
+                    _shares(labels, records),
+                )
             )
         return steps
 

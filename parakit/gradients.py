@@ -163,7 +163,7 @@ class GradientBuffer:
 
     def backward(self, total: Tensor) -> None:
         """Add the gradient of a summed loss to the sum."""
-        total.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        total.backward()
         if not self._direct:
             for parameter, view in self._views():
                 assert parameter.grad is not None

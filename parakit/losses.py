@@ -30,16 +30,16 @@ _ELEMENTWISE = (
     nn.PoissonNLLLoss, nn.SoftMarginLoss, nn.MultiLabelMarginLoss, nn.MultiLabelSoftMarginLoss, nn.MultiMarginLoss,
     nn.HingeEmbeddingLoss,
 )  # fmt: skip
-_FUNCTIONS: dict[Any, Callable[[], nn.Module]] = {
-    F.cross_entropy: nn.CrossEntropyLoss,
-    F.nll_loss: nn.NLLLoss,
-    F.mse_loss: nn.MSELoss,
-    F.l1_loss: nn.L1Loss,
-    F.smooth_l1_loss: nn.SmoothL1Loss,
-    F.huber_loss: nn.HuberLoss,
-    F.binary_cross_entropy: nn.BCELoss,
-    F.binary_cross_entropy_with_logits: nn.BCEWithLogitsLoss,
-}
+_FUNCTIONS: tuple[tuple[Any, Callable[[], nn.Module]], ...] = (
+    (F.cross_entropy, nn.CrossEntropyLoss),
+    (F.nll_loss, nn.NLLLoss),
+    (F.mse_loss, nn.MSELoss),
+    (F.l1_loss, nn.L1Loss),
+    (F.smooth_l1_loss, nn.SmoothL1Loss),
+    (F.huber_loss, nn.HuberLoss),
+    (F.binary_cross_entropy, nn.BCELoss),
+    (F.binary_cross_entropy_with_logits, nn.BCEWithLogitsLoss),
+)
 # Float32 rounding over a handful of samples stays far below this; a wrong kind of mean does not.
 _SAME = 1e-4
 
@@ -101,8 +101,9 @@ def _weight_sum(loss: Any, output: Tensor, target: Tensor) -> Tensor | float:
         return float(output.numel() // output.shape[min(1, output.ndim - 1)])
     counted = target != loss.ignore_index
     if loss.weight is None:
-        return counted.sum()
-    return torch.where(counted, loss.weight[target.clamp(min=0) * counted], 0.0).sum()
+        return float(counted.sum())
+    weights: Tensor = loss.weight[target * counted]  # row 0 stands in for what is ignored
+    return torch.where(counted, weights, 0.0).sum()
 
 
 def summed(loss: Any, output: Tree, target: Tree) -> SummedLoss:
@@ -129,10 +130,8 @@ def summed(loss: Any, output: Tree, target: Tree) -> SummedLoss:
             f"The loss is {loss!r}, which cannot be called with (output, target).",
             remedy="give an instance such as nn.CrossEntropyLoss(), or a function",
         )
-    try:
-        loss = _FUNCTIONS[loss]() if loss in _FUNCTIONS else loss
-    except TypeError:  # not hashable, so none of torch's functions
-        pass
+    for function, twin in _FUNCTIONS:
+        loss = twin() if loss is function else loss
     if isinstance(loss, nn.Module) and any(p.requires_grad for p in loss.parameters()):
         raise LossError(
             f"The loss {type(loss).__name__} has trainable parameters of its own.",
@@ -198,12 +197,9 @@ def _probed(loss: Any, output: Tree, target: Tree) -> SummedLoss:
     whole = float(_call(loss, output, target))
     kinds = {"mean of samples", "sum"}
     for split in sorted({1, max(1, rows // 3), rows - 1}):
-        parts = [
-            (float(_call(loss, *(map_tree(lambda leaf, rows=part: leaf[rows], tree) for tree in (output, target)))), n)
-            for part, n in ((slice(0, split), split), (slice(split, rows), rows - split))
-        ]
-        mean = sum(value * n for value, n in parts) / rows
-        total = sum(value for value, _ in parts)
+        one, other = (_part(loss, output, target, piece) for piece in (slice(0, split), slice(split, rows)))
+        mean = (one * split + other * (rows - split)) / rows
+        total = one + other
         kinds &= {kind for kind, value in (("mean of samples", mean), ("sum", total)) if _same(value, whole)}
     if len(kinds) != 1:
         raise LossError(
@@ -214,6 +210,15 @@ def _probed(loss: Any, output: Tree, target: Tree) -> SummedLoss:
             "return the sum over samples",
         )
     return SummedLoss(loss, kinds.pop())
+
+
+def _part(loss: Any, output: Tree, target: Tree, piece: slice) -> float:
+    """The loss of some of the rows."""
+
+    def taken(leaf: Any) -> Any:
+        return leaf[piece]
+
+    return float(_call(loss, map_tree(taken, output), map_tree(taken, target)))
 
 
 def _same(one: float, other: float) -> bool:

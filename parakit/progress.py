@@ -32,7 +32,7 @@ def samples_per_second(run: Run, window_seconds: float = _WINDOW_SECONDS) -> flo
         return float("nan")
     newest = segments[-1].at_seconds
     recent = [s for s in segments if s.at_seconds >= newest - window_seconds]
-    steps = [s for s in run.history.steps[-sum(r.steps for r in recent) :]]
+    steps = run.history.steps[-sum(r.steps for r in recent) :]
     return sum(step.samples for step in steps) / max(1e-9, sum(s.seconds for s in recent))
 
 

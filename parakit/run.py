@@ -209,5 +209,3 @@ def check_chunks(workers: int, chunks: int) -> None:
             cause="a small batch or little data, which are cut into fewer chunks",
             remedy=f"ask for at most {chunks} workers, or train with a larger batch_size or chunks=",
         )
-
-

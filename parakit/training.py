@@ -325,7 +325,7 @@ def _try_out(
             if not training:
                 return loss_sum, frozenset()
             total, _ = loss_sum(output, probe.targets)
-            _backward(trial, total)
+            _backward(total)
     reached = frozenset(name for name, p in trial.named_parameters() if p.grad is not None)
     return loss_sum, reached
 
@@ -340,7 +340,8 @@ def _probe_rows(targets: Any) -> Tensor:
     if len(labels) > _PROBE_LABELS:
         return rows
     one_each = torch.full((len(labels),), len(first)).scatter_reduce(0, where, torch.arange(len(first)), "amin")
-    return torch.cat([rows, one_each]).unique()
+    chosen: Tensor = torch.cat([rows, one_each]).unique()
+    return chosen
 
 
 def _forward(model: nn.Module, probe: Samples) -> Any:
@@ -360,9 +361,9 @@ def _forward(model: nn.Module, probe: Samples) -> Any:
         ) from error
 
 
-def _backward(model: nn.Module, total: Tensor) -> None:
+def _backward(total: Tensor) -> None:
     try:
-        total.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        total.backward()
     except Exception as error:
         raise LossError(
             f"The loss has no gradient: {type(error).__name__}: {error}",

@@ -44,9 +44,7 @@ def _children() -> set[int]:
 
 def _listening() -> set[str]:
     return {
-        f"{c.laddr.ip}:{c.laddr.port}"
-        for c in psutil.Process().net_connections()
-        if c.status == psutil.CONN_LISTEN
+        f"{c.laddr.ip}:{c.laddr.port}" for c in psutil.Process().net_connections() if c.status == psutil.CONN_LISTEN
     }
 
 

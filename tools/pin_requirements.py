@@ -16,13 +16,15 @@ from setup_environment import MINIMUM, ROOT, TORCH, VENV_PYTHON
 TARGET = ROOT / "requirements.txt"
 # What torch's builds bring along by themselves: it must not be asked of a machine without a GPU.
 NOT_PINNED = ("torch==", "triton==", "nvidia-", "cuda-", "pip==", "wheel==", "parakit")
+# Newer ones want Python 3.11.5, which pip on a later 3.11 does not notice, and Debian 12 has 3.11.2.
+CAPPED = ("soupsieve<4",)
 
 
 def wanted() -> list[str]:
     """Everything the project or one of its extras asks for, torch in the version of the set-up."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     asked = [*project["dependencies"], *chain.from_iterable(project["optional-dependencies"].values())]
-    return [f"torch=={TORCH}", *(name for name in asked if not name.startswith(("torch", "parakit")))]
+    return [f"torch=={TORCH}", *CAPPED, *(name for name in asked if not name.startswith(("torch", "parakit")))]
 
 
 def resolve(folder: Path) -> list[str]:

@@ -37,9 +37,10 @@ MINIMUM = (3, 11)
 CANDIDATES = ["python3", "python", "python3.13", "python3.12", "python3.11", "python3.14"]
 # Each of these would make pip install somewhere else, or look like it had.
 MISLEADING = ("PYTHONHOME", "PYTHONPATH", "PIP_USER", "PIP_TARGET", "PIP_PREFIX", "VIRTUAL_ENV", "__PYVENV_LAUNCHER__")
+# The base interpreter: a python3 on PATH may be that of an activated .venv, which is about to be removed.
 DESCRIBE = (
-    "import importlib.util as u, json, sys; "
-    "print(json.dumps([list(sys.version_info[:3]), sys.executable, u.find_spec('ensurepip') is not None]))"
+    "import importlib.util as u, json, sys; path = getattr(sys, '_base_executable', None) or sys.executable; "
+    "print(json.dumps([list(sys.version_info[:3]), path, u.find_spec('ensurepip') is not None]))"
 )
 
 
@@ -182,7 +183,7 @@ def answers(url: str) -> bool:
     A process of its own, because looking up a name has no time limit of its own.
     """
     code = "import sys, urllib.request as r; r.urlopen(sys.argv[1], timeout=float(sys.argv[2])).close()"
-    command = [sys.executable, "-c", code, url, str(PROBE_SECONDS)]
+    command = [str(VENV_PYTHON), "-c", code, url, str(PROBE_SECONDS)]
     try:
         return subprocess.run(command, stderr=subprocess.DEVNULL, timeout=PROBE_SECONDS + 1).returncode == 0
     except subprocess.TimeoutExpired:
@@ -207,8 +208,8 @@ def run(command: list[str], check: bool = True) -> bool:
     environment = {name: value for name, value in os.environ.items() if name not in MISLEADING}
     done = subprocess.run(command, cwd=str(ROOT), env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     if done.returncode and check:
-        output = done.stdout.decode(errors="replace")
-        raise SetupError("{}\nSet-up failed at: {}\nDetails: {}".format(output, " ".join(command), LOG))
+        end = "\n".join(done.stdout.decode(errors="replace").splitlines()[-15:])
+        raise SetupError("{}\nSet-up failed at: {}\nDetails: {}".format(end, " ".join(command), LOG))
     return done.returncode == 0
 
 
@@ -221,3 +222,5 @@ if __name__ == "__main__":
         main()
     except SetupError as failure:
         sys.exit(str(failure))
+    except KeyboardInterrupt:
+        sys.exit("setup: interrupted; the next one starts again from nothing")

@@ -35,7 +35,7 @@ class Board(Protocol):
         """Read a note, waiting until it is there; raises TimeoutError at the limit."""
 
 
-class _BoardStore(dist.Store):
+class _BoardStore(dist.Store):  # type: ignore[name-defined,misc]  # torch exports it without saying so
     """A board, in the form in which torch asks for it."""
 
     def __init__(self, board: Board, limit_seconds: float) -> None:
@@ -49,7 +49,7 @@ class _BoardStore(dist.Store):
     def get(self, key: str) -> bytes:
         return self._board.take(key, self._limit)
 
-    def wait(self, keys: Sequence[str], timeout: timedelta | None = None) -> None:  # type: ignore[override]
+    def wait(self, keys: Sequence[str], timeout: timedelta | None = None) -> None:
         limit = self._limit if timeout is None else timeout.total_seconds()
         for key in keys:
             self._board.take(key, limit)
@@ -81,7 +81,7 @@ class Group:
         if size == 1:
             return
         options = _gloo_options()
-        options._devices = [dist.ProcessGroupGloo.create_device(hostname=host)]  # type: ignore[attr-defined]
+        options._devices = [dist.ProcessGroupGloo.create_device(hostname=host)]
         options._timeout = timedelta(seconds=limit_seconds)
         try:
             self._gloo = dist.ProcessGroupGloo(_BoardStore(board, limit_seconds), rank, size, options)
@@ -130,7 +130,8 @@ class Group:
 
 
 def _gloo_options() -> Any:
-    return dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]  # its only name on CPU builds up to 2.13
+    # Its public name, Options, is that of the base class and has no devices.
+    return dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
 
 
 def _first_line(error: BaseException) -> str:

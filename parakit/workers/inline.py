@@ -48,9 +48,9 @@ class InlineWorkers(Workers):
 
     def check_count(self, count: Any, *, most: int | None = None) -> int:
         """As for any pool; but virtual workers come into being when they are asked for."""
-        count = super().check_count(count, most=max(self.most, most or 0))
-        self.grow(count)
-        return count
+        checked = super().check_count(count, most=max(self.most, most or 0))
+        self.grow(checked)
+        return checked
 
     def grow(self, count: int) -> None:
         """Have more virtual workers."""
@@ -209,9 +209,13 @@ class InlineTeam:
         for records, (seconds, rows) in zip(self._records, self._own, strict=True):
             records.append(
                 StepRecord(
-                    together.step, together.loss, together.learning_rate, [*seconds, *shared],
-                    together.wall_seconds, rows,
-                )  # fmt: skip
+                    together.step,
+                    together.loss,
+                    together.learning_rate,
+                    [*seconds, *shared],
+                    together.wall_seconds,
+                    rows,
+                )
             )
 
     def take_records(self) -> tuple[list[StepRecord], ...]:

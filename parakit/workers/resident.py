@@ -163,7 +163,7 @@ class Resident:
             self.group.average(self.replica.averaged_buffers)
 
     def gradient(self, step: int) -> GradientSum:
-        """This worker's share; carries its vote for the end of the segment."""
+        """The share of this worker; carries its vote for the end of the segment."""
         part = self.replica.gradient(step, self.training, self.rank)
         if self._halt > self._heeded:
             part.vote()
@@ -310,7 +310,7 @@ def add(*answers: Answer) -> Answer:
 
 @_order
 def collect(resident: Resident) -> tuple[list[StepRecord], dict[str, Tensor]]:
-    """This worker's accounts since the last call, and the running statistics of its model."""
+    """The worker's accounts since the last call, and the running statistics of its model."""
     buffers = {name: b.clone() for name, b in resident.replica.model.named_buffers()}
     return resident.replica.take_records(), buffers
 

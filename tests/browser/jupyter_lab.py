@@ -58,9 +58,13 @@ def isolated(folder: Path) -> dict[str, str]:
         "apputils-extension/notification",
         {"fetchNews": "false", "checkForUpdates": False},
     )
+    # Opened notebooks may be the committed ones: nothing is written unless a test says so.
+    _settings(folder / "settings", "docmanager-extension/plugin", {"autosave": False})
     # Virtual scrolling takes cells out of the page; tests want to see all of them.
     _settings(folder / "settings", "notebook-extension/tracker", {"windowingMode": "none"})
-    keep = {name: value for name, value in os.environ.items() if not name.startswith(("JUPYTER", "PYTEST"))}
+    # The outer make's flags would reach an inner make.
+    foreign = ("JUPYTER", "PYTEST", "MAKE", "MFLAGS")
+    keep = {name: value for name, value in os.environ.items() if not name.startswith(foreign)}
     return {**keep, **{name: str(place) for name, place in places.items()}, "JUPYTER_PREFER_ENV_PATH": "1"}
 
 

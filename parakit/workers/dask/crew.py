@@ -218,16 +218,16 @@ class DaskCrew:
 
     def _submit(
         self, members: Sequence[str], function: Callable[..., Answer], args: Callable[[str], tuple[Any, ...]]
-    ) -> dict[str, Future]:
+    ) -> dict[str, Future[Any]]:
         return {member: self.submit_to(member, function, *args(member)) for member in members}
 
-    def submit_to(self, member: str | None, function: Callable[..., Answer], *args: Any) -> Future:
+    def submit_to(self, member: str | None, function: Callable[..., Answer], *args: Any) -> Future[Any]:
         """A task on one member, or anywhere; never shared with an equal one."""
         pinned = {} if member is None else {"workers": [member], "allow_other_workers": False}
         key = f"parakit-{function.__name__}-{self._job.run_id}-{next(self._count)}"
         return self._client.submit(function, *args, key=key, pure=False, **pinned)
 
-    def _answers(self, futures: Mapping[str, Future], limit_seconds: float) -> dict[str, Any]:
+    def _answers(self, futures: Mapping[str, Future[Any]], limit_seconds: float) -> dict[str, Any]:
         """Wait for answers, and return their values; the first failure that explains the others is raised."""
         self.watch(list(futures.values()), futures.keys(), limit_seconds)
         failures: dict[str, Failure] = {}
@@ -243,7 +243,7 @@ class DaskCrew:
             raise self._explained(failures)
         return values
 
-    def watch(self, futures: Sequence[Future], members: Any, limit_seconds: float) -> None:
+    def watch(self, futures: Sequence[Future[Any]], members: Any, limit_seconds: float) -> None:
         """Wait until futures are done, as long as those who work on them are there."""
         deadline = time.monotonic() + limit_seconds
         lost_at = None
@@ -310,7 +310,7 @@ class DriverTeam:
                 break
         return Report(self._collect(), committed)
 
-    def map_gradients(self, step: int) -> list[Future]:
+    def map_gradients(self, step: int) -> list[Future[Any]]:
         """One task a member, over the chunks it holds, at the present parameters."""
         crew = self._crew
         flat = flatten(self.replica.model.parameters(), self.replica.buffer.dtype).numpy()
@@ -320,15 +320,15 @@ class DriverTeam:
             for rank, member in enumerate(crew._members)
         ]
 
-    def add(self, parts: Sequence[Future]) -> Future:
+    def add(self, parts: Sequence[Future[Any]]) -> Future[Any]:
         """A task that adds some parts."""
         return self._crew.submit_to(None, resident.add, *parts)
 
-    def update(self, summed: Callable[[], Future]) -> None:
+    def update(self, summed: Callable[[], Future[Any]]) -> None:
         """One step of the driver's optimizer."""
         self.replica.update(lambda: self._fetch(summed()))
 
-    def _fetch(self, root: Future) -> GradientSum:
+    def _fetch(self, root: Future[Any]) -> GradientSum:
         crew = self._crew
         crew.watch([root], crew._members, self._job.limit_seconds)
         answer = _settled(root)
@@ -375,11 +375,11 @@ def _packed(samples: Samples) -> Samples:
     return Samples(pack(samples.inputs), pack(samples.targets))
 
 
-def _all_well(futures: Mapping[str, Future]) -> bool:
+def _all_well(futures: Mapping[str, Future[Any]]) -> bool:
     return all(future.status == "finished" for future in futures.values())
 
 
-def _settled(future: Future) -> Answer:
+def _settled(future: Future[Any]) -> Answer:
     """The answer of a future that is done; a task that Dask itself gave up on answers that its worker is lost."""
     try:
         answer: Answer = future.result(timeout=30)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import logging
-import sys
 from collections.abc import Callable, Iterable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -55,7 +54,7 @@ def connect_local(count: int | None, *, threads: int, most: int | None, timeout:
             # Dask would pause a worker that holds much, and a paused member would stop the whole group.
             memory_limit=0,
             silence_logs=logging.ERROR,
-            preload=["parakit.workers.dask.rendezvous", "parakit.workers.resident"],
+            preload=["parakit.workers.warm"],
         )
     except Exception as error:
         raise ConnectError(
@@ -69,7 +68,9 @@ def connect_local(count: int | None, *, threads: int, most: int | None, timeout:
         cluster.close(timeout=_CLOSE_SECONDS)
         raise
     many = "process" if wanted == 1 else "processes"
-    return DaskWorkers(client, f"{wanted} local {many}", threads, limit, wanted, timeout, cluster, ours=(client, cluster))
+    return DaskWorkers(
+        client, f"{wanted} local {many}", threads, limit, wanted, timeout, cluster, ours=(client, cluster)
+    )
 
 
 def connect_cluster(cluster: Cluster, *, threads: int, most: int | None, timeout: float) -> DaskWorkers:
@@ -94,7 +95,8 @@ def connect_client(
             )
         cluster = target.cluster
         limit = (most or _UNLIMITED) if cluster is not None else None
-        return DaskWorkers(target, f"Dask at {target.scheduler.address}", threads, limit, 1, timeout, cluster, ours=())
+        address = target.scheduler.address if target.scheduler is not None else "?"
+        return DaskWorkers(target, f"Dask at {address}", threads, limit, 1, timeout, cluster, ours=())
     try:
         client = Client(target, timeout=timeout, security=security, set_as_default=False)
     except Exception as error:
@@ -193,7 +195,7 @@ class DaskWorkers(Workers):
         self.make_ready(self.names)
         placed = self.client.scatter(list(items), hash=False)
         futures = self.client.map(function, placed, pure=False, retries=2)
-        done, waiting = self.wait(futures, limit_seconds)
+        _, waiting = self.wait(futures, limit_seconds)
         if waiting:
             self.client.cancel(list(waiting))
             raise WorkerLost(
@@ -266,7 +268,6 @@ def _surveyor() -> Callable[[], dict[str, Any]]:
 
     def survey() -> dict[str, Any]:
         import platform
-        from importlib.metadata import PackageNotFoundError, version
 
         from dask.system import cpu_count
 
