@@ -15,7 +15,7 @@ import torch
 
 import parakit as pk
 
-_SETTLE_SECONDS = 8.0
+_SETTLE_SECONDS = 15.0
 # One of a process, kept by the libraries themselves for as long as it lives.
 _STANDING_THREADS = ("Dask-Callback-Thread", "Dask-Offload", "Profile", "TCP-Executor", "asyncio_", "pydevd")
 

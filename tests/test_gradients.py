@@ -1,0 +1,252 @@
+"""Gradients as sums with a count, and the buffer that backward writes them into."""
+
+from __future__ import annotations
+
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+from parakit.data import Samples
+from parakit.gradients import GradientBuffer, GradientSum, call_model, flatten, unflatten_into
+from parakit.losses import SummedLoss, summed
+
+ROWS = 10
+
+
+def some_sum(seed: int, dtype: torch.dtype = torch.float64) -> GradientSum:
+    g = torch.Generator().manual_seed(seed)
+    return GradientSum(torch.randn(5, generator=g, dtype=dtype), seed + 1.0, seed / 4)
+
+
+def problem(dtype: torch.dtype = torch.float64) -> tuple[nn.Module, SummedLoss, Samples]:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)).to(dtype)
+        samples = Samples(torch.randn(ROWS, 4).to(dtype), torch.arange(ROWS) % 3)
+    return model, summed(nn.CrossEntropyLoss(), torch.zeros(ROWS, 3), samples.targets), samples
+
+
+def backward(buffer: GradientBuffer, model: nn.Module, loss: SummedLoss, share: Samples) -> GradientSum:
+    buffer.clear()
+    buffer.backward(buffer.forward(model, loss, share))
+    return buffer.sum
+
+
+def test_sums_add_in_every_part() -> None:
+    a, b = some_sum(0), some_sum(3)
+    both = a + b
+    assert torch.equal(both.total, a.total + b.total)
+    assert (both.count, both.loss_sum) == (5.0, 0.75)
+    assert (a.count, b.count) == (1.0, 4.0)  # neither was touched
+
+
+def test_sums_add_in_place() -> None:
+    a, b = some_sum(0), some_sum(3)
+    expected, vector = (a + b).vector.clone(), a.vector
+    a += b
+    assert a.vector is vector
+    assert torch.equal(vector, expected)
+
+
+def test_any_order_of_adding_gives_the_same_sum() -> None:
+    a, b, c = some_sum(0), some_sum(1), some_sum(2)
+    assert torch.allclose(((a + b) + c).vector, (c + (b + a)).vector, rtol=1e-15)
+
+
+def test_votes_add_up() -> None:
+    a, b, c = some_sum(0), some_sum(1), some_sum(2)
+    assert a.votes == 0
+    a.vote()
+    c.vote()
+    c.vote()  # a worker has one vote
+    assert (a + b + c).votes == 2
+
+
+def test_a_clone_shares_no_memory() -> None:
+    a = some_sum(0)
+    copy = a.clone()
+    copy.total.zero_()
+    assert a.total.abs().sum() > 0
+
+
+def test_the_total_is_a_view() -> None:
+    a = some_sum(0)
+    a.total.fill_(7)
+    assert a.vector[:5].tolist() == [7] * 5
+    assert a.count == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_sum_survives_pickling_and_can_be_added_to(dtype: torch.dtype) -> None:
+    a = some_sum(3, dtype)
+    a.vote()
+    again = pickle.loads(pickle.dumps(a))
+    assert again.vector.dtype == dtype
+    assert torch.equal(again.vector, a.vector)
+    again += a
+    assert again.count == 2 * a.count
+
+
+def test_a_sum_that_arrives_read_only_can_be_added_to() -> None:
+    make, (array,) = some_sum(1).__reduce__()
+    array.setflags(write=False)
+    arrived = make(array)
+    arrived += some_sum(1)
+    assert arrived.count == 4
+    assert not array.flags.writeable
+
+
+def test_a_sum_says_what_it_holds() -> None:
+    assert repr(GradientSum(torch.zeros(5), 3.0, 1.25)) == "GradientSum(5 parameters, count=3, loss_sum=1.25)"
+
+
+def test_tensors_survive_one_flat_vector() -> None:
+    tensors = [torch.randn(2, 3), torch.randn(3, 2).t(), torch.randn(()), torch.randn(4).to(torch.bfloat16)]
+    vector = flatten(tensors, torch.float64)
+    assert (vector.shape, vector.dtype) == ((17,), torch.float64)
+    blank = [torch.zeros_like(tensor) for tensor in tensors]
+    unflatten_into(vector, blank)
+    assert all(torch.equal(new, old) for new, old in zip(blank, tensors, strict=True))
+    assert [new.dtype for new in blank] == [old.dtype for old in tensors]
+
+
+def test_unflattening_writes_into_parameters() -> None:
+    layer = nn.Linear(2, 2)
+    places = [p.data_ptr() for p in layer.parameters()]
+    unflatten_into(torch.arange(6.0), layer.parameters())
+    assert layer.weight.tolist() == [[0, 1], [2, 3]]
+    assert layer.bias.tolist() == [4, 5]
+    assert [p.data_ptr() for p in layer.parameters()] == places
+
+
+def test_backward_writes_into_the_vector() -> None:
+    model, loss, samples = problem()
+    buffer = GradientBuffer(list(model.parameters()))
+    whole = backward(buffer, model, loss, samples)
+    start, end = whole.total.data_ptr(), whole.total.data_ptr() + whole.total.nbytes
+    for parameter in model.parameters():
+        assert parameter.grad is not None
+        assert start <= parameter.grad.data_ptr() < end
+    assert torch.equal(whole.total, flatten([p.grad for p in model.parameters()], torch.float64))
+    plain = nn.functional.cross_entropy(model(samples.inputs), samples.targets, reduction="sum")
+    expected = torch.autograd.grad(plain, list(model.parameters()))
+    assert torch.allclose(whole.total, flatten(expected, torch.float64), rtol=1e-12)
+    assert whole.count == ROWS
+    assert whole.loss_sum == pytest.approx(plain.item(), rel=1e-12)
+
+
+@pytest.mark.parametrize("cuts", [[5], [1], [1, 2, 9], [3, 7]], ids=str)
+def test_the_sums_of_uneven_shares_divided_once_are_the_gradient_of_the_mean(cuts: list[int]) -> None:
+    model, loss, samples = problem()
+    buffer = GradientBuffer(list(model.parameters()))
+    shares = [samples.slice(a, b) for a, b in zip([0, *cuts], [*cuts, ROWS], strict=True)]
+    summed_up = sum((backward(buffer, model, loss, share).clone() for share in shares[1:]),
+                    backward(buffer, model, loss, shares[0]).clone())  # fmt: skip
+    said = buffer.load(summed_up)
+    mean = nn.functional.cross_entropy(model(samples.inputs), samples.targets)
+    expected = torch.autograd.grad(mean, list(model.parameters()))
+    for parameter, gradient in zip(model.parameters(), expected, strict=True):
+        assert parameter.grad is not None
+        assert torch.allclose(parameter.grad, gradient, rtol=1e-12, atol=1e-15)
+    assert said == pytest.approx(mean.item(), rel=1e-12)
+
+
+def test_loading_ones_own_sum_divides_once() -> None:
+    model, loss, samples = problem()
+    buffer = GradientBuffer(list(model.parameters()))
+    own = backward(buffer, model, loss, samples)
+    before = own.total.clone()
+    buffer.load(own)
+    assert torch.equal(buffer.sum.total, before / ROWS)
+
+
+def test_loading_another_sum_leaves_that_as_it_is() -> None:
+    model, loss, samples = problem()
+    buffer = GradientBuffer(list(model.parameters()))
+    other = backward(buffer, model, loss, samples).clone()
+    before = other.vector.clone()
+    buffer.load(other)
+    assert torch.equal(other.vector, before)
+
+
+def test_a_loss_that_is_a_sum_is_not_divided() -> None:
+    model, _, samples = problem()
+    loss = summed(nn.CrossEntropyLoss(reduction="sum"), torch.zeros(ROWS, 3), samples.targets)
+    buffer = GradientBuffer(list(model.parameters()))
+    own = backward(buffer, model, loss, samples)
+    before = own.total.clone()
+    assert buffer.load(own) == own.loss_sum
+    assert torch.equal(buffer.sum.total, before)
+
+
+def test_gradients_do_not_pile_up() -> None:
+    for dtype in (torch.float64, torch.bfloat16):
+        model, loss, samples = problem(dtype)
+        buffer = GradientBuffer(list(model.parameters()))
+        once = backward(buffer, model, loss, samples).clone()
+        assert torch.equal(backward(buffer, model, loss, samples).vector, once.vector)
+
+
+@pytest.mark.parametrize(
+    ("kinds", "expected"),
+    [
+        ((torch.float32,), torch.float32),
+        ((torch.float64,), torch.float64),
+        ((torch.bfloat16,), torch.float32),
+        ((torch.float16, torch.float32), torch.float32),
+        ((torch.float32, torch.float64), torch.float64),
+    ],
+    ids=str,
+)
+def test_a_sum_is_at_least_of_single_precision(kinds: tuple[torch.dtype, ...], expected: torch.dtype) -> None:
+    buffer = GradientBuffer([nn.Parameter(torch.zeros(2, dtype=kind)) for kind in kinds])
+    assert buffer.sum.vector.dtype == expected
+
+
+def test_half_precision_travels_in_single_precision_and_comes_back() -> None:
+    model, loss, samples = problem(torch.bfloat16)
+    buffer = GradientBuffer(list(model.parameters()))
+    whole = backward(buffer, model, loss, samples)
+    grads = [p.grad for p in model.parameters()]
+    assert all(g is not None and g.dtype == torch.bfloat16 for g in grads)
+    assert torch.equal(whole.total, flatten([g for g in grads if g is not None], torch.float32))
+    other = whole.clone()
+    other.vector *= 1003  # as if of many workers: this count does not fit into bfloat16
+    assert other.count == 1003 * ROWS
+    means = other.total / other.count
+    buffer.load(other)
+    assert torch.equal(flatten([p.grad for p in model.parameters() if p.grad is not None], torch.float32),
+                       means.to(torch.bfloat16).float())  # fmt: skip
+
+
+def test_parameters_outside_the_buffer_keep_no_gradient() -> None:
+    model, loss, samples = problem()
+    first, last = model[0], model[2]
+    first.requires_grad_(False)
+    buffer = GradientBuffer(list(last.parameters()))
+    buffer.load(backward(buffer, model, loss, samples))
+    assert all(p.grad is None for p in first.parameters())
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in last.parameters())
+
+
+def test_a_parameter_used_twice_gets_the_gradient_of_both_uses() -> None:
+    shared = nn.Linear(4, 4, bias=False).double()
+    samples = Samples(torch.randn(ROWS, 4, dtype=torch.float64), torch.randn(ROWS, 4, dtype=torch.float64))
+    model = nn.Sequential(shared, nn.Tanh(), shared)
+    loss = summed(nn.MSELoss(reduction="sum"), samples.inputs, samples.targets)
+    (expected,) = torch.autograd.grad((model(samples.inputs) - samples.targets).pow(2).sum(), [shared.weight])
+    buffer = GradientBuffer(list(model.parameters()))
+    assert torch.allclose(backward(buffer, model, loss, samples).total, expected.flatten(), rtol=1e-12)
+
+
+def test_a_model_gets_its_inputs_as_one_several_or_named_arguments() -> None:
+    class Difference(nn.Module):
+        def forward(self, a: torch.Tensor, b: torch.Tensor | None = None) -> torch.Tensor:
+            return a if b is None else a - b
+
+    one, two = torch.tensor([5.0]), torch.tensor([3.0])
+    assert call_model(Difference(), one) == 5
+    assert call_model(Difference(), (one, two)) == 2
+    assert call_model(Difference(), {"b": one, "a": two}) == -2
