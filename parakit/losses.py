@@ -130,8 +130,7 @@ def summed(loss: Any, output: Tree, target: Tree) -> SummedLoss:
             f"The loss is {loss!r}, which cannot be called with (output, target).",
             remedy="give an instance such as nn.CrossEntropyLoss(), or a function",
         )
-    for function, twin in _FUNCTIONS:
-        loss = twin() if loss is function else loss
+    loss = _module(loss)
     if isinstance(loss, nn.Module) and any(p.requires_grad for p in loss.parameters()):
         raise LossError(
             f"The loss {type(loss).__name__} has trainable parameters of its own.",
@@ -143,6 +142,11 @@ def summed(loss: Any, output: Tree, target: Tree) -> SummedLoss:
         if known is not None:
             return known
     return _probed(loss, output, target)
+
+
+def _module(loss: Any) -> Any:
+    """The loss object that does what one of torch's loss functions does; anything else as it is."""
+    return next((twin() for function, twin in _FUNCTIONS if loss is function), loss)
 
 
 def _known(loss: nn.Module) -> SummedLoss | None:
@@ -225,12 +229,13 @@ def _same(one: float, other: float) -> bool:
     return abs(one - other) <= _SAME * max(1e-6, abs(one), abs(other))
 
 
-def check_labels(loss: SummedLoss, output: Tree, targets: Tree, what: str) -> None:
+def check_labels(loss: Any, output: Tree, targets: Tree, what: str) -> None:
     """Refuse class labels that the model's output has no class for, before a worker meets them.
 
     Parameters
     ----------
-    loss : SummedLoss
+    loss : callable
+        The user's; one whose labels are unknown here is left alone.
     output : tree of tensors
         The model's output for a few samples.
     targets : tree of tensors
@@ -243,12 +248,13 @@ def check_labels(loss: SummedLoss, output: Tree, targets: Tree, what: str) -> No
     DataError
         Naming the first label out of range, and its row.
     """
-    if loss.kind not in ("weighted", "sum") or not isinstance(loss.function, _WEIGHTED):
+    loss = _module(loss)
+    if type(loss) not in _WEIGHTED:
         return
     if not isinstance(targets, Tensor) or targets.is_floating_point() or not isinstance(output, Tensor):
         return
     classes = output.shape[min(1, output.ndim - 1)]
-    wrong = ((targets < 0) | (targets >= classes)) & (targets != loss.function.ignore_index)
+    wrong = ((targets < 0) | (targets >= classes)) & (targets != loss.ignore_index)
     if bool(wrong.any()):
         place = tuple(int(i) for i in wrong.nonzero()[0])
         raise DataError(

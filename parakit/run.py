@@ -11,6 +11,7 @@ from torch import nn
 from parakit.conducting import Conductor, Plan, Wishes
 from parakit.errors import InputError, RunEnded, RunError, WaitTimeout, WorkerCountError
 from parakit.events import Asked, History, StepDone
+from parakit.machine import quick_thread_switches
 from parakit.progress import in_a_notebook, progress_line, show_progress
 from parakit.workers.base import Workers
 
@@ -39,7 +40,8 @@ class Run:
 
     def _conduct(self) -> None:
         try:
-            self._conductor.conduct()
+            with quick_thread_switches():
+                self._conductor.conduct()
         finally:
             self._pool.free(self._plan.job.run_id)
             self._ended.set()

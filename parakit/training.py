@@ -318,10 +318,10 @@ def _try_out(
         with torch.set_grad_enabled(training):
             output = _forward(trial, probe)
             still = map_tree(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, output)
-            loss_sum = summed(loss, still, probe.targets)
-            check_labels(loss_sum, still, samples.targets, "data")
+            check_labels(loss, still, samples.targets, "data")
             if held_out is not None:
-                check_labels(loss_sum, still, held_out.targets, "validation")
+                check_labels(loss, still, held_out.targets, "validation")
+            loss_sum = summed(loss, still, probe.targets)
             if not training:
                 return loss_sum, frozenset()
             total, _ = loss_sum(output, probe.targets)

@@ -61,6 +61,13 @@ def test_ignored_labels_count_neither_for_nor_against() -> None:
     assert found.result().loss == pytest.approx(loss(output, LABELS).item(), rel=1e-12)
 
 
+def test_a_label_of_one_byte_is_not_mistaken_for_the_ignored_one() -> None:
+    output = torch.zeros(ROWS, 200)
+    output[:, 156] = 1  # -100 in eight bits
+    targets = torch.full((ROWS,), 156, dtype=torch.uint8)
+    assert judged(nn.Identity(), nn.CrossEntropyLoss(), output, targets).result().accuracy == 1
+
+
 def test_every_place_of_an_image_is_judged() -> None:
     model, inputs = nn.Conv2d(2, CLASSES, 1).double(), torch.randn(ROWS, 2, 3, 2, dtype=torch.float64)
     targets = torch.randint(CLASSES, (ROWS, 3, 2), generator=torch.Generator().manual_seed(0))

@@ -18,7 +18,7 @@ from torch import nn
 
 import parakit as pk
 from parakit.errors import PoolError, RunEnded, RunError, RunFailed, WaitTimeout, WorkerCountError
-from parakit.events import PHASES, Asked, EpochEnded, History, Resized, RunEnd, RunStart, SegmentDone, StepDone
+from parakit.events import PHASES, Asked, EpochEnded, History, Resized, RunEnd, RunStart, SegmentDone
 from tests.test_exact import Slowed, problem, wait_for
 
 LIMIT = 60
@@ -81,7 +81,7 @@ def test_pause_resume_stop(pool: pk.Workers, strategy: Any) -> None:
     run.resume()
     wait_for(run, lambda: run.step > held)
     assert run.status == "running"
-    with pytest.raises(WaitTimeout, match="not ended within 0.1 s"):
+    with pytest.raises(WaitTimeout, match=r"not ended within 0\.1 s"):
         run.wait(0.1, progress=False)
     run.stop()
     assert run.wait(LIMIT, progress=False) is run
@@ -266,6 +266,21 @@ def test_more_workers_than_chunks_are_refused(inline: pk.Workers) -> None:
     model = nn.Linear(6, 3).double()
     with pytest.raises(WorkerCountError, match="5 workers cannot share 4 chunks"):
         pk.train(model, (inputs, targets), on=inline, workers=5, batch_size=4)
+
+
+@pytest.mark.dask
+def test_a_busy_notebook_cell_does_not_starve_the_run(pool: pk.Workers) -> None:
+    usual = sys.getswitchinterval()
+    run = endless(pool, workers=2)
+    wait_for(run, lambda: run.step > 0)
+    held, deadline = run.step, time.monotonic() + 3
+    while time.monotonic() < deadline:  # computes in Python, and never sleeps
+        pass
+    assert run.status == "running"
+    assert run.step > held + 20
+    run.stop()
+    run.wait(LIMIT, progress=False)
+    assert sys.getswitchinterval() == usual
 
 
 SCRIPT = """

@@ -226,9 +226,11 @@ def _answer(resident: Resident, work: Callable[[], Any]) -> Answer:
     with resident.lock:
         try:
             return Answer(work())
-        except (GroupBroken, StaleGeneration) as error:
+        except StaleGeneration as error:  # somebody else's order: the present group has nothing to do with it
+            return Answer(failure=_failure("stale", resident, error))
+        except GroupBroken as error:
             resident.leave_group()
-            return Answer(failure=_failure("group" if isinstance(error, GroupBroken) else "stale", resident, error))
+            return Answer(failure=_failure("group", resident, error))
         except Exception as error:
             resident.leave_group()  # the partners need not wait for their limit
             return Answer(failure=_failure("code", resident, error))

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 __all__ = ["DaskCrew"]
 
 _LOOK_SECONDS = 0.5  # how often a wait looks whether everybody is still there
+_DISMISS_SECONDS = 5.0  # how long a member may take to let go of a run
 _GRACE_SECONDS = 5.0  # survivors raise well within this after a partner died
 
 
@@ -144,14 +145,15 @@ class DaskCrew:
         """Let go of everything on the pool."""
         self._brought.clear()
         self._dismiss(self._members)
-        self._couriers.shutdown(wait=True, cancel_futures=True)
+        self._couriers.shutdown(wait=False, cancel_futures=True)
 
     def _dismiss(self, members: Sequence[str]) -> None:
-        if members and self._client.status == "running":
-            with suppress(Exception):  # whoever is gone has nothing left to forget
-                run_id = self._job.run_id
-                self._client.run(resident.release, run_id, workers=list(members), on_error="ignore")
-                self._client.run(forget, run_id, workers=list(members), on_error="ignore")
+        there = self._pool.names
+        present = [member for member in members if member in there]
+        if present:
+            with suppress(Exception):  # whoever is gone, or does not answer, has nothing to give back
+                order = self._couriers.submit(self._client.run, forget, self._job.run_id, workers=present)
+                order.result(_DISMISS_SECONDS)
 
     # --- segments
 

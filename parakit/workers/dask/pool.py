@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import importlib.util
 import logging
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from distributed import Client, LocalCluster, wait
+from distributed.comm import connect
 from distributed.deploy import Cluster
+from distributed.security import Security
 
 from parakit.errors import ConnectError, InputError, WorkerLost
 from parakit.machine import usable_cores
@@ -98,10 +102,23 @@ def connect_client(
         address = target.scheduler.address if target.scheduler is not None else "?"
         return DaskWorkers(target, f"Dask at {address}", threads, limit, 1, timeout, cluster, ours=())
     try:
+        _knock(target, timeout, security)
         client = Client(target, timeout=timeout, security=security, set_as_default=False)
     except Exception as error:
         raise _unreachable(target, error) from error
     return DaskWorkers(client, f"Dask at {target}", threads, None, 1, timeout, None, ours=(client,))
+
+
+def _knock(address: str, timeout: float, security: Security | None) -> None:
+    """Raise if nobody answers; a client that finds out by itself leaves its event loop running."""
+
+    async def knock() -> None:
+        comm = await connect(address, timeout=timeout, **(security or Security()).get_connection_args("client"))
+        await comm.close()
+
+    # A notebook's own thread has an event loop already.
+    with ThreadPoolExecutor(1) as thread:
+        thread.submit(asyncio.run, knock()).result()
 
 
 def _unreachable(target: str, error: Exception) -> ConnectError:
@@ -155,7 +172,7 @@ class DaskWorkers(Workers):
     @property
     def names(self) -> tuple[str, ...]:
         """Addresses of the workers there are now, in the order of their names."""
-        if self._closed:
+        if self.client.status != "running":
             return ()
         workers = self._workers()
         return tuple(sorted(workers, key=lambda address: _natural(workers[address]["name"])))

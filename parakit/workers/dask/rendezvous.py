@@ -15,8 +15,9 @@ from distributed import Worker, get_worker
 from distributed.utils import sync
 
 from parakit.errors import StaleGeneration
+from parakit.workers.resident import release
 
-__all__ = ["WorkerBoard", "install"]
+__all__ = ["WorkerBoard", "forget", "install"]
 
 _HANDLER = "parakit_board"
 _POLL_SECONDS = 0.002
@@ -96,6 +97,7 @@ def install(dask_worker: Worker) -> None:
 
 
 def forget(run_id: str) -> None:
-    """Drop the boards of a run."""
+    """Let go of everything that a run holds on this worker."""
+    release(run_id)
     with _lock:
         _boards.pop(run_id, None)
