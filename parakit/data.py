@@ -125,7 +125,7 @@ class Samples:
                 f"{what} is {_article(data)}, which has no rows that could be cut into chunks.",
                 remedy="give the map-style Dataset itself (loader.dataset), or tensors; parakit makes the batches",
             )
-        if isinstance(data, TensorDataset):
+        if isinstance(data, TensorDataset) and type(data).__getitem__ is TensorDataset.__getitem__:
             inputs, targets = _pair(data.tensors, what, "tensors")
         elif isinstance(data, Dataset) or (hasattr(data, "__getitem__") and _is_sized_object(data)):
             inputs, targets = _read(data, what)
@@ -156,7 +156,8 @@ class Samples:
     @staticmethod
     def join(parts: Sequence[Samples]) -> Samples:
         """Parts laid end to end, in one piece of memory."""
-        return Samples(_join([p.inputs for p in parts]), _join([p.targets for p in parts]))
+        whole = Samples(_join([p.inputs for p in parts]), _join([p.targets for p in parts]))
+        return whole.map(torch.clone) if len(parts) == 1 else whole
 
     def _checked(self, what: str) -> Samples:
         for leaf in leaves(self.inputs) + leaves(self.targets):
@@ -201,7 +202,13 @@ def _pair(parts: Sequence[Any], what: str, noun: str) -> tuple[Any, Any]:
 
 def _read(dataset: Any, what: str) -> tuple[Any, Any]:
     """All items of a map-style Dataset, in one tree of tensors."""
-    count = len(dataset)
+    try:
+        count = len(dataset)
+    except TypeError as error:
+        raise DataError(
+            f"{what} is {_article(dataset)} without a length, so it cannot be cut into chunks.",
+            remedy="give it a __len__",
+        ) from error
     if count == 0:
         raise DataError(f"{what} is empty: 0 samples.", remedy="give at least one sample")
     try:
@@ -215,7 +222,7 @@ def _read(dataset: Any, what: str) -> tuple[Any, Any]:
         for start in range(0, count, _READ_AT_ONCE):
             items = [dataset[row] for row in range(start, min(start + _READ_AT_ONCE, count))]
             blocks.append(default_collate(items))
-        _warn_if_random(first, dataset[0], what)
+        frozen = _differ(first, dataset[0])
         inputs, targets = (_join([block[side] for block in blocks]) for side in (0, 1))
     except DataError:
         raise
@@ -225,6 +232,13 @@ def _read(dataset: Any, what: str) -> tuple[Any, Any]:
             cause="items of different shapes or types",
             remedy="pad or crop the items to one shape, or give tensors",
         ) from error
+    if frozen:
+        warnings.warn(
+            f"Reading item 0 of {what} twice gave different values. The items are read once, when the run starts, so "
+            "random augmentation is frozen; put it into the model's forward to have it fresh in every epoch.",
+            UserWarning,
+            stacklevel=4,
+        )
     return inputs, targets
 
 
@@ -237,15 +251,13 @@ def _join(trees: Sequence[Tree]) -> Tree:
     return first if len(trees) == 1 else torch.cat(list(trees))
 
 
-def _warn_if_random(first: Any, again: Any, what: str) -> None:
+def _differ(first: Any, again: Any) -> bool:
+    """Whether two readings of an item differ; NaN is like NaN."""
     once, twice = (leaves(map_tree(torch.as_tensor, default_collate([item])[0])) for item in (first, again))
-    if not all(torch.equal(a, b) for a, b in zip(once, twice, strict=True)):
-        warnings.warn(
-            f"Reading item 0 of {what} twice gave different values. The items are read once, when the run starts, so "
-            "random augmentation is frozen; put it into the model's forward to have it fresh in every epoch.",
-            UserWarning,
-            stacklevel=5,
-        )
+    return not all(
+        torch.equal(a, b) or (a.is_floating_point() and torch.equal(a.nan_to_num(0), b.nan_to_num(0)))
+        for a, b in zip(once, twice, strict=True)
+    )
 
 
 def _tensors(tree: Tree, what: str) -> Tree:
@@ -253,7 +265,7 @@ def _tensors(tree: Tree, what: str) -> Tree:
         if isinstance(leaf, Tensor):
             return leaf.detach().cpu()
         try:
-            array = np.ascontiguousarray(leaf)
+            array = np.asarray(leaf, order="C")
             return torch.from_numpy(array if array.flags.writeable else array.copy())
         except (TypeError, ValueError) as error:
             raise DataError(

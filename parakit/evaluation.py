@@ -117,5 +117,6 @@ def _judge(output: Tree, target: Tree, loss: SummedLoss) -> tuple[int | None, in
         return int(((output > middle) == (target > 0.5)).sum()), target.numel()
     if target.is_floating_point() or output.ndim != target.ndim + 1:
         return None, 0
-    ignored = target == getattr(loss.function, "ignore_index", -100)
-    return int(((output.argmax(1) == target) & ~ignored).sum()), int((~ignored).sum())
+    labels = target.long()
+    ignored = labels == getattr(loss.function, "ignore_index", -100)
+    return int(((output.argmax(1) == labels) & ~ignored).sum()), int((~ignored).sum())

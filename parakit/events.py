@@ -12,7 +12,7 @@ import threading
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
 from types import NoneType
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, get_args, get_type_hints
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, get_args, get_origin, get_type_hints
 
 import numpy as np
 import numpy.typing as npt
@@ -215,28 +215,41 @@ def event_from_dict(record: dict[str, Any]) -> Event:
     Raises
     ------
     InputError
-        If the record is of no known kind, or lacks a field.
+        If the record is of no known kind, lacks a field, or holds a value of another type.
     """
     values = dict(record)
     kind = _KINDS.get(str(values.pop("kind", None)))
-    if kind is None or set(values) != {f.name for f in fields(kind)}:
-        raise InputError(
-            f"This record is no parakit event: {str(record)[:200]}",
-            cause="the file was written by something else, or by another version of parakit",
-        )
+    if kind is None:
+        raise _no_event(record)
+    event: Event = _build(kind, values)
+    return event
+
+
+def _no_event(record: Any) -> InputError:
+    return InputError(
+        f"This record is no parakit event: {str(record)[:200]}",
+        cause="the file was written by something else, or by another version of parakit",
+    )
+
+
+def _build(kind: type[Any], values: Any) -> Any:
+    """A record of a kind from the values of its fields."""
+    if not isinstance(values, dict) or set(values) != {field.name for field in fields(kind)}:
+        raise _no_event(values)
     hints = get_type_hints(kind)
-    return kind(**{name: _revive(kind, name, hints[name], value) for name, value in values.items()})
+    return kind(**{name: _revive(f"{kind.__name__}.{name}", hints[name], value) for name, value in values.items()})
 
 
-def _revive(kind: type[Event], name: str, hint: Any, value: Any) -> Any:
-    """The value of a field as the event holds it: JSON knows no tuples."""
-    if hint == tuple[WorkerStep, ...]:
-        return tuple(WorkerStep(**part) for part in value)
-    if hint == tuple[str, ...]:
-        return tuple(str(part) for part in value)
-    allowed = [accepted for plain in (get_args(hint) or (hint,)) for accepted in _ACCEPTS[plain]]
-    if not isinstance(value, tuple(allowed)):
-        raise InputError(f"{kind.__name__}.{name} cannot be {value!r}.")
+def _revive(name: str, hint: Any, value: Any) -> Any:
+    """The value of a field as the record holds it: JSON knows no tuples, and no records in records."""
+    if hint is WorkerStep:
+        return _build(WorkerStep, value)
+    if get_origin(hint) is tuple and isinstance(value, list | tuple):
+        return tuple(_revive(name, get_args(hint)[0], part) for part in value)
+    plain_kinds = () if get_origin(hint) is tuple else get_args(hint) or (hint,)
+    allowed = {accepted for plain in plain_kinds for accepted in _ACCEPTS[plain]}
+    if type(value) not in allowed:
+        raise InputError(f"{name} cannot be {value!r}.")
     return value
 
 
@@ -246,7 +259,7 @@ class History:
     Parameters
     ----------
     capacity : int
-        The most step records to keep, and the most records of every other kind.
+        The most records to keep of each kind of event.
     """
 
     _FRAME_COLUMNS: ClassVar = ("at_seconds", "step", "epoch", "loss", "samples", "seconds", "learning_rate",
@@ -261,34 +274,29 @@ class History:
         #: Events ever appended, the thinned ones included.
         self.total = 0
         self._lock = threading.Lock()
-        self._steps: list[StepDone] = []
-        self._others: list[Event] = []
+        self._kept: dict[type[Event], list[Any]] = {kind: [] for kind in _KINDS.values()}
 
     def append(self, *events: Event) -> None:
         """Add events; safe from any thread."""
         with self._lock:
             for event in events:
                 self.total += 1
-                if isinstance(event, StepDone):
-                    self._steps.append(event)
-                else:
-                    self._others.append(event)
-            while len(self._steps) > self.capacity:
-                self.thinned += _thin(self._steps)
-            while len(self._others) > self.capacity:
-                _thin(self._others)
+                kept = self._kept[type(event)]
+                kept.append(event)
+                if len(kept) > self.capacity:
+                    dropped = _thin(kept)
+                    self.thinned += dropped if isinstance(event, StepDone) else 0
 
     @property
     def steps(self) -> tuple[StepDone, ...]:
         """The step records, in order."""
         with self._lock:
-            return tuple(self._steps)
+            return tuple(self._kept[StepDone])
 
     def of(self, kind: type[_E]) -> tuple[_E, ...]:
         """All events of a kind, in order."""
         with self._lock:
-            source: list[Any] = self._steps if kind is StepDone else self._others
-            return tuple(event for event in source if isinstance(event, kind))
+            return tuple(self._kept[kind])
 
     def latest(self, kind: type[_E]) -> _E | None:
         """The newest event of a kind, or None."""
@@ -302,12 +310,12 @@ class History:
 
     def __iter__(self) -> Iterator[Event]:
         with self._lock:
-            everything = [*self._others, *self._steps]
+            everything = [event for kept in self._kept.values() for event in kept]
         return iter(sorted(everything, key=lambda event: event.at_seconds))
 
     def __len__(self) -> int:
         with self._lock:
-            return len(self._steps) + len(self._others)
+            return sum(map(len, self._kept.values()))
 
     def to_dicts(self) -> list[dict[str, Any]]:
         """Every event as a plain dict, in the order of time."""
@@ -379,7 +387,10 @@ class History:
 
 
 def _thin(records: list[Any]) -> int:
-    """Drop every second record of the older half, keeping the very first; returns how many."""
+    """Drop half of the older half, leaving the rest evenly spaced from the very first on; returns how many."""
     half = len(records) // 2
-    del records[1:half:2]
-    return len(range(1, half, 2))
+    places = np.array([r.step if isinstance(r, StepDone) else r.at_seconds for r in records[:half]], np.float64)
+    wanted = np.linspace(places[0], places[-1], max(1, half // 2))
+    spared = sorted({0, *np.searchsorted(places, wanted).tolist()})
+    records[:half] = [records[index] for index in spared]
+    return half - len(spared)

@@ -99,10 +99,11 @@ def _weight_sum(loss: Any, output: Tensor, target: Tensor) -> Tensor | float:
     """What torch divides by in the mean of a cross entropy: the weights of the targets that are not ignored."""
     if target.is_floating_point():  # class probabilities: torch divides by the number of rows, whatever the weights
         return float(output.numel() // output.shape[min(1, output.ndim - 1)])
-    counted = target != loss.ignore_index
+    labels = target.long()  # in eight bits, -100 would be a class
+    counted = labels != loss.ignore_index
     if loss.weight is None:
         return float(counted.sum())
-    weights: Tensor = loss.weight[target * counted]  # row 0 stands in for what is ignored
+    weights: Tensor = loss.weight[labels * counted]  # row 0 stands in for what is ignored
     return torch.where(counted, weights, 0.0).sum()
 
 
@@ -140,6 +141,7 @@ def summed(loss: Any, output: Tree, target: Tree) -> SummedLoss:
     if isinstance(loss, nn.Module):
         known = _known(loss)
         if known is not None:
+            _check_shapes(known, output, target)
             return known
     return _probed(loss, output, target)
 
@@ -163,6 +165,19 @@ def _known(loss: nn.Module) -> SummedLoss | None:
     else:
         twin.reduction, kind = "none", "elementwise"
     return SummedLoss(twin, kind)
+
+
+def _check_shapes(loss: SummedLoss, output: Tree, target: Tree) -> None:
+    """Refuse what torch would broadcast: every sample would be compared with every other."""
+    if not isinstance(loss.function, _ELEMENTWISE) or isinstance(loss.function, nn.MultiMarginLoss):
+        return
+    if isinstance(output, Tensor) and isinstance(target, Tensor) and output.shape != target.shape:
+        raise LossError(
+            f"The loss {loss.original} compares outputs of shape {tuple(output.shape)} with targets of shape "
+            f"{tuple(target.shape)}.",
+            cause="a last dimension of one that only one of them has",
+            remedy="give both one shape: output.squeeze(1) in the model, or targets.unsqueeze(1)",
+        )
 
 
 def _check_scalar(loss: Any, output: Tree, target: Tree) -> None:
@@ -205,7 +220,12 @@ def _probed(loss: Any, output: Tree, target: Tree) -> SummedLoss:
         mean = (one * split + other * (rows - split)) / rows
         total = one + other
         kinds &= {kind for kind, value in (("mean of samples", mean), ("sum", total)) if _same(value, whole)}
-    if len(kinds) != 1:
+    if len(kinds) == 2:
+        raise LossError(
+            f"The loss is 0 on the first {rows} samples, which does not tell a mean from a sum.",
+            remedy="use one of torch's own loss objects, or start from a model with a loss above 0",
+        )
+    if not kinds:
         raise LossError(
             f"The loss is neither a mean nor a sum over samples: on {rows} samples it is {whole:.6g}, but its parts "
             f"of {split} and {rows - split} samples average {mean:.6g} and sum up to {total:.6g}.",
@@ -254,11 +274,12 @@ def check_labels(loss: Any, output: Tree, targets: Tree, what: str) -> None:
     if not isinstance(targets, Tensor) or targets.is_floating_point() or not isinstance(output, Tensor):
         return
     classes = output.shape[min(1, output.ndim - 1)]
-    wrong = ((targets < 0) | (targets >= classes)) & (targets != loss.ignore_index)
+    labels = targets.long()
+    wrong = ((labels < 0) | (labels >= classes)) & (labels != loss.ignore_index)
     if bool(wrong.any()):
         place = tuple(int(i) for i in wrong.nonzero()[0])
         raise DataError(
-            f"{what} has the label {int(targets[place])} at row {place[0]}, but the model's output has {classes} "
+            f"{what} has the label {int(labels[place])} at row {place[0]}, but the model's output has {classes} "
             f"classes, 0 to {classes - 1}; {int(wrong.sum())} labels are out of range.",
             cause="labels that count from 1, or a last layer that is too small",
             remedy="map the labels to 0 to the number of classes less 1, or widen the model's last layer",
