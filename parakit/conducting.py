@@ -13,12 +13,13 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
-from parakit.errors import ParakitError, RunError, RunFailed
+from parakit.errors import ParakitError, RunError, RunFailed, WorkerLost
 from parakit.events import (
     EpochEnded,
     History,
@@ -38,6 +39,7 @@ __all__ = ["Conductor", "Plan", "Wishes"]
 SEGMENT_SECONDS = 0.25
 _GROWTH = 4  # a segment is at most this many times longer than the one before
 _KEEP_SHARE = 0.02  # of the time may go into fetching the state to the notebook's side
+_PREPARE_LIMITS = 4  # preparing may take this many times the limit of an order: data travel
 _GROW_SECONDS = 60.0
 _POLL_SECONDS = 0.25
 
@@ -105,6 +107,7 @@ class _Change:
 
     roster: Roster
     target: int
+    since: float
     ready: Future[None]
 
 
@@ -119,7 +122,7 @@ class Conductor:
         self._crew: Crew | None = None
         self._roster = plan.roster
         self._change: _Change | None = None
-        self._growing_since: float | None = None
+        self._growing: tuple[int, float] | None = None  # how many were asked for, and when
         self._pace = _Pace()
         self._keeper = _Keeper(plan.job.recipe.model)
         self._began = time.perf_counter()
@@ -149,10 +152,10 @@ class Conductor:
     def conduct(self) -> None:
         """Do the whole run; never raises."""
         try:
-            self._begin()
-            while self.step < self._plan.steps and self._grant():
-                self._advance()
-            self._keep(final=True)
+            if self._begin():
+                while self.step < self._plan.steps and self._grant():
+                    self._advance()
+                self._keep(final=True)
             self._end("finished")
         except Exception as error:
             self.error = error if isinstance(error, RunFailed) else _explained(error, self.step)
@@ -162,12 +165,36 @@ class Conductor:
             if self._crew is not None:
                 self._crew.release()
 
-    def _begin(self) -> None:
+    def _begin(self) -> bool:
+        """Form the first group; says whether the run was not stopped before that."""
         self._history.append(self._plan.start)
         self._crew = self._pool.open(self._plan.job)
         self._wishes.interrupt = self._crew.halt
-        self._crew.prepare(self._roster).result()
+        if not self._await(self._crew.prepare(self._roster)):
+            return False
         self._muster(self._roster, len(self._roster.training.sizes), wished=False)
+        return True
+
+    @property
+    def _prepare_seconds(self) -> float:
+        """How long chunks and recipe may take to reach the workers."""
+        return _PREPARE_LIMITS * self._plan.job.limit_seconds
+
+    def _await(self, ready: Future[None]) -> bool:
+        """Wait for the first roster; a stop or the limit ends the wait. Says whether the roster is ready."""
+        deadline = self.now() + self._prepare_seconds
+        while not ready.done() and not self._wishes.stopping:
+            if self.now() > deadline:
+                raise WorkerLost(
+                    f"The workers were not ready within {self._prepare_seconds:g} s.",
+                    cause="a worker that hangs or is busy, or data that take long to send",
+                    remedy="look at the workers, or allow more: train(..., limit_seconds=...)",
+                )
+            with suppress(TimeoutError):
+                ready.exception(_POLL_SECONDS)
+        if ready.done():
+            ready.result()
+        return ready.done()
 
     def _end(self, status: str) -> None:
         self.status = status
@@ -242,12 +269,10 @@ class Conductor:
         wishes = self._wishes
         while True:
             with wishes.changed:
-                self._number, target, paused, stopping = (
-                    wishes.number, wishes.target, wishes.paused, wishes.stopping,
-                )  # fmt: skip
+                self._number, paused, stopping = wishes.number, wishes.paused, wishes.stopping
             if stopping:
                 return False
-            self._approach(target)
+            self._approach()
             if not paused:
                 self.status = "running"
                 return True
@@ -257,51 +282,69 @@ class Conductor:
             with wishes.changed:
                 wishes.changed.wait_for(lambda seen=self._number: wishes.number != seen, _POLL_SECONDS)  # type: ignore[misc]
 
-    def _approach(self, target: int) -> None:
+    def _approach(self) -> None:
         """Come nearer to the worker count that is wanted, without waiting for anything."""
         change = self._change
-        if change is not None and change.ready.done():
-            self._change = None
-            self._apply(change)
+        if change is not None:
+            if change.ready.done():
+                self._change = None
+                self._apply(change)
+            elif self.now() - change.since > self._prepare_seconds:
+                self._change = None
+                self._give_up(change.target, "the workers were not ready in time; one of them may hang.")
+        target = self._wishes.target
         if self._change is None and target != self.world_size:
             self._prepare(target)
+        elif target == self.world_size:
+            self._growing = None
 
     def _prepare(self, target: int) -> None:
         there = self._pool.names
         if target > len(there):
-            self._grow(target, len(there))
+            if not self._grow(target, len(there)):
+                return
         else:
-            self._growing_since = None
+            self._growing = None
         members = [m for m in self._roster.members if m in there]
         members += [name for name in there if name not in members]
         count = min(target, len(members))
         if count == self.world_size:
             return
         roster = self._roster.succeed(members[:count])
-        self._change = _Change(roster, target, self._working.prepare(roster))
+        self._change = _Change(roster, target, self.now(), self._working.prepare(roster))
         self._change.ready.add_done_callback(lambda _: self._wishes.nudge())
 
-    def _grow(self, target: int, there: int) -> None:
-        if self._growing_since is None:
-            self._growing_since = self.now()
+    def _grow(self, target: int, there: int) -> bool:
+        """Ask the cluster for more workers, once for each target; says whether there is still hope."""
+        if self._growing is None or self._growing[0] != target:
+            self._growing = target, self.now()
             self._history.append(Said(self.now(), f"Asking the cluster for {target} workers; {there} are there."))
-            self._pool.grow(target)
-        elif self.now() - self._growing_since > _GROW_SECONDS:
-            self._growing_since = None
-            self._give_up(f"Only {there} of {target} workers came within {_GROW_SECONDS:g} s.")
+            try:
+                self._pool.grow(target)
+            except Exception as error:
+                self._growing = None
+                self._give_up(target, f"the cluster cannot grow: {error}")
+                return False
+        elif self.now() - self._growing[1] > _GROW_SECONDS:
+            self._growing = None
+            self._give_up(target, f"only {there} of {target} came within {_GROW_SECONDS:g} s.")
+            return False
+        return True
 
     def _apply(self, change: _Change) -> None:
         error = change.ready.exception()
         if error is not None:
-            self._give_up(f"{change.roster.generation}: {error}")
+            self._give_up(change.target, str(error))
             return
         moved = sum(len(c) for c in self._roster.training.gains(change.roster.training).values())
         self._muster(change.roster, moved, wished=True)
 
-    def _give_up(self, why: str) -> None:
+    def _give_up(self, target: int, why: str) -> None:
+        """Stop trying for a worker count, unless another one is wanted by now."""
         self._history.append(Said(self.now(), f"The run goes on with {self.world_size} workers: {why}"))
         with self._wishes.changed:
-            self._wishes.target = self.world_size
+            if self._wishes.target == target:
+                self._wishes.target = self.world_size
 
     def _muster(self, roster: Roster, moved: int, *, wished: bool) -> None:
         began = time.perf_counter()

@@ -95,7 +95,7 @@ def tally(model: nn.Module, loss: SummedLoss, samples: Samples, rows_at_once: in
     model.eval()
     total = Tally()
     try:
-        with torch.inference_mode():
+        with torch.no_grad():
             for first in range(0, len(samples), rows_at_once):
                 part = samples.slice(first, min(first + rows_at_once, len(samples)))
                 output = call_model(model, part.inputs)

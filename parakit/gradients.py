@@ -18,7 +18,7 @@ from parakit.losses import SummedLoss
 
 __all__ = ["GradientBuffer", "GradientSum", "call_model", "flatten", "unflatten_into"]
 
-_TAIL = 3  # count, loss_sum and votes ride behind the gradient, so that one exchange carries all
+_TAIL = 3  # count, loss_sum and votes ride behind all else, so that one exchange carries everything
 
 
 class GradientSum:
@@ -37,22 +37,29 @@ class GradientSum:
         Sum over samples of the loss.
     """
 
-    __slots__ = ("vector",)
+    __slots__ = ("_flags", "vector")
 
     def __init__(self, total: Tensor, count: float, loss_sum: float) -> None:
         self.vector = torch.cat([total, total.new_tensor([count, loss_sum, 0.0])])
+        self._flags = 0
 
     @classmethod
-    def around(cls, vector: Tensor) -> GradientSum:
-        """See a vector of the right layout as a sum, without a copy."""
+    def around(cls, vector: Tensor, flags: int = 0) -> GradientSum:
+        """See a vector of the right layout as a sum, without a copy; `flags` numbers stand behind the gradient."""
         new = cls.__new__(cls)
         new.vector = vector
+        new._flags = flags
         return new
 
     @property
     def total(self) -> Tensor:
         """The summed gradient, a view."""
-        return self.vector[:-_TAIL]
+        return self.vector[: -_TAIL - self._flags]
+
+    @property
+    def reached(self) -> Tensor:
+        """For each parameter, a view of how many shares it had a gradient from; empty if nobody counted."""
+        return self.vector[len(self.vector) - _TAIL - self._flags : -_TAIL]
 
     @property
     def count(self) -> float:
@@ -75,24 +82,24 @@ class GradientSum:
 
     def clone(self) -> GradientSum:
         """A copy that shares no memory."""
-        return self.around(self.vector.clone())
+        return self.around(self.vector.clone(), self._flags)
 
     def __add__(self, other: GradientSum) -> GradientSum:
-        return self.around(self.vector + other.vector)
+        return self.around(self.vector + other.vector, self._flags)
 
     def __iadd__(self, other: GradientSum) -> GradientSum:
         self.vector += other.vector
         return self
 
-    def __reduce__(self) -> tuple[Callable[[Any], GradientSum], tuple[Any]]:
-        return _from_array, (self.vector.numpy(),)
+    def __reduce__(self) -> tuple[Callable[[Any, int], GradientSum], tuple[Any, int]]:
+        return _from_array, (self.vector.numpy(), self._flags)
 
     def __repr__(self) -> str:
         return f"GradientSum({len(self.total)} parameters, count={self.count:g}, loss_sum={self.loss_sum:.6g})"
 
 
-def _from_array(array: Any) -> GradientSum:
-    return GradientSum.around(torch.from_numpy(array if array.flags.writeable else array.copy()))
+def _from_array(array: Any, flags: int) -> GradientSum:
+    return GradientSum.around(torch.from_numpy(array if array.flags.writeable else array.copy()), flags)
 
 
 def flatten(tensors: Iterable[Tensor], dtype: torch.dtype) -> Tensor:
@@ -116,12 +123,25 @@ def call_model(model: nn.Module, inputs: Any) -> Any:
     return model(*inputs) if isinstance(inputs, tuple) else model(inputs)
 
 
+class _Mark:
+    """Notes that a parameter had a gradient; called by torch after each accumulation."""
+
+    def __init__(self, reached: Tensor, place: int) -> None:
+        self._mark = reached[place : place + 1]
+
+    def __call__(self, _: Tensor) -> None:
+        self._mark.fill_(1.0)
+
+
 @dataclass
 class GradientBuffer:
     """The flat gradient of a model: ``parameter.grad`` of each parameter is a view into one vector.
 
     Backward then writes where the exchange reads, and nothing is copied. Parameters in half precision are the
     exception: their sums are kept in float32, because a count beyond 256 does not fit into bfloat16.
+
+    A parameter that no share of a batch reached (a branch not taken) has no gradient after `load`, as in a plain loop,
+    so that an optimizer leaves it alone; whether any share did is summed with the gradient.
 
     Parameters
     ----------
@@ -136,9 +156,19 @@ class GradientBuffer:
         self.dtype = torch.float64 if torch.float64 in kinds else torch.float32
         self._direct = kinds == {self.dtype}
         size = sum(parameter.numel() for parameter in self.parameters)
-        self.sum = GradientSum.around(torch.zeros(size + _TAIL, dtype=self.dtype))
-        for parameter, view in self._views():
-            parameter.grad = view if self._direct else torch.zeros_like(parameter)
+        flags = len(self.parameters)
+        self.sum = GradientSum.around(torch.zeros(size + flags + _TAIL, dtype=self.dtype), flags)
+        self._grads = [view if self._direct else torch.zeros_like(p) for p, view in self._views()]
+        self._all_set = False
+        self._set_all()
+        for place, parameter in enumerate(self.parameters):
+            parameter.register_post_accumulate_grad_hook(_Mark(self.sum.reached, place))
+
+    def _set_all(self) -> None:
+        if not self._all_set:
+            for parameter, grad in zip(self.parameters, self._grads, strict=True):
+                parameter.grad = grad
+            self._all_set = True
 
     def _views(self) -> list[tuple[nn.Parameter, Tensor]]:
         sizes = [parameter.numel() for parameter in self.parameters]
@@ -147,11 +177,10 @@ class GradientBuffer:
 
     def clear(self) -> None:
         """Set the sum to nothing."""
+        self._set_all()
         self.sum.vector.zero_()
         if not self._direct:
-            for parameter in self.parameters:
-                assert parameter.grad is not None
-                parameter.grad.zero_()
+            torch._foreach_zero_(self._grads)
 
     def forward(self, model: nn.Module, loss: SummedLoss, share: Samples) -> Tensor:
         """The summed loss of a share, still attached to its graph; notes loss and count in the sum."""
@@ -165,9 +194,8 @@ class GradientBuffer:
         """Add the gradient of a summed loss to the sum."""
         total.backward()
         if not self._direct:
-            for parameter, view in self._views():
-                assert parameter.grad is not None
-                view.copy_(parameter.grad)
+            for (_, view), grad in zip(self._views(), self._grads, strict=True):
+                view.copy_(grad)
 
     def load(self, total: GradientSum) -> float:
         """Make a global sum the gradient that an optimizer sees.
@@ -187,6 +215,16 @@ class GradientBuffer:
         if total is not self.sum:
             self.sum.vector.copy_(total.vector)
         self.sum.total.div_(divisor)
+        self._set_all()
         if not self._direct:
-            unflatten_into(self.sum.total, [p.grad for p in self.parameters if p.grad is not None])
+            unflatten_into(self.sum.total, self._grads)
+        self._unset_unreached()
         return total.loss_sum / divisor
+
+    def _unset_unreached(self) -> None:
+        reached = self.sum.reached
+        if not bool(reached.all()):
+            for parameter, by in zip(self.parameters, reached.tolist(), strict=True):
+                if not by:
+                    parameter.grad = None
+            self._all_set = False

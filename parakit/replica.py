@@ -9,7 +9,8 @@ one process sees it (dropout masks, the statistics of batch normalisation) depen
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from time import perf_counter
 from typing import Any
@@ -54,8 +55,6 @@ class Recipe:
         The largest 2-norm of the global gradient; larger ones are scaled down to it.
     seed : int
     order : EpochOrder
-    reached : frozenset of str
-        Names of the parameters that the loss depends on; the others keep no gradient, as in a plain loop.
     """
 
     model: nn.Module
@@ -66,7 +65,6 @@ class Recipe:
     clip_norm: float | None
     seed: int
     order: EpochOrder
-    reached: frozenset[str]
 
 
 @dataclass(slots=True)
@@ -147,8 +145,7 @@ class Replica:
         self.recipe = recipe
         self.model = copy.deepcopy(recipe.model).train()
         parameters = list(self.model.parameters())
-        named = self.model.named_parameters()
-        self.buffer = GradientBuffer([p for name, p in named if p.requires_grad and name in recipe.reached])
+        self.buffer = GradientBuffer([p for p in parameters if p.requires_grad])
         self.optimizer = recipe.optimizer(parameters)
         self.scheduler = recipe.scheduler(self.optimizer) if recipe.scheduler else None
         self._by_closure = needs_closure(self.optimizer)
@@ -186,7 +183,8 @@ class Replica:
         self.spent[DATA] += loaded - start
         if share is not None:
             torch.default_generator.manual_seed(_mix(self.recipe.seed, step, rank))
-            total = self.buffer.forward(self.model, self.recipe.loss, share)
+            with _running_statistics_for(self.model, len(share)):
+                total = self.buffer.forward(self.model, self.recipe.loss, share)
             forwarded = perf_counter()
             self.buffer.backward(total)
             self.spent[FORWARD] += forwarded - loaded
@@ -270,6 +268,20 @@ class Replica:
         self.step = int(state["step"])
         self.records, self.spent = [], [0.0] * len(self.spent)
         self.commit()
+
+
+@contextmanager
+def _running_statistics_for(model: nn.Module, rows: int) -> Iterator[None]:
+    """A single row has no statistics of its own: batch normalisation then uses the running ones."""
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)] if rows == 1 else []
+    training = [norm for norm in norms if norm.training and norm.track_running_stats]
+    for norm in training:
+        norm.training = False
+    try:
+        yield
+    finally:
+        for norm in training:
+            norm.training = True
 
 
 def load_model_state(model: nn.Module, state: State) -> None:

@@ -158,7 +158,8 @@ class Run:
         """
         if timeout is not None and (isinstance(timeout, bool) or not isinstance(timeout, int | float) or timeout < 0):
             raise InputError(f"timeout is {timeout!r}; it must be a number of seconds, or None.")
-        if timeout is None and self.status == "paused":
+        wishes = self._wishes
+        if timeout is None and wishes.paused and not wishes.stopping and not self._ended.is_set():
             raise RunError(
                 f"The run is paused at step {self.step} of {self.steps}, so waiting for its end would never end.",
                 remedy="run.resume() first, or wait(timeout=...)",

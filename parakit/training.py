@@ -132,9 +132,9 @@ def train(
     total = _steps(epochs, steps, order.steps_per_epoch)
 
     initial = _own_copy(model)
-    loss_sum, reached = _try_out(initial, loss or _default_loss(samples.targets), samples, held_out)
+    loss_sum = _try_out(initial, loss or _default_loss(samples.targets), samples, held_out)
     recipe = Recipe(
-        initial, loss_sum, optimizer or _default_optimizer, scheduler, scheduler_every, clip_norm, seed, order, reached
+        initial, loss_sum, optimizer or _default_optimizer, scheduler, scheduler_every, clip_norm, seed, order
     )
     _check_optimizer(recipe)
     chosen = strategy or AllReduce()
@@ -192,7 +192,7 @@ def evaluate(
     samples = Samples.of(data)
     _check_positive("limit_seconds", limit_seconds)
     own = _own_copy(model, training=False)
-    loss_sum, _ = _try_out(own, loss or _default_loss(samples.targets), samples, None, training=False)
+    loss_sum = _try_out(own, loss or _default_loss(samples.targets), samples, None, training=False)
     shares = torch.arange(len(samples)).tensor_split(min(pool.size, len(samples)))
     blob = _dumps((own, loss_sum), "model")
     items = [(blob, _packed(samples.take(rows))) for rows in shares]
@@ -291,6 +291,11 @@ def _own_copy(model: Any, *, training: bool = True) -> nn.Module:
             cause="every parameter has requires_grad=False, or layers are held in a plain list",
             remedy="hold layers in nn.ModuleList, and leave requires_grad=True where the model is to learn",
         )
+    if training and any(p.is_complex() for p in own.parameters() if p.requires_grad):
+        raise ModelError(
+            f"The model {type(model).__name__} has complex parameters, which cannot be trained here.",
+            remedy="hold the real and imaginary parts as two real parameters (torch.view_as_complex in forward)",
+        )
     return own
 
 
@@ -305,7 +310,7 @@ def _default_optimizer(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
 
 def _try_out(
     model: nn.Module, loss: Any, samples: Samples, held_out: Samples | None, *, training: bool = True
-) -> tuple[SummedLoss, frozenset[str]]:
+) -> SummedLoss:
     """Try model and loss on a few samples here, where an error is easy to read.
 
     Initialises lazy layers of the model; otherwise leaves it, and torch's random numbers, as they were.
@@ -322,12 +327,10 @@ def _try_out(
             if held_out is not None:
                 check_labels(loss, still, held_out.targets, "validation")
             loss_sum = summed(loss, still, probe.targets)
-            if not training:
-                return loss_sum, frozenset()
-            total, _ = loss_sum(output, probe.targets)
-            _backward(total)
-    reached = frozenset(name for name, p in trial.named_parameters() if p.grad is not None)
-    return loss_sum, reached
+            if training:
+                total, _ = loss_sum(output, probe.targets)
+                _backward(total)
+    return loss_sum
 
 
 def _probe_rows(targets: Any) -> Tensor:

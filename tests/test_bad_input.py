@@ -117,6 +117,7 @@ CALLS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "model class": ({"model": nn.Linear}, ModelError, "an instance, not a class"),
     "frozen model": ({"model": frozen()}, ModelError, "no trainable parameters"),
     "layers in a list": ({"model": InAList()}, ModelError, "no trainable parameters"),
+    "complex model": ({"model": nn.Linear(4, 3, dtype=torch.complex64)}, ModelError, "complex parameters"),
     "model with a lock": ({"model": Locked()}, ModelError, "cannot be copied"),
     "model that cannot travel": ({"model": LockedButCopies()}, ModelError, "cannot be pickled"),
     "wrong width": ({"model": nn.Linear(5, 3)}, ModelError, "cannot compute a batch"),

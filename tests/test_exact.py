@@ -312,3 +312,69 @@ def test_half_precision_counts_are_exact(inline: pk.Workers) -> None:
     with torch.no_grad():
         plain = F.cross_entropy(small(inputs.bfloat16()[rows]).float(), targets[rows]).item()
     assert run.history.losses[0] == pytest.approx(plain, rel=0.01)
+
+
+class Branching(nn.Module):
+    """Takes a branch by what a batch holds, as mixtures of experts do; the second one is rarely taken."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.common = nn.Linear(6, 3).double()
+        self.rare = nn.Linear(6, 3).double()
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        output = self.common(inputs)
+        rare = inputs[:, 0] > 2.0
+        return output + rare[:, None] * self.rare(inputs) if bool(rare.any()) else output
+
+
+@pytest.mark.dask
+@pytest.mark.parametrize("strategy", STRATEGIES[:2], ids=repr)
+def test_branches_that_few_samples_take_are_exact(pool: pk.Workers, strategy: Any) -> None:
+    torch.manual_seed(4)
+    model = Branching()
+    _, inputs, targets = problem()
+    how = {"loss": nn.CrossEntropyLoss(), "optimizer": partial(torch.optim.AdamW, lr=0.05, weight_decay=0.1)}
+    order = batches(SAMPLES, CHUNKS, BATCH, SEED, STEPS)
+    taken = [bool((inputs[rows, 0] > 2.0).any()) for rows in order]
+    assert any(taken)
+    assert not all(taken)  # so that a parameter without a gradient must be left alone, decay included
+    run = trained(model, (inputs, targets), pool, workers=3, strategy=strategy, **how)
+    assert_same(run, *train_serially(model, inputs, targets, order, **how))
+
+
+class Caching(nn.Module):
+    """Keeps a table that it computes on its first call, and a constant buffer at the edge of float32."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(6, 3).double()
+        self.table: torch.Tensor | None = None
+        self.register_buffer("mask", torch.full((4,), torch.finfo(torch.float32).min))
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        if self.table is None or len(self.table) < len(inputs):
+            self.table = torch.ones(len(inputs), 1, dtype=torch.float64)
+        return self.layer(inputs * self.table[: len(inputs)])
+
+
+@pytest.mark.dask
+@pytest.mark.parametrize("strategy", STRATEGIES[:2], ids=repr)
+@pytest.mark.parametrize("kind", ["inline", "pool"])
+def test_validation_and_averaging_do_no_harm_to_what_a_model_keeps(
+    request: pytest.FixtureRequest, kind: str, strategy: Any
+) -> None:
+    _, inputs, targets = problem()
+    run = trained(
+        Caching(), (inputs, targets), request.getfixturevalue(kind), workers=3, strategy=strategy,
+        validation=(inputs, targets),
+    )  # fmt: skip
+    assert torch.equal(run.model.mask, torch.full((4,), torch.finfo(torch.float32).min))
+
+
+def test_a_share_of_one_row_is_no_end_for_batch_normalisation(inline: pk.Workers) -> None:
+    model, inputs, targets = problem()
+    normed = nn.Sequential(nn.BatchNorm1d(6).double(), model)
+    run = trained(normed, (inputs[:34], targets[:34]), inline, workers=2, batch_size=32, steps=4)
+    assert run.status == "finished"
+    assert {worker.samples for step in run.history.steps for worker in step.workers} == {1, 16}

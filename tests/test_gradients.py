@@ -90,9 +90,9 @@ def test_a_sum_survives_pickling_and_can_be_added_to(dtype: torch.dtype) -> None
 
 
 def test_a_sum_that_arrives_read_only_can_be_added_to() -> None:
-    make, (array,) = some_sum(1).__reduce__()
+    make, (array, flags) = some_sum(1).__reduce__()
     array.setflags(write=False)
-    arrived = make(array)
+    arrived = make(array, flags)
     arrived += some_sum(1)
     assert arrived.count == 4
     assert not array.flags.writeable

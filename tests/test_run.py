@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pty
+import signal
 import subprocess
 import sys
 import threading
@@ -18,7 +19,8 @@ from torch import nn
 
 import parakit as pk
 from parakit.errors import PoolError, RunEnded, RunError, RunFailed, WaitTimeout, WorkerCountError
-from parakit.events import PHASES, Asked, EpochEnded, History, Resized, RunEnd, RunStart, SegmentDone
+from parakit.events import PHASES, Asked, EpochEnded, History, Resized, RunEnd, RunStart, Said, SegmentDone
+from parakit.workers import resident
 from tests.test_exact import Slowed, problem, wait_for
 
 LIMIT = 60
@@ -266,6 +268,53 @@ def test_more_workers_than_chunks_are_refused(inline: pk.Workers) -> None:
     model = nn.Linear(6, 3).double()
     with pytest.raises(WorkerCountError, match="5 workers cannot share 4 chunks"):
         pk.train(model, (inputs, targets), on=inline, workers=5, batch_size=4)
+
+
+@pytest.mark.dask
+def test_waiting_follows_the_newest_wish(pool: pk.Workers) -> None:
+    run = endless(pool, workers=1, steps=200)
+    run.pause()
+    with pytest.raises(RunError, match="never end"):
+        run.wait()  # although the pause has not taken effect yet
+    wait_for(run, lambda: run.status == "paused")
+    run.resume()
+    assert run.wait(progress=False).status == "finished"
+
+
+@pytest.mark.dask
+def test_a_resize_that_a_stop_overtakes_leaves_nothing_on_the_newcomer(pool: pk.Workers) -> None:
+    for delay in (0.0, 0.02, 0.05, 0.1):
+        run = endless(pool, workers=1)
+        wait_for(run, lambda run=run: run.step > 0)
+        run.resize(3)
+        time.sleep(delay)
+        run.stop()
+        run.wait(LIMIT, progress=False)
+    deadline = time.monotonic() + 10
+    while any(held := [f["runs"] for f in pool.client.run(resident.survey).values()]):  # type: ignore[attr-defined]
+        assert time.monotonic() < deadline, held
+        time.sleep(0.1)
+
+
+@pytest.mark.dask
+def test_a_hanging_newcomer_holds_up_neither_the_run_nor_later_resizes(nothing_left: None) -> None:
+    with pk.connect(3) as workers:
+        pids = {a: f["pid"] for a, f in workers.client.run(resident.survey).items()}  # type: ignore[attr-defined]
+        hanging = pids[workers.names[1]]
+        run = endless(workers, workers=1, limit_seconds=1)
+        wait_for(run, lambda: run.step > 0)
+        os.kill(hanging, signal.SIGSTOP)
+        try:
+            run.resize(2)
+            wait_for(run, lambda: bool(run.history.of(Said)))
+            assert "not ready in time" in run.history.of(Said)[0].text
+            held = run.step
+            wait_for(run, lambda: run.step > held)
+            assert run.world_size == 1
+        finally:
+            os.kill(hanging, signal.SIGCONT)
+        run.resize(2)
+        wait_for(run, lambda: run.world_size == 2)
 
 
 @pytest.mark.dask

@@ -6,14 +6,13 @@ them would do at once, rank by rank.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from time import perf_counter
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from parakit.chunks import DEFAULT_CHUNKS
 from parakit.evaluation import Tally, tally
@@ -168,7 +167,7 @@ class InlineTeam:
     def map_gradients(self, step: int) -> Sequence[GradientSum]:
         """Every worker's gradient sum, rank by rank."""
         replica, parts = self._replica, []
-        buffers = _Averaging(replica.averaged_buffers)
+        buffers = _Averaging(replica.model)
         own = self._own or [([0.0] * (BACKWARD + 1), 0) for _ in self._holdings]
         self._own = []
         for rank, (holding, (seconds, _)) in enumerate(zip(self._holdings, own, strict=True)):
@@ -229,25 +228,22 @@ class _Averaging:
     """Lets each virtual worker see the buffers as its own process would, and averages them afterwards.
 
     Running statistics move by a linear rule, so averaging after each step gives the same as averaging when workers
-    commit.
+    commit. Other buffers end as the first worker's.
     """
 
-    def __init__(self, buffers: list[Tensor]) -> None:
-        self._buffers = buffers
-        self._before = [b.clone() for b in buffers]
-        self._sums = [torch.zeros_like(b) for b in buffers]
-        self._count = itertools.count()
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._before = {name: b.clone() for name, b in model.named_buffers()}
+        self._seen: list[dict[str, Tensor]] = []
 
     def begin(self) -> None:
-        for buffer, before in zip(self._buffers, self._before, strict=True):
-            buffer.copy_(before)
+        for name, buffer in self._model.named_buffers():
+            buffer.copy_(self._before[name])
 
     def end(self) -> None:
-        next(self._count)
-        for total, buffer in zip(self._sums, self._buffers, strict=True):
-            total += buffer
+        self._seen.append({name: b.clone() for name, b in self._model.named_buffers()})
 
     def settle(self) -> None:
-        workers = next(self._count)
-        for buffer, total in zip(self._buffers, self._sums, strict=True):
-            buffer.copy_(total / workers)
+        for name, buffer in self._model.named_buffers():
+            every = [seen[name] for seen in self._seen]
+            buffer.copy_(torch.stack(every).double().mean(0) if buffer.is_floating_point() else every[0])

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future as LocalFuture
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,7 @@ import cloudpickle
 import torch
 from distributed import Future
 
+from parakit.chunks import Ownership
 from parakit.data import Samples, pack, unpack
 from parakit.errors import RunFailed, WorkerLost
 from parakit.evaluation import Tally
@@ -51,7 +52,8 @@ class DaskCrew:
         self._blob = cloudpickle.dumps((job.recipe, job.strategy))
         self._roster: Roster | None = None
         self._brought: dict[int, dict[str, tuple[Any, Any]]] = {}
-        self._couriers = ThreadPoolExecutor(2, thread_name_prefix="parakit-courier")
+        self._touched: set[str] = set()  # workers that hold something of this run
+        self._released = False
         self._count = itertools.count()
         self._driver = None if self._resident else DriverTeam(self, job)
 
@@ -59,40 +61,50 @@ class DaskCrew:
 
     def prepare(self, roster: Roster) -> LocalFuture[None]:
         """Bring chunks and recipe to those who need them, while the run goes on."""
-        return self._couriers.submit(self._bring, roster)
+        return _in_thread(self._bring, roster)
 
     def _bring(self, roster: Roster) -> None:
-        self._pool.make_ready(roster.members)
         before = self._roster
         staying = set(before.members) if before else set()
         newcomers = [member for member in roster.members if member not in staying]
-        made = self._submit(newcomers, resident.prepare, lambda _: (self._job.run_id, self._blob, self._pool.threads))
-        loads = {}
-        for member in roster.members:
-            gained = []
-            for old, new, load in (
-                (before and before.training, roster.training, self._job.load),
-                (before and before.validation, roster.validation, self._job.load_validation),
-            ):
-                wanted = new.chunks_of.get(member, ()) if new else ()
-                held = set(old.chunks_of.get(member, ())) if old and member in staying else set()
-                gained.append({c: _packed(load(c)) for c in wanted if c not in held})
-            loads[member] = self._place(member, gained[0]), self._place(member, gained[1])
-        self._brought[roster.generation] = loads
-        self._answers(made, self._job.limit_seconds)
+        try:
+            self._pool.make_ready(roster.members)
+            order = self._job.run_id, self._blob, self._pool.threads
+            made = self._submit(newcomers, resident.prepare, lambda _: order)
+            self._brought[roster.generation] = self._load_for(roster, before)
+            self._answers(made, self._job.limit_seconds)
+        finally:
+            self._touched.update(newcomers)
+            if self._released:  # the run ended meanwhile, so nobody else will tell them
+                self._brought.clear()
+                self._dismiss(newcomers)
 
-    def _place(self, member: str, chunks: dict[int, Samples]) -> Any:
-        """Scatter chunks to a member; Dask's copy is let go of once the member has taken them."""
+    def _load_for(self, roster: Roster, before: Roster | None) -> dict[str, tuple[Any, Any]]:
+        """Place the chunks that each member gains; Dask's copy is let go of once the member has taken them."""
+        training = _gained(before.training if before else None, roster.training)
+        validation = _gained(before.validation if before else None, roster.validation)
+        return {
+            member: (
+                self._place(member, training.get(member, ()), self._job.load),
+                self._place(member, validation.get(member, ()), self._job.load_validation),
+            )
+            for member in roster.members
+        }
+
+    def _place(self, member: str, chunks: Sequence[int], load: Callable[[int], Samples]) -> Any:
         if not chunks:
             return {}
-        return self._client.scatter([chunks], workers=[member], hash=False)[0]
+        packed = {chunk: _packed(load(chunk)) for chunk in chunks}
+        return self._client.scatter([packed], workers=[member], hash=False)[0]
 
     def muster(self, roster: Roster, state: State | None) -> None:
         """Make a prepared roster the active one."""
         before, brought = self._roster, self._brought.pop(roster.generation)
         staying = [m for m in roster.members if before and m in before.members]
-        given: Any = None if state is None else self._client.scatter(pack(state), broadcast=True, hash=False)
-        joining = self._state_for_newcomers(staying) if state is None else given
+        given = None if state is None else self.spread(pack(state), roster.members)
+        joining = given
+        if state is None and len(staying) < len(roster.members):
+            joining = self._state_for_newcomers(staying)
 
         def order(member: str) -> tuple[Any, ...]:
             training, validation = brought[member]
@@ -103,16 +115,32 @@ class DaskCrew:
         self._answers(self._submit(roster.members, resident.muster, order), self._job.limit_seconds)
         if self._driver is not None and state is not None:
             self._driver.replica.load(state)
-        if before:
-            self._dismiss([m for m in before.members if m not in roster.members])
+        self._dismiss([member for member in self._touched if member not in roster.members])
 
     def _state_for_newcomers(self, staying: Sequence[str]) -> Any:
         if self._driver is not None:
             return pack(copy_state(self._driver.replica.live_state()))
         if not staying:
             return None
-        # The first of those who stay computes it before anything else, and newcomers fetch it from there.
-        return self._submit(staying[:1], resident.state, self._address_order)[staying[0]]
+        # Newcomers fetch it from the first of those who stay. It must be there before that one is told to wait for
+        # the newcomers: a worker with several threads might do both at once.
+        asked = self._submit(staying[:1], resident.state, self._address_order)
+        self.watch(list(asked.values()), staying[:1], self._job.limit_seconds)
+        return asked[staying[0]]
+
+    def spread(self, value: Any, members: Sequence[str]) -> Any:
+        """Scatter a value to members, each of which gets a copy."""
+
+        def scatter() -> Any:
+            return self._client.scatter(value, workers=list(members), broadcast=True, hash=False)
+
+        try:
+            return _in_thread(scatter).result(self._job.limit_seconds)
+        except TimeoutError as error:
+            raise WorkerLost(
+                f"{len(members)} workers did not take a value within {self._job.limit_seconds:g} s.",
+                cause="a worker that hangs, or a very slow network",
+            ) from error
 
     def _orders(self, roster: Roster, member: str) -> Orders:
         validation = roster.validation.chunks_of if roster.validation else {}
@@ -143,17 +171,17 @@ class DaskCrew:
 
     def release(self) -> None:
         """Let go of everything on the pool."""
+        self._released = True
         self._brought.clear()
-        self._dismiss(self._members)
-        self._couriers.shutdown(wait=False, cancel_futures=True)
+        self._dismiss(list(self._touched))
 
     def _dismiss(self, members: Sequence[str]) -> None:
         there = self._pool.names
         present = [member for member in members if member in there]
+        self._touched.difference_update(members)
         if present:
             with suppress(Exception):  # whoever is gone, or does not answer, has nothing to give back
-                order = self._couriers.submit(self._client.run, forget, self._job.run_id, workers=present)
-                order.result(_DISMISS_SECONDS)
+                _in_thread(self._client.run, forget, self._job.run_id, workers=present).result(_DISMISS_SECONDS)
 
     # --- segments
 
@@ -184,8 +212,7 @@ class DaskCrew:
         if self._driver is not None:
             self._driver.halted = max(self._driver.halted, wish)
         elif members:
-            with suppress(RuntimeError):  # the run has ended and its couriers with it
-                self._couriers.submit(self._halt_one, members[0], wish)
+            _in_thread(self._halt_one, members[0], wish)
 
     def _halt_one(self, member: str, wish: int) -> None:
         with suppress(Exception):  # a member that is gone ends the segment anyhow
@@ -221,13 +248,12 @@ class DaskCrew:
     def _submit(
         self, members: Sequence[str], function: Callable[..., Answer], args: Callable[[str], tuple[Any, ...]]
     ) -> dict[str, Future[Any]]:
-        return {member: self.submit_to(member, function, *args(member)) for member in members}
+        return {member: self.submit_to([member], function, *args(member)) for member in members}
 
-    def submit_to(self, member: str | None, function: Callable[..., Answer], *args: Any) -> Future[Any]:
-        """A task on one member, or anywhere; never shared with an equal one."""
-        pinned = {} if member is None else {"workers": [member], "allow_other_workers": False}
+    def submit_to(self, members: Sequence[str], function: Callable[..., Answer], *args: Any) -> Future[Any]:
+        """A task on one of some members; never shared with an equal one."""
         key = f"parakit-{function.__name__}-{self._job.run_id}-{next(self._count)}"
-        return self._client.submit(function, *args, key=key, pure=False, **pinned)
+        return self._client.submit(function, *args, key=key, pure=False, workers=list(members))
 
     def _answers(self, futures: Mapping[str, Future[Any]], limit_seconds: float) -> dict[str, Any]:
         """Wait for answers, and return their values; the first failure that explains the others is raised."""
@@ -316,15 +342,15 @@ class DriverTeam:
         """One task a member, over the chunks it holds, at the present parameters."""
         crew = self._crew
         flat = flatten(self.replica.model.parameters(), self.replica.buffer.dtype).numpy()
-        parameters = crew._client.scatter(flat, broadcast=True, hash=False)
+        parameters = crew.spread(flat, crew._members)
         return [
-            crew.submit_to(member, resident.map_gradient, *crew._address_order(member, step, rank, parameters))
+            crew.submit_to([member], resident.map_gradient, *crew._address_order(member, step, rank, parameters))
             for rank, member in enumerate(crew._members)
         ]
 
     def add(self, parts: Sequence[Future[Any]]) -> Future[Any]:
         """A task that adds some parts."""
-        return self._crew.submit_to(None, resident.add, *parts)
+        return self._crew.submit_to(self._crew._members, resident.add, *parts)
 
     def update(self, summed: Callable[[], Future[Any]]) -> None:
         """One step of the driver's optimizer."""
@@ -358,7 +384,7 @@ class DriverTeam:
         collected = list(self._crew.everyone(resident.collect, limit_seconds=limit).values())
         for name, buffer in self.replica.model.named_buffers():
             every = [buffers[name] for _, buffers in collected]
-            buffer.copy_(torch.stack(every).mean(0) if buffer.is_floating_point() else every[0])
+            buffer.copy_(torch.stack(every).double().mean(0) if buffer.is_floating_point() else every[0])
         together = self.replica.take_records()
         return tuple([_completed(record, records) for record in together] for records, _ in collected)
 
@@ -371,6 +397,27 @@ def _completed(step: StepRecord, parts: Sequence[StepRecord]) -> StepRecord:
     seconds[UPDATE] = step.seconds[UPDATE]
     seconds[EXCHANGE] = max(0.0, step.wall_seconds - computing - step.seconds[UPDATE])
     return StepRecord(step.step, step.loss, step.learning_rate, seconds, step.wall_seconds, mine[-1].samples)
+
+
+def _gained(before: Ownership | None, after: Ownership | None) -> dict[str, tuple[int, ...]]:
+    """The chunks that each owner must load."""
+    if after is None:
+        return {}
+    return before.gains(after) if before else dict(after.chunks_of)
+
+
+def _in_thread(function: Callable[..., Any], *args: Any, **kwargs: Any) -> LocalFuture[Any]:
+    """Call a function in a thread of its own, which no exit of the interpreter waits for."""
+    future: LocalFuture[Any] = LocalFuture()
+
+    def work() -> None:
+        try:
+            future.set_result(function(*args, **kwargs))
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=work, name=f"parakit-{function.__name__}", daemon=True).start()
+    return future
 
 
 def _packed(samples: Samples) -> Samples:
