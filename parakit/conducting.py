@@ -8,14 +8,10 @@ goes on: newcomers get the recipe and their chunks first, and the group changes 
 
 from __future__ import annotations
 
-import copy
-import threading
 import time
-from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
 
 from torch import nn
 
@@ -31,14 +27,15 @@ from parakit.events import (
     StepDone,
     WorkerStep,
 )
-from parakit.replica import EXCHANGE, State, StepRecord, load_model_state
+from parakit.keeping import Keeper
+from parakit.replica import EXCHANGE, StepRecord
+from parakit.wishes import Wishes
 from parakit.workers.base import Crew, Job, Report, Roster, Workers
 
-__all__ = ["Conductor", "Plan", "Wishes"]
+__all__ = ["Conductor", "Plan"]
 
 SEGMENT_SECONDS = 0.25
 _GROWTH = 4  # a segment is at most this many times longer than the one before
-_KEEP_SHARE = 0.02  # of the time may go into fetching the state to the notebook's side
 _PREPARE_LIMITS = 4  # preparing may take this many times the limit of an order: data travel
 _GROW_SECONDS = 60.0
 _POLL_SECONDS = 0.25
@@ -66,41 +63,6 @@ class Plan:
     start: RunStart
 
 
-class Wishes:
-    """What the user wants, expressed in any thread and granted by the conductor.
-
-    Parameters
-    ----------
-    target : int
-        Workers wanted.
-    """
-
-    def __init__(self, target: int) -> None:
-        self.changed = threading.Condition()
-        self.target = target
-        self.paused = False
-        self.stopping = False
-        #: Counts wishes; a segment ordered under a number is ended by a higher one.
-        self.number = 0
-        self.asked_at = time.perf_counter()
-        self.interrupt: Callable[[int], None] = lambda _: None
-
-    def express(self, change: Callable[[Wishes], Any]) -> None:
-        """Change what is wanted, and end the present segment."""
-        with self.changed:
-            change(self)
-            self.asked_at = time.perf_counter()
-        self.nudge()
-
-    def nudge(self) -> None:
-        """End the present segment, so that the conductor looks here."""
-        with self.changed:
-            self.number += 1
-            number = self.number
-            self.changed.notify_all()
-        self.interrupt(number)
-
-
 @dataclass
 class _Change:
     """A roster that is being prepared."""
@@ -124,7 +86,7 @@ class Conductor:
         self._change: _Change | None = None
         self._growing: tuple[int, float] | None = None  # how many were asked for, and when
         self._pace = _Pace()
-        self._keeper = _Keeper(plan.job.recipe.model)
+        self._keeper = Keeper(plan.job.recipe.model)
         self._began = time.perf_counter()
         self.status = "running"
         self.step = 0
@@ -389,39 +351,6 @@ class _Pace:
 
     def seconds(self, steps: int) -> float:
         return steps * self._step_seconds
-
-
-class _Keeper:
-    """The newest state on the notebook's side, fetched as often as a small share of the time allows."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self._lock = threading.Lock()
-        self._initial = model
-        self._state: State | None = None
-        self._model: nn.Module | None = None
-        self._not_before = 0.0
-        self.step = 0
-
-    def keep(self, crew: Crew, step: int, now: float, *, final: bool) -> None:
-        if (not final and now < self._not_before) or (step == self.step and self._state is not None):
-            return
-        began = time.perf_counter()
-        self.take(crew.state())
-        spent = time.perf_counter() - began
-        self._not_before = now + spent / _KEEP_SHARE
-
-    def take(self, state: State) -> None:
-        with self._lock:
-            self._state, self._model, self.step = state, None, int(state["step"])
-
-    @property
-    def model(self) -> nn.Module:
-        with self._lock:
-            if self._model is None:
-                self._model = copy.deepcopy(self._initial).eval()
-                if self._state is not None:
-                    load_model_state(self._model, self._state)
-            return self._model
 
 
 def _shares(labels: list[str], records: tuple[StepRecord, ...]) -> tuple[WorkerStep, ...]:

@@ -8,11 +8,12 @@ from typing import Any
 
 from torch import nn
 
-from parakit.conducting import Conductor, Plan, Wishes
+from parakit.conducting import Conductor, Plan
 from parakit.errors import InputError, RunEnded, RunError, WaitTimeout, WorkerCountError
 from parakit.events import Asked, History, StepDone
 from parakit.machine import quick_thread_switches
 from parakit.progress import in_a_notebook, progress_line, show_progress
+from parakit.wishes import Wishes
 from parakit.workers.base import Workers
 
 __all__ = ["Run"]

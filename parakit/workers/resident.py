@@ -133,7 +133,7 @@ class Resident:
             (self.training, orders.training, training),
             (self.validation, orders.validation, validation),
         ):
-            adopted = {chunk: _unpacked(samples) for chunk, samples in brought.items() if chunk in wanted}
+            adopted = {chunk: samples.unpacked() for chunk, samples in brought.items() if chunk in wanted}
             holding.change([c for c in wanted if c in holding.chunks and c not in adopted], adopted)
         if isinstance(state, Answer):  # a newcomer's state comes straight from a member that stays
             if state.failure is not None:
@@ -199,10 +199,6 @@ class Resident:
 
 _residents: dict[str, Resident] = {}
 _residents_lock = threading.Lock()
-
-
-def _unpacked(samples: Samples) -> Samples:
-    return Samples(unpack(samples.inputs), unpack(samples.targets))
 
 
 def _order(function: Callable[Concatenate[Resident, P], Any]) -> Callable[Concatenate[str, int, P], Answer]:

@@ -11,17 +11,16 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import cloudpickle
-import torch
 from distributed import Future
 
 from parakit.chunks import Ownership
 from parakit.data import Samples, pack, unpack
 from parakit.errors import RunFailed, WorkerLost
 from parakit.evaluation import Tally
-from parakit.gradients import GradientSum, flatten
-from parakit.replica import EXCHANGE, UPDATE, Replica, State, StepRecord, copy_state
+from parakit.replica import State, copy_state
 from parakit.workers import resident
 from parakit.workers.base import Job, Report, Roster
+from parakit.workers.dask.driver import DriverTeam, settled
 from parakit.workers.dask.rendezvous import WorkerBoard, forget
 from parakit.workers.resident import Answer, Failure, Orders, Segment
 
@@ -94,7 +93,7 @@ class DaskCrew:
     def _place(self, member: str, chunks: Sequence[int], load: Callable[[int], Samples]) -> Any:
         if not chunks:
             return {}
-        packed = {chunk: _packed(load(chunk)) for chunk in chunks}
+        packed = {chunk: load(chunk).packed() for chunk in chunks}
         return self._client.scatter([packed], workers=[member], hash=False)[0]
 
     def muster(self, roster: Roster, state: State | None) -> None:
@@ -124,7 +123,7 @@ class DaskCrew:
             return None
         # Newcomers fetch it from the first of those who stay. It must be there before that one is told to wait for
         # the newcomers: a worker with several threads might do both at once.
-        asked = self._submit(staying[:1], resident.state, self._address_order)
+        asked = self._submit(staying[:1], resident.state, self.order_for)
         self.watch(list(asked.values()), staying[:1], self._job.limit_seconds)
         return asked[staying[0]]
 
@@ -153,7 +152,8 @@ class DaskCrew:
     def _board(self, roster: Roster) -> WorkerBoard:
         return WorkerBoard(roster.members[0], self._job.run_id, roster.generation)
 
-    def _address_order(self, member: str, *more: Any) -> tuple[Any, ...]:
+    def order_for(self, member: str, *more: Any) -> tuple[Any, ...]:
+        """The arguments of an order of the present generation."""
         return self._job.run_id, self._generation, *more
 
     @property
@@ -162,7 +162,8 @@ class DaskCrew:
         return self._roster.generation
 
     @property
-    def _members(self) -> tuple[str, ...]:
+    def members(self) -> tuple[str, ...]:
+        """Addresses of the active workers, in the order of their ranks."""
         return self._roster.members if self._roster else ()
 
     def label(self, worker: str) -> str:
@@ -202,13 +203,13 @@ class DaskCrew:
         if self._driver is not None:
             self._driver.replica.roll_back()
             return
-        present = [m for m in self._members if m in self._pool.names]
+        present = [m for m in self.members if m in self._pool.names]
         with suppress(RunFailed, WorkerLost):
-            self._answers(self._submit(present, resident.roll_back, self._address_order), self._job.limit_seconds)
+            self._answers(self._submit(present, resident.roll_back, self.order_for), self._job.limit_seconds)
 
     def halt(self, wish: int) -> None:
         """Let one member vote for the end of the segment; one vote ends it for all at the same step."""
-        members = self._members
+        members = self.members
         if self._driver is not None:
             self._driver.halted = max(self._driver.halted, wish)
         elif members:
@@ -222,10 +223,10 @@ class DaskCrew:
         """The state after the last segment."""
         if self._driver is not None:
             return dict(copy_state(self._driver.replica.live_state()))
-        present = [m for m in self._members if m in self._pool.names][:1]
+        present = [m for m in self.members if m in self._pool.names][:1]
         if not present:
             raise WorkerLost("No worker of the run is left to fetch the state from.")
-        answers = self._answers(self._submit(present, resident.state, self._address_order), self._job.limit_seconds)
+        answers = self._answers(self._submit(present, resident.state, self.order_for), self._job.limit_seconds)
         return dict(unpack(answers[present[0]]))
 
     def evaluate(self) -> Tally:
@@ -242,7 +243,7 @@ class DaskCrew:
 
     def everyone(self, function: Callable[..., Answer], *args: Any, limit_seconds: float) -> dict[str, Any]:
         """Give all members an order of the present generation; what each answered, in the order of ranks."""
-        futures = self._submit(self._members, function, lambda member: self._address_order(member, *args))
+        futures = self._submit(self.members, function, lambda member: self.order_for(member, *args))
         return self._answers(futures, limit_seconds)
 
     def _submit(
@@ -262,13 +263,13 @@ class DaskCrew:
         values = {}
         answers = self._client.gather(list(futures.values()), errors="skip") if _all_well(futures) else None
         for place, (member, future) in enumerate(futures.items()):
-            answer = answers[place] if answers is not None else _settled(future)
+            answer = answers[place] if answers is not None else settled(future)
             if answer.failure is not None:
                 failures[member] = answer.failure
             else:
                 values[member] = answer.value
         if failures:
-            raise self._explained(failures)
+            raise self.explained(failures)
         return values
 
     def watch(self, futures: Sequence[Future[Any]], members: Any, limit_seconds: float) -> None:
@@ -299,13 +300,13 @@ class DaskCrew:
     def _lost(self, gone: set[str]) -> WorkerLost:
         names = ", ".join(sorted(self.label(m) for m in gone))
         return WorkerLost(
-            f"{len(gone)} of {len(self._members)} workers died: {names}.",
+            f"{len(gone)} of {len(self.members)} workers died: {names}.",
             cause="the process was killed, ran out of memory, or its machine was taken away",
         )
 
-    def _explained(self, failures: Mapping[str, Failure]) -> RunFailed | WorkerLost:
+    def explained(self, failures: Mapping[str, Failure]) -> RunFailed | WorkerLost:
         """The error that a user should see: code that raised explains a lost partner, not the other way round."""
-        gone = set(self._members) - set(self._pool.names)
+        gone = set(self.members) - set(self._pool.names)
         member, failure = min(failures.items(), key=lambda item: ("code", "stale", "group").index(item[1].kind))
         if failure.kind == "code":
             return RunFailed(
@@ -316,87 +317,6 @@ class DaskCrew:
         if gone:
             return self._lost(gone)
         return WorkerLost(f"{self.label(member)} cannot go on: {failure.text}")
-
-
-class DriverTeam:
-    """The team that a strategy's text sees when it runs beside the notebook: parts are tasks on Dask workers."""
-
-    def __init__(self, crew: DaskCrew, job: Job) -> None:
-        self._crew = crew
-        self._job = job
-        self.replica = Replica(job.recipe)
-        self.halted = 0
-
-    def segment(self, first: int, count: int, wish: int) -> Report:
-        """Run the strategy's text for some steps."""
-        start = time.perf_counter()
-        self.replica.commit()
-        committed = time.perf_counter() - start
-        for step in range(first, first + count):
-            self._job.strategy.step(self, step)
-            if self.halted > wish:
-                break
-        return Report(self._collect(), committed)
-
-    def map_gradients(self, step: int) -> list[Future[Any]]:
-        """One task a member, over the chunks it holds, at the present parameters."""
-        crew = self._crew
-        flat = flatten(self.replica.model.parameters(), self.replica.buffer.dtype).numpy()
-        parameters = crew.spread(flat, crew._members)
-        return [
-            crew.submit_to([member], resident.map_gradient, *crew._address_order(member, step, rank, parameters))
-            for rank, member in enumerate(crew._members)
-        ]
-
-    def add(self, parts: Sequence[Future[Any]]) -> Future[Any]:
-        """A task that adds some parts."""
-        return self._crew.submit_to(self._crew._members, resident.add, *parts)
-
-    def update(self, summed: Callable[[], Future[Any]]) -> None:
-        """One step of the driver's optimizer."""
-        self.replica.update(lambda: self._fetch(summed()))
-
-    def _fetch(self, root: Future[Any]) -> GradientSum:
-        crew = self._crew
-        crew.watch([root], crew._members, self._job.limit_seconds)
-        answer = _settled(root)
-        if answer.failure is not None:
-            raise crew._explained({crew._members[0]: answer.failure})
-        total: GradientSum = answer.value
-        return total
-
-    def gradient(self, step: int) -> Any:
-        """Not for a text that runs beside the notebook."""
-        raise NotImplementedError("gradient is a verb of strategies that run on the workers")
-
-    def all_reduce(self, part: Any) -> Any:
-        """Not for a text that runs beside the notebook."""
-        raise NotImplementedError("all_reduce is a verb of strategies that run on the workers")
-
-    def values(self) -> tuple[Any, Any]:
-        """The present parameters, flat, and the running statistics."""
-        model = self.replica.model
-        return flatten(model.parameters(), self.replica.buffer.dtype).numpy(), pack(dict(model.named_buffers()))
-
-    def _collect(self) -> tuple[list[StepRecord], ...]:
-        """Every member's accounts, completed by what the driver knows; averages the running statistics."""
-        limit = self._job.limit_seconds
-        collected = list(self._crew.everyone(resident.collect, limit_seconds=limit).values())
-        for name, buffer in self.replica.model.named_buffers():
-            every = [buffers[name] for _, buffers in collected]
-            buffer.copy_(torch.stack(every).double().mean(0) if buffer.is_floating_point() else every[0])
-        together = self.replica.take_records()
-        return tuple([_completed(record, records) for record in together] for records, _ in collected)
-
-
-def _completed(step: StepRecord, parts: Sequence[StepRecord]) -> StepRecord:
-    """A member's account of a step: what it computed is its own; the wall time left is exchange and waiting."""
-    mine = [part for part in parts if part.step == step.step]
-    seconds = [sum(column) for column in zip(*(part.seconds for part in mine), strict=True)]
-    computing = sum(seconds)
-    seconds[UPDATE] = step.seconds[UPDATE]
-    seconds[EXCHANGE] = max(0.0, step.wall_seconds - computing - step.seconds[UPDATE])
-    return StepRecord(step.step, step.loss, step.learning_rate, seconds, step.wall_seconds, mine[-1].samples)
 
 
 def _gained(before: Ownership | None, after: Ownership | None) -> dict[str, tuple[int, ...]]:
@@ -420,18 +340,5 @@ def _in_thread(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Local
     return future
 
 
-def _packed(samples: Samples) -> Samples:
-    return Samples(pack(samples.inputs), pack(samples.targets))
-
-
 def _all_well(futures: Mapping[str, Future[Any]]) -> bool:
     return all(future.status == "finished" for future in futures.values())
-
-
-def _settled(future: Future[Any]) -> Answer:
-    """The answer of a future that is done; a task that Dask itself gave up on answers that its worker is lost."""
-    try:
-        answer: Answer = future.result(timeout=30)
-    except Exception as error:
-        return Answer(failure=Failure("group", -1, type(error).__name__, f"{type(error).__name__}: {error}", ""))
-    return answer

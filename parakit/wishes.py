@@ -1,0 +1,45 @@
+"""Wishes: what the user wants of a run, expressed in any thread and granted between segments."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+__all__ = ["Wishes"]
+
+
+class Wishes:
+    """What the user wants, expressed in any thread and granted by the conductor.
+
+    Parameters
+    ----------
+    target : int
+        Workers wanted.
+    """
+
+    def __init__(self, target: int) -> None:
+        self.changed = threading.Condition()
+        self.target = target
+        self.paused = False
+        self.stopping = False
+        #: Counts wishes; a segment ordered under a number is ended by a higher one.
+        self.number = 0
+        self.asked_at = time.perf_counter()
+        self.interrupt: Callable[[int], None] = lambda _: None
+
+    def express(self, change: Callable[[Wishes], Any]) -> None:
+        """Change what is wanted, and end the present segment."""
+        with self.changed:
+            change(self)
+            self.asked_at = time.perf_counter()
+        self.nudge()
+
+    def nudge(self) -> None:
+        """End the present segment, so that the conductor looks here."""
+        with self.changed:
+            self.number += 1
+            number = self.number
+            self.changed.notify_all()
+        self.interrupt(number)

@@ -1,0 +1,112 @@
+"""The team of a strategy that runs beside the notebook: its parts are tasks on Dask workers."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from distributed import Future
+
+from parakit.data import pack
+from parakit.gradients import GradientSum, flatten
+from parakit.replica import EXCHANGE, UPDATE, Replica, StepRecord
+from parakit.workers import resident
+from parakit.workers.base import Job, Report
+from parakit.workers.resident import Answer, Failure
+
+if TYPE_CHECKING:
+    from parakit.workers.dask.crew import DaskCrew
+
+__all__ = ["DriverTeam", "settled"]
+
+
+class DriverTeam:
+    """The team that a strategy's text sees when it runs beside the notebook: parts are tasks on Dask workers."""
+
+    def __init__(self, crew: DaskCrew, job: Job) -> None:
+        self._crew = crew
+        self._job = job
+        self.replica = Replica(job.recipe)
+        self.halted = 0
+
+    def segment(self, first: int, count: int, wish: int) -> Report:
+        """Run the strategy's text for some steps."""
+        start = time.perf_counter()
+        self.replica.commit()
+        committed = time.perf_counter() - start
+        for step in range(first, first + count):
+            self._job.strategy.step(self, step)
+            if self.halted > wish:
+                break
+        return Report(self._collect(), committed)
+
+    def map_gradients(self, step: int) -> list[Future[Any]]:
+        """One task a member, over the chunks it holds, at the present parameters."""
+        crew = self._crew
+        flat = flatten(self.replica.model.parameters(), self.replica.buffer.dtype).numpy()
+        parameters = crew.spread(flat, crew.members)
+        return [
+            crew.submit_to([member], resident.map_gradient, *crew.order_for(member, step, rank, parameters))
+            for rank, member in enumerate(crew.members)
+        ]
+
+    def add(self, parts: Sequence[Future[Any]]) -> Future[Any]:
+        """A task that adds some parts."""
+        return self._crew.submit_to(self._crew.members, resident.add, *parts)
+
+    def update(self, summed: Callable[[], Future[Any]]) -> None:
+        """One step of the driver's optimizer."""
+        self.replica.update(lambda: self._fetch(summed()))
+
+    def _fetch(self, root: Future[Any]) -> GradientSum:
+        crew = self._crew
+        crew.watch([root], crew.members, self._job.limit_seconds)
+        answer = settled(root)
+        if answer.failure is not None:
+            raise crew.explained({crew.members[0]: answer.failure})
+        total: GradientSum = answer.value
+        return total
+
+    def gradient(self, step: int) -> Any:
+        """Not for a text that runs beside the notebook."""
+        raise NotImplementedError("gradient is a verb of strategies that run on the workers")
+
+    def all_reduce(self, part: Any) -> Any:
+        """Not for a text that runs beside the notebook."""
+        raise NotImplementedError("all_reduce is a verb of strategies that run on the workers")
+
+    def values(self) -> tuple[Any, Any]:
+        """The present parameters, flat, and the running statistics."""
+        model = self.replica.model
+        return flatten(model.parameters(), self.replica.buffer.dtype).numpy(), pack(dict(model.named_buffers()))
+
+    def _collect(self) -> tuple[list[StepRecord], ...]:
+        """Every member's accounts, completed by what the driver knows; averages the running statistics."""
+        limit = self._job.limit_seconds
+        collected = list(self._crew.everyone(resident.collect, limit_seconds=limit).values())
+        for name, buffer in self.replica.model.named_buffers():
+            every = [buffers[name] for _, buffers in collected]
+            buffer.copy_(torch.stack(every).double().mean(0) if buffer.is_floating_point() else every[0])
+        together = self.replica.take_records()
+        return tuple([_completed(record, records) for record in together] for records, _ in collected)
+
+
+def _completed(step: StepRecord, parts: Sequence[StepRecord]) -> StepRecord:
+    """A member's account of a step: what it computed is its own; the wall time left is exchange and waiting."""
+    mine = [part for part in parts if part.step == step.step]
+    seconds = [sum(column) for column in zip(*(part.seconds for part in mine), strict=True)]
+    computing = sum(seconds)
+    seconds[UPDATE] = step.seconds[UPDATE]
+    seconds[EXCHANGE] = max(0.0, step.wall_seconds - computing - step.seconds[UPDATE])
+    return StepRecord(step.step, step.loss, step.learning_rate, seconds, step.wall_seconds, mine[-1].samples)
+
+
+def settled(future: Future[Any]) -> Answer:
+    """The answer of a future that is done; a task that Dask itself gave up on answers that its worker is lost."""
+    try:
+        answer: Answer = future.result(timeout=30)
+    except Exception as error:
+        return Answer(failure=Failure("group", -1, type(error).__name__, f"{type(error).__name__}: {error}", ""))
+    return answer
