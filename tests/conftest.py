@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -20,6 +21,9 @@ _SETTLE_SECONDS = 15.0
 _STANDING_THREADS = ("Dask-Callback-Thread", "Dask-Offload", "Profile", "TCP-Executor", "asyncio_", "pydevd")
 
 torch.set_num_threads(1)
+
+# A job that a shell runs in the background ignores SIGINT, and so would all it starts; tests interrupt servers.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _threads() -> set[str]:
