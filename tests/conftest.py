@@ -22,8 +22,10 @@ _STANDING_THREADS = ("Dask-Callback-Thread", "Dask-Offload", "Profile", "TCP-Exe
 
 torch.set_num_threads(1)
 
-# A job that a shell runs in the background ignores SIGINT, and so would all it starts; tests interrupt servers.
-signal.signal(signal.SIGINT, signal.default_int_handler)
+
+def pytest_configure() -> None:
+    # A job that a shell runs in the background ignores SIGINT, and so would all it starts; tests interrupt servers.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _threads() -> set[str]:
