@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import sysconfig
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -121,6 +122,22 @@ def test_a_worker_without_parakit_is_named_with_the_remedy(tmp_path: Path, nothi
         finally:
             process.terminate()
             process.wait(20)
+
+
+def test_the_workers_are_seen_although_the_client_refreshes_its_own_view(pool: pk.Workers) -> None:
+    client, ended = pool.client, threading.Event()  # type: ignore[attr-defined]
+
+    def refresh() -> None:
+        while not ended.is_set():  # what a client does every two seconds, and without asking for the workers
+            client.sync(client._update_scheduler_info)
+
+    thread = threading.Thread(target=refresh)
+    thread.start()
+    try:
+        assert {len(pool.names) for _ in range(300)} == {4}
+    finally:
+        ended.set()
+        thread.join(20)
 
 
 def test_a_closed_client_is_refused(foreign: LocalCluster) -> None:

@@ -27,6 +27,7 @@ __all__ = ["DaskWorkers", "connect_client", "connect_cluster", "connect_local", 
 _LOOPBACK = "127.0.0.1"
 _UNLIMITED = 100_000
 _CLOSE_SECONDS = 10.0
+_ASK_SECONDS = 30.0
 
 
 def what_is(target: Any) -> str:
@@ -162,6 +163,7 @@ class DaskWorkers(Workers):
         self._cluster = cluster
         self._ours = tuple(ours)
         self._ready: set[str] = set()
+        self._labels: dict[str, Any] = {}  # of all workers ever seen: a lost one is still named
         try:
             self._await_workers(expected, timeout)
             self.cores = self._survey(self.names)
@@ -172,8 +174,6 @@ class DaskWorkers(Workers):
     @property
     def names(self) -> tuple[str, ...]:
         """Addresses of the workers there are now, in the order of their names."""
-        if self.client.status != "running":
-            return ()
         workers = self._workers()
         return tuple(sorted(workers, key=lambda address: _natural(workers[address]["name"])))
 
@@ -239,9 +239,16 @@ class DaskWorkers(Workers):
             self._ready.update(fresh)
 
     def _workers(self) -> dict[str, dict[str, Any]]:
-        # Some releases cut the answer to five workers unless told otherwise.
-        workers: dict[str, dict[str, Any]] = self.client.scheduler_info(n_workers=-1)["workers"]
-        self._labels = getattr(self, "_labels", {}) | {address: w["name"] for address, w in workers.items()}
+        # The client's own scheduler_info() shares its answer with a refresh that runs now and then and asks for no
+        # workers at all; read in the wrong moment, it says that everybody is gone.
+        if self.client.status != "running" or self.client.scheduler is None:
+            return {}
+        try:
+            identity = self.client.sync(self.client.scheduler.identity, n_workers=-1, callback_timeout=_ASK_SECONDS)
+        except OSError:  # the scheduler is gone, and with it everybody
+            return {}
+        workers: dict[str, dict[str, Any]] = identity["workers"]
+        self._labels.update({address: w["name"] for address, w in workers.items()})
         return workers
 
     def _await_workers(self, count: int, timeout: float) -> None:
