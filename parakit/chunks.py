@@ -238,10 +238,6 @@ class Ownership:
         """The owners, in the order of their ranks."""
         return tuple(self.chunks_of)
 
-    def rows_of(self, worker: str) -> int:
-        """Rows that a worker holds."""
-        return sum(self.sizes[chunk] for chunk in self.chunks_of[worker])
-
     def reshard(self, workers: Iterable[str]) -> Ownership:
         """The ownership for another set of workers, moving only the chunks that must move.
 

@@ -77,7 +77,7 @@ def unpack(value: Any) -> Any:
 
 
 def _owned(array: np.ndarray[Any, Any]) -> Tensor:
-    # What arrives through a connection is often read-only, which torch cannot express.
+    # What arrives through a connection, or from a user, may be read-only, which torch cannot express.
     return torch.from_numpy(array if array.flags.writeable else array.copy())
 
 
@@ -273,8 +273,7 @@ def _tensors(tree: Tree, what: str) -> Tree:
         if isinstance(leaf, Tensor):
             return leaf.detach().cpu()
         try:
-            array = np.asarray(leaf, order="C")
-            return torch.from_numpy(array if array.flags.writeable else array.copy())
+            return _owned(np.asarray(leaf, order="C"))
         except (TypeError, ValueError) as error:
             raise DataError(
                 f"A part of {what} is {_article(leaf)} that cannot be a tensor: {error}",

@@ -300,8 +300,9 @@ class History:
 
     def latest(self, kind: type[_E]) -> _E | None:
         """The newest event of a kind, or None."""
-        found = self.of(kind)
-        return found[-1] if found else None
+        with self._lock:
+            kept = self._kept[kind]
+            return kept[-1] if kept else None
 
     @property
     def losses(self) -> npt.NDArray[np.float64]:

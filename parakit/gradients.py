@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from parakit.data import Samples
+from parakit.data import Samples, unpack
 from parakit.losses import SummedLoss
 
 __all__ = ["GradientBuffer", "GradientSum", "call_model", "flatten", "unflatten_into"]
@@ -91,6 +91,15 @@ class GradientSum:
         self.vector += other.vector
         return self
 
+    @staticmethod
+    def of_all(parts: Iterable[GradientSum]) -> GradientSum:
+        """The sum of some parts, added in their order, in memory of its own."""
+        first, *others = parts
+        total = first.clone()
+        for part in others:
+            total += part
+        return total
+
     def __reduce__(self) -> tuple[Callable[[Any, int], GradientSum], tuple[Any, int]]:
         return _from_array, (self.vector.numpy(), self._flags)
 
@@ -99,7 +108,7 @@ class GradientSum:
 
 
 def _from_array(array: Any, flags: int) -> GradientSum:
-    return GradientSum.around(torch.from_numpy(array if array.flags.writeable else array.copy()), flags)
+    return GradientSum.around(unpack(array), flags)
 
 
 def flatten(tensors: Iterable[Tensor], dtype: torch.dtype) -> Tensor:
@@ -158,7 +167,9 @@ class GradientBuffer:
         size = sum(parameter.numel() for parameter in self.parameters)
         flags = len(self.parameters)
         self.sum = GradientSum.around(torch.zeros(size + flags + _TAIL, dtype=self.dtype), flags)
-        self._grads = [view if self._direct else torch.zeros_like(p) for p, view in self._views()]
+        pieces = self.sum.total.split([parameter.numel() for parameter in self.parameters])
+        self._views = [piece.view_as(p) for p, piece in zip(self.parameters, pieces, strict=True)]
+        self._grads = self._views if self._direct else [torch.zeros_like(p) for p in self.parameters]
         self._all_set = False
         self._set_all()
         for place, parameter in enumerate(self.parameters):
@@ -169,11 +180,6 @@ class GradientBuffer:
             for parameter, grad in zip(self.parameters, self._grads, strict=True):
                 parameter.grad = grad
             self._all_set = True
-
-    def _views(self) -> list[tuple[nn.Parameter, Tensor]]:
-        sizes = [parameter.numel() for parameter in self.parameters]
-        pieces = self.sum.total.split(sizes)
-        return [(p, piece.view_as(p)) for p, piece in zip(self.parameters, pieces, strict=True)]
 
     def clear(self) -> None:
         """Set the sum to nothing."""
@@ -194,7 +200,7 @@ class GradientBuffer:
         """Add the gradient of a summed loss to the sum."""
         total.backward()
         if not self._direct:
-            for (_, view), grad in zip(self._views(), self._grads, strict=True):
+            for view, grad in zip(self._views, self._grads, strict=True):
                 view.copy_(grad)
 
     def load(self, total: GradientSum) -> float:

@@ -9,7 +9,7 @@ one process sees it (dropout masks, the statistics of batch normalisation) depen
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from time import perf_counter
@@ -25,7 +25,17 @@ from parakit.events import PHASES
 from parakit.gradients import GradientBuffer, GradientSum
 from parakit.losses import SummedLoss
 
-__all__ = ["Holding", "Recipe", "Replica", "State", "StepRecord", "copy_state", "load_model_state", "needs_closure"]
+__all__ = [
+    "Holding",
+    "Recipe",
+    "Replica",
+    "State",
+    "StepRecord",
+    "average_buffers",
+    "copy_state",
+    "load_model_state",
+    "needs_closure",
+]
 
 #: Named tensors and plain values: everything a run needs to go on from a step.
 State = dict[str, Any]
@@ -246,9 +256,11 @@ class Replica:
             "scheduler": self.scheduler.state_dict() if self.scheduler else None,
         }
 
-    def commit(self) -> None:
-        """Keep the present state; a roll-back returns to it."""
+    def commit(self) -> float:
+        """Keep the present state, to which a roll-back returns; says how many seconds that took."""
+        began = perf_counter()
         self._committed = copy_state(self.live_state(), self._committed)
+        return perf_counter() - began
 
     @property
     def committed_step(self) -> int:
@@ -291,6 +303,14 @@ def load_model_state(model: nn.Module, state: State) -> None:
             parameter.copy_(state["parameters"][name])
         for name, buffer in model.named_buffers():
             buffer.copy_(state["buffers"][name])
+
+
+def average_buffers(model: nn.Module, every: Sequence[Mapping[str, Tensor]]) -> None:
+    """Set a model's buffers from those of all workers: running statistics to their means, others to the first's."""
+    for name, buffer in model.named_buffers():
+        values = [buffers[name] for buffers in every]
+        # In doubles, because a sum of numbers at the edge of a type's range lies outside it.
+        buffer.copy_(torch.stack(values).double().mean(0) if buffer.is_floating_point() else values[0])
 
 
 def copy_state(tree: Any, into: Any = None) -> Any:

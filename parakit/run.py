@@ -168,8 +168,8 @@ class Run:
         show = not in_a_notebook() if progress is None else progress
         if show:
             show_progress(self, self._ended, timeout)
-        elif not self._ended.wait(timeout):
-            pass
+        else:
+            self._ended.wait(timeout)
         if not self._ended.is_set():
             raise WaitTimeout(
                 f"The run has not ended within {timeout:g} s: it is {self.status} at step {self.step} of {self.steps}.",

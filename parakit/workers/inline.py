@@ -18,7 +18,7 @@ from parakit.chunks import DEFAULT_CHUNKS
 from parakit.evaluation import Tally, tally
 from parakit.gradients import GradientSum
 from parakit.machine import usable_cores
-from parakit.replica import BACKWARD, EXCHANGE, UPDATE, Holding, Replica, State, StepRecord, copy_state
+from parakit.replica import BACKWARD, EXCHANGE, UPDATE, Holding, Replica, State, StepRecord, average_buffers, copy_state
 from parakit.workers.base import Job, Report, Roster, Workers
 
 __all__ = ["InlineWorkers"]
@@ -102,14 +102,10 @@ class InlineCrew:
             self._validation.change((), {chunk: job.load_validation(chunk) for chunk in every})
         if state is not None:
             self._replica.load(state)
-        elif self._replica.step != self._replica.committed_step:
-            self._replica.commit()
 
     def advance(self, first: int, count: int, wish: int, expected_seconds: float) -> Report:
         """Do a segment."""
-        start = perf_counter()
-        self._replica.commit()
-        committed = perf_counter() - start
+        committed = self._replica.commit()
         used = torch.get_num_threads()
         torch.set_num_threads(self._threads)
         try:
@@ -183,10 +179,7 @@ class InlineTeam:
     def add(self, parts: Sequence[GradientSum]) -> GradientSum:
         """The sum of some parts."""
         start = perf_counter()
-        first, *others = parts
-        total = first.clone()
-        for part in others:
-            total += part
+        total = GradientSum.of_all(parts)
         self._replica.spent[EXCHANGE] += perf_counter() - start
         return total
 
@@ -244,6 +237,4 @@ class _Averaging:
         self._seen.append({name: b.clone() for name, b in self._model.named_buffers()})
 
     def settle(self) -> None:
-        for name, buffer in self._model.named_buffers():
-            every = [seen[name] for seen in self._seen]
-            buffer.copy_(torch.stack(every).double().mean(0) if buffer.is_floating_point() else every[0])
+        average_buffers(self._model, self._seen)

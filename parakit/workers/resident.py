@@ -25,7 +25,7 @@ from parakit.data import Samples, pack, unpack
 from parakit.errors import ParakitError, StaleGeneration
 from parakit.evaluation import Tally, tally
 from parakit.gradients import GradientSum, unflatten_into
-from parakit.replica import EXCHANGE, Holding, Recipe, Replica, State, StepRecord, copy_state
+from parakit.replica import EXCHANGE, Holding, Recipe, Replica, State, StepRecord, copy_state, load_model_state
 from parakit.workers.base import Strategy
 from parakit.workers.group import Board, Group, GroupBroken
 
@@ -147,9 +147,7 @@ class Resident:
 
     def segment(self, first: int, count: int, wish: int) -> Segment:
         """Commit, then run the strategy's text for some steps."""
-        start = perf_counter()
-        self.replica.commit()
-        committed = perf_counter() - start
+        committed = self.replica.commit()
         self._heeded, self._ended = wish, False
         for step in range(first, first + count):
             self.strategy.step(self, step)
@@ -299,11 +297,7 @@ def add(*answers: Answer) -> Answer:
     for answer in answers:
         if answer.failure is not None:
             return answer
-    first, *others = (answer.value for answer in answers)
-    total = first.clone()
-    for part in others:
-        total += part
-    return Answer(total)
+    return Answer(GradientSum.of_all(answer.value for answer in answers))
 
 
 @_order
@@ -320,13 +314,11 @@ def state(resident: Resident) -> State:
 
 
 @_order
-def evaluate(resident: Resident, parameters: Any, buffers: Any) -> Tally:
-    """Evaluate the present model, or the parameters given, on the validation chunks held here."""
+def evaluate(resident: Resident, values: State | None) -> Tally:
+    """Evaluate the present model, or the parameters and buffers given, on the validation chunks held here."""
     model = resident.replica.model
-    if parameters is not None:
-        unflatten_into(unpack(parameters), list(model.parameters()))
-        for name, buffer in model.named_buffers():
-            buffer.copy_(unpack(buffers[name]))
+    if values is not None:
+        load_model_state(model, unpack(values))
     held = resident.validation.samples
     return tally(model, resident.replica.recipe.loss, held) if held is not None else Tally()
 
@@ -336,13 +328,6 @@ def halt(run_id: str, wish: int) -> None:
     resident = _residents.get(run_id)
     if resident is not None:
         resident.halt(wish)
-
-
-def abandon(run_id: str) -> None:
-    """Break the process group from outside, so that whoever waits in it stops waiting."""
-    resident = _residents.get(run_id)
-    if resident is not None:
-        resident.leave_group()
 
 
 def release(run_id: str) -> None:

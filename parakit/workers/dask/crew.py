@@ -231,12 +231,9 @@ class DaskCrew:
 
     def evaluate(self) -> Tally:
         """Evaluate the present model on the validation chunks."""
-        parameters: Any = None
-        buffers: Any = None
-        if self._driver is not None:
-            parameters, buffers = self._driver.values()
+        values = None if self._driver is None else self._driver.values()
         limit = 10 * self._job.limit_seconds
-        tallies = self.everyone(resident.evaluate, parameters, buffers, limit_seconds=limit).values()
+        tallies = self.everyone(resident.evaluate, values, limit_seconds=limit).values()
         return sum(tallies, Tally())
 
     # --- orders and answers
@@ -259,18 +256,18 @@ class DaskCrew:
     def _answers(self, futures: Mapping[str, Future[Any]], limit_seconds: float) -> dict[str, Any]:
         """Wait for answers, and return their values; the first failure that explains the others is raised."""
         self.watch(list(futures.values()), futures.keys(), limit_seconds)
-        failures: dict[str, Failure] = {}
-        values = {}
-        answers = self._client.gather(list(futures.values()), errors="skip") if _all_well(futures) else None
-        for place, (member, future) in enumerate(futures.items()):
-            answer = answers[place] if answers is not None else settled(future)
-            if answer.failure is not None:
-                failures[member] = answer.failure
-            else:
-                values[member] = answer.value
+        answers = self._fetched(futures)
+        failures = {member: answer.failure for member, answer in answers.items() if answer.failure is not None}
         if failures:
             raise self.explained(failures)
-        return values
+        return {member: answer.value for member, answer in answers.items()}
+
+    def _fetched(self, futures: Mapping[str, Future[Any]]) -> dict[str, Answer]:
+        """The answers of futures that are done: all in one request, or one by one if any is lost."""
+        try:
+            return dict(zip(futures, self._client.gather(list(futures.values())), strict=True))
+        except Exception:
+            return {member: settled(future) for member, future in futures.items()}
 
     def watch(self, futures: Sequence[Future[Any]], members: Any, limit_seconds: float) -> None:
         """Wait until futures are done, as long as those who work on them are there."""
@@ -338,7 +335,3 @@ def _in_thread(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Local
 
     threading.Thread(target=work, name=f"parakit-{function.__name__}", daemon=True).start()
     return future
-
-
-def _all_well(futures: Mapping[str, Future[Any]]) -> bool:
-    return all(future.status == "finished" for future in futures.values())

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-import torch
 from distributed import Future
 
 from parakit.data import pack
 from parakit.gradients import GradientSum, flatten
-from parakit.replica import EXCHANGE, UPDATE, Replica, StepRecord
+from parakit.replica import EXCHANGE, UPDATE, Replica, State, StepRecord, average_buffers
 from parakit.workers import resident
 from parakit.workers.base import Job, Report
 from parakit.workers.resident import Answer, Failure
@@ -33,9 +31,7 @@ class DriverTeam:
 
     def segment(self, first: int, count: int, wish: int) -> Report:
         """Run the strategy's text for some steps."""
-        start = time.perf_counter()
-        self.replica.commit()
-        committed = time.perf_counter() - start
+        committed = self.replica.commit()
         for step in range(first, first + count):
             self._job.strategy.step(self, step)
             if self.halted > wish:
@@ -77,18 +73,16 @@ class DriverTeam:
         """Not for a text that runs beside the notebook."""
         raise NotImplementedError("all_reduce is a verb of strategies that run on the workers")
 
-    def values(self) -> tuple[Any, Any]:
-        """The present parameters, flat, and the running statistics."""
-        model = self.replica.model
-        return flatten(model.parameters(), self.replica.buffer.dtype).numpy(), pack(dict(model.named_buffers()))
+    def values(self) -> State:
+        """The present parameters and buffers, as arrays."""
+        state = self.replica.live_state()
+        return {part: pack(state[part]) for part in ("parameters", "buffers")}
 
     def _collect(self) -> tuple[list[StepRecord], ...]:
         """Every member's accounts, completed by what the driver knows; averages the running statistics."""
         limit = self._job.limit_seconds
         collected = list(self._crew.everyone(resident.collect, limit_seconds=limit).values())
-        for name, buffer in self.replica.model.named_buffers():
-            every = [buffers[name] for _, buffers in collected]
-            buffer.copy_(torch.stack(every).double().mean(0) if buffer.is_floating_point() else every[0])
+        average_buffers(self.replica.model, [buffers for _, buffers in collected])
         together = self.replica.take_records()
         return tuple([_completed(record, records) for record in together] for records, _ in collected)
 
