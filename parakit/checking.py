@@ -7,6 +7,9 @@ and everything that must travel to a worker is pickled.
 from __future__ import annotations
 
 import copy
+import dataclasses
+import math
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,22 +21,27 @@ from parakit.data import Samples, leaves, map_tree
 from parakit.errors import InputError, LossError, ModelError
 from parakit.gradients import call_model
 from parakit.losses import SummedLoss, check_labels, summed
+from parakit.rates import AtRate, learning_rate
 from parakit.replica import Recipe
 from parakit.workers.base import Strategy
 
 __all__ = [
-    "check_choice", "check_optimizer", "check_positive", "check_strategy", "check_travels", "check_whole", "own_copy",
-    "pickled", "try_out",
+    "at_rate", "check_choice", "check_optimizer", "check_positive", "check_rate", "check_strategy", "check_travels",
+    "check_whole", "own_copy", "pickled", "try_out",
 ]  # fmt: skip
 
 _PROBE_ROWS = 8
 _PROBE_LABELS = 64
 
 
-def check_whole(name: str, value: Any, least: int) -> None:
-    """Refuse what is no whole number, or a smaller one."""
+def check_whole(name: str, value: Any, least: int, *, none: bool = False) -> None:
+    """Refuse what is no whole number, or a smaller one; None may be allowed."""
+    if none and value is None:
+        return
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise InputError(f"{name} is {value!r}; it must be a whole number of at least {least}.")
+        raise InputError(
+            f"{name} is {value!r}; it must be a whole number of at least {least}{', or None' if none else ''}."
+        )
 
 
 def check_positive(name: str, value: Any, *, none: bool = False) -> None:
@@ -42,6 +50,19 @@ def check_positive(name: str, value: Any, *, none: bool = False) -> None:
         return
     if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
         raise InputError(f"{name} is {value!r}; it must be a number above 0{', or None' if none else ''}.")
+
+
+def check_rate(name: str, value: Any, present: float) -> None:
+    """Refuse what is no finite number above 0, or any where an optimizer has no rate at present (NaN)."""
+    check_positive(name, value)
+    if value > sys.float_info.max:
+        raise InputError(f"{name} is {value!r}; it must be a finite number above 0.")
+    if math.isnan(present):
+        raise ModelError(
+            f"{name} cannot be {value:g}: the optimizer has none.",
+            cause='its parameter groups hold no "lr"',
+            remedy="leave its step size to the optimizer, or keep it under that name in the groups",
+        )
 
 
 def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
@@ -158,8 +179,14 @@ def _backward(total: Tensor) -> None:
         ) from error
 
 
-def check_optimizer(recipe: Recipe) -> None:
-    """Make the optimizer and the schedule once, over a copy of the model."""
+def check_optimizer(recipe: Recipe) -> float:
+    """Make the optimizer and the schedule once, over a copy of the model.
+
+    Returns
+    -------
+    float
+        The learning rate that the optimizer is made with, before a schedule; NaN where it has none.
+    """
     trial = copy.deepcopy(recipe.model)
     if not callable(recipe.optimizer) or isinstance(recipe.optimizer, torch.optim.Optimizer):
         raise ModelError(
@@ -181,8 +208,9 @@ def check_optimizer(recipe: Recipe) -> None:
             cause="it names a model of the notebook: lambda p: SGD(model.parameters(), ...)",
             remedy="use the argument: lambda p: torch.optim.SGD(p, lr=0.1)",
         )
+    rate = learning_rate(made)
     if recipe.scheduler is None:
-        return
+        return rate
     schedule = _made(recipe.scheduler, made, "scheduler")
     if isinstance(schedule, torch.optim.lr_scheduler.ReduceLROnPlateau) or not isinstance(
         schedule, torch.optim.lr_scheduler.LRScheduler
@@ -191,6 +219,30 @@ def check_optimizer(recipe: Recipe) -> None:
             f"The scheduler function returned {_brief(schedule)}, which cannot be stepped without a metric.",
             remedy="use a scheduler that follows steps or epochs: lambda o: torch.optim.lr_scheduler.StepLR(o, 10)",
         )
+    return rate
+
+
+def at_rate(recipe: Recipe, rate: float) -> Recipe:
+    """A checked recipe whose optimizer begins at another learning rate.
+
+    Raises
+    ------
+    ModelError
+        If the scheduler would not begin from that rate.
+    """
+    changed = dataclasses.replace(recipe, optimizer=AtRate(recipe.optimizer, rate))
+    if changed.scheduler is None:
+        return changed
+    made = changed.optimizer(list(copy.deepcopy(recipe.model).parameters()))
+    changed.scheduler(made)
+    initial = float(made.param_groups[0].get("initial_lr", rate))
+    if not math.isclose(initial, rate):
+        raise ModelError(
+            f"learning_rate is {rate:g}, but the scheduler begins at {initial:g}.",
+            cause="a scheduler with rates of its own, such as OneCycleLR or CyclicLR",
+            remedy="give the rate to the scheduler, and leave learning_rate= out",
+        )
+    return changed
 
 
 def _brief(value: Any) -> str:

@@ -3,18 +3,21 @@
 Runs in a thread of its own. A segment is a few steps, about a quarter of a second of them; every member keeps its
 state when a segment begins, that is, when the driver knows that all members reached its first step. A wish is a mark
 in `Wishes` and a vote that ends the segment early; only this thread acts on it. A resize is prepared while the run
-goes on: newcomers get the recipe and their chunks first, and the group changes when they are ready.
+goes on: newcomers get the recipe and their chunks first, and the group changes when they are ready. A rival is measured
+between two segments, in time that no segment counts.
 """
 
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
 
 from torch import nn
 
+from parakit.accounts import steps_done
 from parakit.errors import ParakitError, RunError, RunFailed, WorkerLost
 from parakit.events import (
     EpochEnded,
@@ -25,12 +28,11 @@ from parakit.events import (
     Said,
     SegmentDone,
     StepDone,
-    WorkerStep,
 )
 from parakit.keeping import Keeper
-from parakit.replica import EXCHANGE, StepRecord
+from parakit.scaling.measuring import measure_plain
 from parakit.wishes import Wishes
-from parakit.workers.base import Crew, Job, Report, Roster, Workers
+from parakit.workers.base import Crew, Job, Roster, Workers
 
 __all__ = ["Conductor", "Plan"]
 
@@ -54,6 +56,8 @@ class Plan:
         How many to begin with, and how far to go.
     start : RunStart
         What the history begins with.
+    rate : float
+        Learning rate of the optimizer as it is made; NaN where it has none.
     """
 
     job: Job
@@ -61,6 +65,7 @@ class Plan:
     workers: int
     steps: int
     start: RunStart
+    rate: float
 
 
 @dataclass
@@ -173,40 +178,20 @@ class Conductor:
         began = self.now()
         report = crew.advance(self.step, count, self._number, self._pace.seconds(count))
         ended = self.now()
-        steps = self._record(report, began)
+        labels = [crew.label(member) for member in self._roster.members]
+        steps = steps_done(report, labels, order, self._roster.generation, began, ended)
         self._pace.learn(report.steps, sum(step.seconds for step in steps))
-        control = max(0.0, ended - began - sum(step.seconds for step in steps))
-        self._history.append(
-            *steps, SegmentDone(ended, self.step, report.steps, ended - began, control, report.commit_seconds)
-        )
+        self._history.append(*steps, self._finished(steps, began, ended, report.commit_seconds))
         self.step += report.steps
         self._close_epochs(self.step - report.steps)
         self._keep()
 
-    def _record(self, report: Report, began: float) -> list[StepDone]:
-        order = self._plan.job.recipe.order
-        labels = [self._working.label(member) for member in self._roster.members]
-        steps = []
-        at = began + report.commit_seconds
-        for records in zip(*report.records, strict=True):
-            first = records[0]
-            seconds = max(record.wall_seconds for record in records)
-            at += seconds
-            steps.append(
-                StepDone(
-                    at,
-                    first.step,
-                    order.epoch_of(first.step),
-                    first.loss,
-                    order.batch_rows(first.step),
-                    seconds,
-                    first.learning_rate,
-                    len(records),
-                    self._roster.generation,
-                    _shares(labels, records),
-                )
-            )
-        return steps
+    def _finished(self, steps: Sequence[StepDone], began: float, ended: float, commit_seconds: float) -> SegmentDone:
+        control = max(0.0, ended - began - sum(step.seconds for step in steps))
+        return SegmentDone(
+            ended, self.step, len(steps), ended - began, control, commit_seconds,
+            sum(step.samples for step in steps), self.world_size, self._roster.generation,
+        )  # fmt: skip
 
     def _close_epochs(self, before: int) -> None:
         per_epoch = self._plan.job.recipe.order.steps_per_epoch
@@ -232,17 +217,39 @@ class Conductor:
         while True:
             with wishes.changed:
                 self._number, paused, stopping = wishes.number, wishes.paused, wishes.stopping
+                rate, wishes.rate = wishes.rate, None
+                measuring, wishes.measuring = wishes.measuring, False
             if stopping:
                 return False
+            if rate is not None:
+                self._working.set_learning_rate(rate)
             self._approach()
-            if not paused:
-                self.status = "running"
+            self._stand(paused)
+            if measuring:
+                self._measure()
+            elif not paused:
                 return True
-            if self.status != "paused":
-                self._keep(final=True)
-                self.status = "paused"
-            with wishes.changed:
-                wishes.changed.wait_for(lambda seen=self._number: wishes.number != seen, _POLL_SECONDS)  # type: ignore[misc]
+            else:
+                with wishes.changed:
+                    wishes.changed.wait_for(lambda seen=self._number: wishes.number != seen, _POLL_SECONDS)  # type: ignore[misc]
+
+    def _stand(self, paused: bool) -> None:
+        """Be paused, or not."""
+        if paused and self.status != "paused":
+            self._keep(final=True)
+        self.status = "paused" if paused else "running"
+
+    def _measure(self) -> None:
+        """Time plain PyTorch while the run stands still; whatever comes of it, the run goes on."""
+        began = time.perf_counter()
+        try:
+            found = measure_plain(self._pool, self._plan.job, self.now, lambda: self._wishes.stopping)
+            if found is not None:
+                self._history.append(found)
+        except Exception as error:
+            self._history.append(Said(self.now(), f"Plain PyTorch could not be measured: {error}"))
+        finally:
+            self._wishes.excuse(began)
 
     def _approach(self) -> None:
         """Come nearer to the worker count that is wanted, without waiting for anything."""
@@ -351,18 +358,6 @@ class _Pace:
 
     def seconds(self, steps: int) -> float:
         return steps * self._step_seconds
-
-
-def _shares(labels: list[str], records: tuple[StepRecord, ...]) -> tuple[WorkerStep, ...]:
-    """Every worker's account, with the wait for slower ones told apart from the exchange."""
-    exchange = min(record.seconds[EXCHANGE] for record in records)
-    shares = []
-    for label, record in zip(labels, records, strict=True):
-        data, forward, backward, waited, update = record.seconds
-        shares.append(
-            WorkerStep(label, data, forward, backward, exchange, update, waited - exchange, record.samples)
-        )  # fmt: skip
-    return tuple(shares)
 
 
 def _explained(error: Exception, step: int) -> RunFailed:

@@ -7,10 +7,18 @@ course at a resolution that fades with age.
 
 from __future__ import annotations
 
+import csv
+import io
 import json
+import os
 import threading
+import uuid
+from bisect import bisect_right
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
+from operator import attrgetter
+from pathlib import Path
 from types import NoneType
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, get_args, get_origin, get_type_hints
 
@@ -23,8 +31,11 @@ if TYPE_CHECKING:
     import pandas
 
 __all__ = [
+    "KINDS",
     "PHASES",
+    "PLAIN",
     "Asked",
+    "Baseline",
     "EpochEnded",
     "Event",
     "History",
@@ -38,6 +49,8 @@ __all__ = [
     "event_from_dict",
 ]
 
+#: What a baseline of plain PyTorch is called.
+PLAIN = "plain PyTorch"
 #: Where a worker's time goes in a step, in the order of a step.
 PHASES = ("data", "forward", "backward", "exchange", "update", "idle")
 
@@ -141,6 +154,7 @@ class SegmentDone(Event):
 
     ``seconds`` is its wall time as the notebook sees it; ``control_seconds`` what remains of it after the steps:
     orders, commit and report. ``commit_seconds`` is the part of that in which the slowest worker kept its state.
+    ``samples`` counts the rows trained on; ``world_size`` and ``generation`` are those of its steps.
     """
 
     first_step: int
@@ -148,14 +162,20 @@ class SegmentDone(Event):
     seconds: float
     control_seconds: float
     commit_seconds: float
+    samples: int
+    world_size: int
+    generation: int
 
 
 @dataclass(frozen=True, slots=True)
 class Asked(Event):
-    """A wish was expressed: "resize", "pause", "resume" or "stop"."""
+    """A wish was expressed: "resize", "pause", "resume", "stop", "learning rate" or "measure".
+
+    ``value`` is the number of workers, or the learning rate, and None for the other wishes.
+    """
 
     wish: str
-    value: int | None
+    value: int | float | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,6 +206,30 @@ class EpochEnded(Event):
 
 
 @dataclass(frozen=True, slots=True)
+class Baseline(Event):
+    """A rival was measured: how fast the same batches train without parakit.
+
+    Attributes
+    ----------
+    name : str
+        The rival, such as "plain PyTorch".
+    cores : int
+        Threads of its one process.
+    samples_per_second, low, high : float
+        Median and quartiles of the rate over the timed steps.
+    steps : int
+        Timed steps; those of the warm-up are not among them.
+    """
+
+    name: str
+    cores: int
+    samples_per_second: float
+    low: float
+    high: float
+    steps: int
+
+
+@dataclass(frozen=True, slots=True)
 class Said(Event):
     """A sentence for people, such as why a wish could not be granted."""
 
@@ -202,8 +246,11 @@ class RunEnd(Event):
 
 
 _KINDS: dict[str, type[Event]] = {
-    kind.__name__: kind for kind in (RunStart, StepDone, SegmentDone, Asked, Resized, EpochEnded, Said, RunEnd)
+    kind.__name__: kind
+    for kind in (RunStart, StepDone, SegmentDone, Asked, Resized, EpochEnded, Baseline, Said, RunEnd)
 }
+#: Every kind of event.
+KINDS = tuple(_KINDS.values())
 _E = TypeVar("_E", bound=Event)
 # The plain types whose values may stand in an event, and what a file may hold in their place.
 _ACCEPTS: dict[type, tuple[type, ...]] = {float: (float, int), int: (int,), str: (str,), NoneType: (NoneType,)}
@@ -262,8 +309,10 @@ class History:
         The most records to keep of each kind of event.
     """
 
-    _FRAME_COLUMNS: ClassVar = ("at_seconds", "step", "epoch", "loss", "samples", "seconds", "learning_rate",
-                                "world_size", "generation")  # fmt: skip
+    _STEP_COLUMNS: ClassVar = ("at_seconds", "step", "epoch", "loss", "samples", "seconds", "learning_rate",
+                               "world_size", "generation")  # fmt: skip
+    _COLUMNS: ClassVar = (*_STEP_COLUMNS, "rank", "worker", *(f"{phase}_seconds" for phase in PHASES),
+                          "worker_samples")  # fmt: skip
 
     def __init__(self, capacity: int = DEFAULT_CAPACITY) -> None:
         if capacity < 4:
@@ -297,6 +346,20 @@ class History:
         """All events of a kind, in order."""
         with self._lock:
             return tuple(self._kept[kind])
+
+    def newer(self, kind: type[_E], after_seconds: float) -> tuple[_E, ...]:
+        """The events of a kind that happened later than a moment, in order.
+
+        Parameters
+        ----------
+        kind : type
+        after_seconds : float
+            Since the start of the run; an event at this very moment is left out, so a display asks for what came
+            after the newest event that it has drawn.
+        """
+        with self._lock:
+            kept = self._kept[kind]
+            return tuple(kept[bisect_right(kept, after_seconds, key=_moment) :])
 
     def latest(self, kind: type[_E]) -> _E | None:
         """The newest event of a kind, or None."""
@@ -365,16 +428,55 @@ class History:
                 "A data frame needs pandas, which is not installed here.",
                 remedy="pip install pandas, or use history.to_dicts()",
             ) from error
-        rows = [
-            {
-                **{name: getattr(step, name) for name in self._FRAME_COLUMNS},
-                "rank": rank,
-                **{"worker_samples" if name == "samples" else name: value for name, value in asdict(part).items()},
-            }
-            for step in self.steps
-            for rank, part in enumerate(step.workers)
-        ]
-        return pandas.DataFrame(rows)
+        return pandas.DataFrame(self._rows(), columns=list(self._COLUMNS))
+
+    def to_csv(self) -> str:
+        """The steps as comma-separated values: the rows and columns of `to_frame`, below a line of their names."""
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(self._COLUMNS)
+        writer.writerows(self._rows())
+        return text.getvalue()
+
+    def _rows(self) -> Iterator[tuple[Any, ...]]:
+        """One row a step and worker, with a value for each of the columns."""
+        for step in self.steps:
+            shared = tuple(getattr(step, name) for name in self._STEP_COLUMNS)
+            for rank, part in enumerate(step.workers):
+                yield (*shared, rank, part.worker, *part.seconds(), part.samples)
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write the history to a file: every event as JSON, or the steps as comma-separated values.
+
+        The file is whole at any moment: an older one is replaced once the new one is written.
+
+        Parameters
+        ----------
+        path : str or path
+            Ends in ".json" or ".csv", which chooses the format.
+
+        Returns
+        -------
+        Path
+            Where it was written.
+
+        Raises
+        ------
+        InputError
+            If the path ends in something else, or its folder does not exist.
+        """
+        place = Path(path)
+        writers = {".json": self.to_json, ".csv": self.to_csv}
+        write = writers.get(place.suffix.lower())
+        if write is None:
+            raise InputError(
+                f"A history cannot be saved as {place.name!r}: its name must end in .json or .csv.",
+                remedy="history.save('run.json') keeps every event, history.save('run.csv') the steps as a table",
+            )
+        if not place.parent.is_dir():
+            raise InputError(f"There is no folder {str(place.parent)!r} to save {place.name!r} in.")
+        _replace(place, write())
+        return place
 
     def __repr__(self) -> str:
         steps = self.steps
@@ -385,6 +487,21 @@ class History:
             f"<History: {steps[-1].step + 1} steps, loss {steps[0].loss:.4g} to {steps[-1].loss:.4g}, "
             f"world sizes {', '.join(map(str, sizes))}, {len(self)} events kept>"
         )
+
+
+_moment = attrgetter("at_seconds")
+
+
+def _replace(place: Path, text: str) -> None:
+    """Put a text into a file at once: it is written beside, and then takes the file's place."""
+    beside = place.with_name(f".{place.name}.{uuid.uuid4().hex[:8]}")
+    try:
+        beside.write_bytes(text.encode("utf-8"))
+        beside.replace(place)
+    except BaseException:
+        with suppress(OSError):
+            beside.unlink()
+        raise
 
 
 def _thin(records: list[Any]) -> int:

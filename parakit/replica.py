@@ -24,6 +24,7 @@ from parakit.data import Samples
 from parakit.events import PHASES
 from parakit.gradients import GradientBuffer, GradientSum
 from parakit.losses import SummedLoss
+from parakit.rates import learning_rate, set_learning_rate
 
 __all__ = [
     "Holding",
@@ -241,6 +242,10 @@ class Replica:
         if self.recipe.scheduler_every == "step" or at_epoch_end:
             self.scheduler.step()
 
+    def set_learning_rate(self, value: float) -> None:
+        """Go on at another learning rate; the next commit keeps it."""
+        set_learning_rate(self.optimizer, value, self.scheduler)
+
     def take_records(self) -> list[StepRecord]:
         """The accounts of the steps since the last call."""
         records, self.records = self.records, []
@@ -326,11 +331,6 @@ def copy_state(tree: Any, into: Any = None) -> Any:
         olds = into if isinstance(into, list | tuple) and len(into) == len(tree) else [None] * len(tree)
         return type(tree)(copy_state(value, old) for value, old in zip(tree, olds, strict=True))
     return copy.deepcopy(tree)
-
-
-def learning_rate(optimizer: torch.optim.Optimizer) -> float:
-    """Learning rate of the first parameter group; NaN where an optimizer has none."""
-    return float(optimizer.param_groups[0].get("lr", float("nan")))
 
 
 def needs_closure(optimizer: torch.optim.Optimizer) -> bool:

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from parakit.checking import check_rate
 from parakit.conducting import Conductor, Plan
 from parakit.errors import InputError, RunEnded, RunError, WaitTimeout, WorkerCountError
 from parakit.events import Asked, History, StepDone
@@ -24,8 +25,8 @@ _LET_GO_SECONDS = 10.0
 class Run:
     """A training run that is going on in the background; `parakit.train` makes one.
 
-    A wish (`resize`, `pause`, `resume`, `stop`) returns at once and takes effect after the present step. The run's
-    course is in `history`; the trained model is `model`.
+    A wish (`resize`, `set_learning_rate`, `measure_baseline`, `pause`, `resume`, `stop`) returns at once and takes
+    effect after the present step. The run's course is in `history`; the trained model is `model`.
     """
 
     def __init__(self, plan: Plan, pool: Workers, history: History) -> None:
@@ -81,6 +82,21 @@ class Run:
         return self._conductor.world_size
 
     @property
+    def target(self) -> int:
+        """Workers asked for: the newest wish, or `world_size` once that is granted or given up."""
+        return self._wishes.target
+
+    @property
+    def plan(self) -> Plan:
+        """What is trained, and how."""
+        return self._plan
+
+    @property
+    def pool(self) -> Workers:
+        """The workers that it trains on."""
+        return self._pool
+
+    @property
     def model(self) -> nn.Module:
         """The model on the notebook's side: trained when the run has ended, the newest state fetched until then.
 
@@ -116,7 +132,46 @@ class Run:
         self._check_going("resize")
         count = self._pool.check_count(workers, most=self._pool.most)
         check_chunks(count, len(self._plan.roster.training.sizes))
-        self._wish("resize", count, lambda wishes: setattr(wishes, "target", count))
+        self._wish("resize", count, lambda wishes: wishes.aim(count))
+
+    def set_learning_rate(self, value: float) -> None:
+        """Ask to go on at another learning rate.
+
+        All parameter groups and the schedule scale by one factor, which takes the first group's present rate to the
+        value: groups keep their proportions, and a schedule goes on along its own curve. Where the present rate is
+        0, every group gets the value itself.
+
+        Parameters
+        ----------
+        value : float
+            Above 0.
+
+        Raises
+        ------
+        InputError
+            If it is no such number, or the optimizer has no learning rate.
+        RunEnded
+            If the run is over.
+        """
+        self._check_going("set_learning_rate")
+        check_rate("the learning rate", value, self._plan.rate)
+        rate = float(value)
+        self._wish("learning rate", rate, lambda wishes: setattr(wishes, "rate", rate))
+
+    def measure_baseline(self) -> None:
+        """Ask for the speed of plain PyTorch: the same model and batches, in one process with all its cores.
+
+        The run stands still for it, about a second and a half, while one worker of the pool times the loop; what
+        comes of it is a `parakit.events.Baseline` in the history. If it fails, the history says why, and the run
+        goes on.
+
+        Raises
+        ------
+        RunEnded
+            If the run is over.
+        """
+        self._check_going("measure_baseline")
+        self._wish("measure", None, lambda wishes: setattr(wishes, "measuring", True))
 
     def pause(self) -> None:
         """Ask the run to stand still after its present step, holding its workers."""
@@ -186,8 +241,9 @@ class Run:
                 remedy="start another run with parakit.train(run.model, ...)",
             )
 
-    def _wish(self, name: str, value: int | None, change: Callable[[Wishes], Any]) -> None:
-        self._history.append(Asked(self._conductor.now(), name, value))
+    def _wish(self, name: str, value: int | float | None, change: Callable[[Wishes], Any]) -> None:
+        with self._wishes.changed:  # wishes of several threads are kept in the order of their times
+            self._history.append(Asked(self._conductor.now(), name, value))
         self._wishes.express(change)
 
     def _let_go(self) -> None:

@@ -11,9 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from parakit.checking import (
+    at_rate,
     check_choice,
     check_optimizer,
     check_positive,
+    check_rate,
     check_strategy,
     check_travels,
     check_whole,
@@ -32,7 +34,7 @@ from parakit.run import Run, check_chunks
 from parakit.strategies import AllReduce
 from parakit.workers.base import Job, Roster, Strategy, Workers
 
-__all__ = ["evaluate", "train"]
+__all__ = ["evaluate", "plan", "train"]
 
 _DEFAULT_BATCH = 256
 
@@ -45,6 +47,7 @@ def train(
     workers: int | None = None,
     loss: Callable[[Any, Any], Tensor] | None = None,
     optimizer: OptimizerFactory | None = None,
+    learning_rate: float | None = None,
     scheduler: SchedulerFactory | None = None,
     scheduler_every: str = "epoch",
     clip_norm: float | None = None,
@@ -79,6 +82,9 @@ def train(
         mean squared error otherwise.
     optimizer : callable, optional
         Makes a torch optimizer from the list of the model's parameters. Default: SGD, rate 0.05, momentum 0.9.
+    learning_rate : float, optional
+        Rate to begin with, in place of the optimizer's own: that of its first parameter group, with which the others
+        scale. `Run.set_learning_rate` changes it in mid-run.
     scheduler : callable, optional
         Makes a torch learning-rate scheduler from the optimizer.
     scheduler_every : {"epoch", "step"}
@@ -121,6 +127,37 @@ def train(
     >>> run.status, run.step
     ('finished', 12)
     """
+    checked = plan(
+        model, data, on=on, workers=workers, loss=loss, optimizer=optimizer, learning_rate=learning_rate,
+        scheduler=scheduler, scheduler_every=scheduler_every, clip_norm=clip_norm, strategy=strategy,
+        batch_size=batch_size, epochs=epochs, steps=steps, validation=validation, seed=seed, chunks=chunks,
+        limit_seconds=limit_seconds,
+    )  # fmt: skip
+    return Run(checked, on, History())
+
+
+def plan(
+    model: nn.Module,
+    data: Any,
+    *,
+    on: Workers,
+    workers: int | None = None,
+    loss: Callable[[Any, Any], Tensor] | None = None,
+    optimizer: OptimizerFactory | None = None,
+    learning_rate: float | None = None,
+    scheduler: SchedulerFactory | None = None,
+    scheduler_every: str = "epoch",
+    clip_norm: float | None = None,
+    strategy: Strategy | None = None,
+    batch_size: int | None = None,
+    epochs: int | None = None,
+    steps: int | None = None,
+    validation: Any = None,
+    seed: int = 0,
+    chunks: int = DEFAULT_CHUNKS,
+    limit_seconds: float = 30.0,
+) -> Plan:
+    """Check what `train` is given, and plan the run without starting it; parameters and errors as for `train`."""
     pool = _pool(on)
     active = pool.check_count(pool.size if workers is None else workers)
     samples = Samples.of(data)
@@ -142,7 +179,11 @@ def train(
     recipe = Recipe(
         initial, loss_sum, optimizer or _default_optimizer, scheduler, scheduler_every, clip_norm, seed, order
     )
-    check_optimizer(recipe)
+    rate = check_optimizer(recipe)
+    if learning_rate is not None:
+        check_rate("learning_rate", learning_rate, rate)
+        rate = float(learning_rate)
+        recipe = at_rate(recipe, rate)
     chosen = strategy or AllReduce()
     check_travels(recipe, chosen)
 
@@ -160,7 +201,7 @@ def train(
         sum(p.numel() for p in initial.parameters() if p.requires_grad), len(samples), len(pieces), batch, total,
         order.steps_per_epoch, seed,
     )  # fmt: skip
-    return Run(Plan(job, roster, active, total, start), pool, History())
+    return Plan(job, roster, active, total, start, rate)
 
 
 def evaluate(

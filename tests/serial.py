@@ -31,13 +31,21 @@ def train_serially(
     optimizer: Callable[..., torch.optim.Optimizer],
     scheduler: Callable[..., Any] | None = None,
     clip_norm: float | None = None,
+    rates: list[float] | None = None,
 ) -> tuple[list[float], nn.Module]:
-    """Losses and final model of a plain loop over given batches; the scheduler steps after every batch."""
+    """Losses and final model of a plain loop over given batches; the scheduler steps after every batch.
+
+    `rates` are the learning rates of every step, of the first group; the other groups keep their ratio to it.
+    """
     model = copy.deepcopy(model).train()
     opt = optimizer(list(model.parameters()))
     schedule = scheduler(opt) if scheduler else None
+    ratios = [group["lr"] / opt.param_groups[0]["lr"] for group in opt.param_groups]
     losses = []
-    for rows in order:
+    for number, rows in enumerate(order):
+        if rates is not None:
+            for group, ratio in zip(opt.param_groups, ratios, strict=True):
+                group["lr"] = rates[number] * ratio
 
         def closure(rows: torch.Tensor = rows) -> torch.Tensor:
             opt.zero_grad()

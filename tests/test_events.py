@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import csv
 import dataclasses
+import io
 import json
 import math
 import threading
+import time
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas
 import pytest
 
 from parakit import events
@@ -16,6 +21,7 @@ from parakit.errors import InputError
 from parakit.events import (
     PHASES,
     Asked,
+    Baseline,
     EpochEnded,
     Event,
     History,
@@ -42,11 +48,13 @@ EVENTS = [
     RunStart(0.0, "AllReduce()", ("w0", "w1"), "inline", 2, 1, 650, 1437, 64, 256, 12, 6, 0),
     Resized(0.1, 0, 0, ("w0", "w1"), 64, 0.05, 0.0),
     StepDone(0.2, 0, 0, 2.3, 256, 0.01, 0.1, 2, 0, (part("w0", 128), part("w1", 128))),
-    SegmentDone(0.3, 0, 1, 0.02, 0.01, 0.001),
+    SegmentDone(0.3, 0, 1, 0.02, 0.01, 0.001, 256, 2, 0),
     Asked(0.4, "pause", None),
     Asked(0.5, "resize", 4),
+    Asked(0.55, "learning rate", 0.05),
     EpochEnded(0.6, 0, 6, None, None, 0.01),
     EpochEnded(0.7, 1, 12, 0.5, 0.9, 0.01),
+    Baseline(0.75, "plain PyTorch", 2, 12_300.0, 11_900.0, 12_600.0, 57),
     Said(0.8, "Zwei Prozesse – ein Modell."),
     RunEnd(0.9, "finished", 12, ""),
 ]
@@ -207,8 +215,8 @@ def test_events_are_found_by_their_kind() -> None:
     assert history.latest(Resized) is None
     assert history.of(StepDone) == ()
     history.append(*EVENTS)
-    assert history.of(Asked) == (EVENTS[4], EVENTS[5])
-    assert history.latest(Asked) == EVENTS[5]
+    assert history.of(Asked) == tuple(EVENTS[4:7])
+    assert history.latest(Asked) == EVENTS[6]
     assert history.of(StepDone) == history.steps == (EVENTS[2],)
     assert len(history) == len(EVENTS)
 
@@ -252,3 +260,67 @@ def test_a_history_says_what_it_holds() -> None:
     assert repr(history) == "<History: no step yet>"
     history.append(Said(0.0, "…"), step(0, 2.5, (part(),)), step(1, 0.25, (part("a"), part("b"))))
     assert repr(history) == "<History: 2 steps, loss 2.5 to 0.25, world sizes 1, 2, 3 events kept>"
+
+
+def test_newer_finds_what_came_after_a_moment() -> None:
+    history = History()
+    assert history.newer(StepDone, 0.0) == ()
+    history.append(*(step(number, at=number / 2) for number in range(6)), Said(1.0, "…"))
+    assert history.newer(StepDone, -1.0) == history.steps
+    assert [found.step for found in history.newer(StepDone, 1.0)] == [3, 4, 5]  # the one at this moment is known
+    assert [found.step for found in history.newer(StepDone, 1.2)] == [3, 4, 5]
+    assert history.newer(StepDone, 2.5) == history.newer(StepDone, 99.0) == ()
+    assert history.newer(Said, 0.5) == (Said(1.0, "…"),)
+
+
+def test_newer_costs_little_in_a_long_history() -> None:
+    history = History()
+    history.append(*(step(number) for number in range(40_000)))
+    began = time.perf_counter()
+    for _ in range(1000):
+        assert len(history.newer(StepDone, 39_990.0)) == 9
+    assert time.perf_counter() - began < 1  # a copy of all would take a hundred times as long
+
+
+def table() -> History:
+    history = History()
+    history.append(step(0, math.nan, (part("a", 4),)), step(1, 0.1, (part('the "b", ä', 2), part("b", 5))))
+    return history
+
+
+def test_csv_has_the_rows_and_columns_of_the_frame() -> None:
+    frame, text = table().to_frame(), table().to_csv()
+    lines = list(csv.reader(io.StringIO(text)))
+    assert lines[0] == list(frame.columns)
+    assert len(lines) == 1 + len(frame) == 4
+    again = pandas.read_csv(io.StringIO(text))
+    pandas.testing.assert_frame_equal(again, frame)
+    assert "\r" not in text
+
+
+def test_a_table_of_no_steps_has_its_columns() -> None:
+    assert History().to_csv().splitlines() == [",".join(table().to_frame().columns)]
+    assert list(History().to_frame().columns) == list(table().to_frame().columns)
+
+
+def test_a_history_is_saved_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    history = table()
+    history.append(*EVENTS)
+    place = tmp_path / "run.json"
+    assert history.save(str(place)) == place
+    assert History.from_json(place.read_text(encoding="utf-8")).total == history.total
+    assert history.save(tmp_path / "RUN.CSV").read_text(encoding="utf-8") == history.to_csv()
+    kept = place.read_bytes()
+    monkeypatch.setattr(Path, "replace", lambda *_: (_ for _ in ()).throw(OSError("no room")))
+    with pytest.raises(OSError, match="no room"):
+        History().save(place)
+    assert place.read_bytes() == kept
+    assert sorted(found.name for found in tmp_path.iterdir()) == ["RUN.CSV", "run.json"]
+
+
+def test_a_history_is_not_saved_where_or_as_what_it_cannot_be(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"'run\.txt'.*\.json or \.csv"):
+        History().save(tmp_path / "run.txt")
+    with pytest.raises(InputError, match=r"no folder .*nowhere"):
+        History().save(tmp_path / "nowhere" / "run.csv")
+    assert list(tmp_path.iterdir()) == []

@@ -140,6 +140,19 @@ def test_the_workers_are_seen_although_the_client_refreshes_its_own_view(pool: p
         thread.join(20)
 
 
+def test_an_interrupt_meant_for_a_cell_does_not_reach_the_workers(pool: pk.Workers) -> None:
+    run = endless(pool, workers=4)
+    wait_for(run, lambda: run.step > 0)
+    # A kernel's interrupt goes to its whole process group.
+    for pid in pool.client.run(os.getpid).values():
+        os.kill(pid, signal.SIGINT)
+    seen = run.step
+    wait_for(run, lambda: run.step > seen + 20)
+    assert run.status == "running"
+    run.stop()
+    run.wait(LIMIT, progress=False)
+
+
 def test_a_closed_client_is_refused(foreign: LocalCluster) -> None:
     client = Client(foreign, set_as_default=False)
     client.close()

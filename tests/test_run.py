@@ -213,15 +213,16 @@ def test_the_model_can_be_had_while_it_trains(pool: pk.Workers) -> None:
 class FailsLate(nn.Module):
     """Fails on a worker only, after some steps."""
 
-    def __init__(self) -> None:
+    def __init__(self, said: str = "the seventh seal is broken") -> None:
         super().__init__()
+        self.said = said
         self.layer = nn.Linear(64, 10)
         self.register_buffer("calls", torch.zeros(()))
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
         self.calls += 1
         if self.calls > 7:
-            raise FloatingPointError("the seventh seal is broken")
+            raise FloatingPointError(self.said)
         return self.layer(pixels)
 
 

@@ -178,6 +178,9 @@ class Crew(Protocol):
     def halt(self, wish: int) -> None:
         """Ask the segment that is going on to end after its present step; returns at once, from any thread."""
 
+    def set_learning_rate(self, value: float) -> None:
+        """Let all members go on at another learning rate; only between segments."""
+
     def state(self) -> State:
         """The state after the last segment."""
 

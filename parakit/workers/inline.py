@@ -126,6 +126,10 @@ class InlineCrew:
         """End the segment after its present step."""
         self._halt = max(self._halt, wish)
 
+    def set_learning_rate(self, value: float) -> None:
+        """Go on at another learning rate."""
+        self._replica.set_learning_rate(value)
+
     def state(self) -> State:
         """The state after the last segment."""
         return dict(copy_state(self._replica.live_state()))

@@ -280,6 +280,12 @@ def roll_back(resident: Resident) -> int:
 
 
 @_order
+def set_learning_rate(resident: Resident, value: float) -> None:
+    """Go on at another learning rate."""
+    resident.replica.set_learning_rate(value)
+
+
+@_order
 def map_gradient(resident: Resident, step: int, rank: int, parameters: Tensor) -> GradientSum:
     """The gradient sum of this worker's share at some parameters, as a value of its own."""
     began = perf_counter()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future as LocalFuture
@@ -17,6 +16,7 @@ from parakit.chunks import Ownership
 from parakit.data import Samples, pack, unpack
 from parakit.errors import RunFailed, WorkerLost
 from parakit.evaluation import Tally
+from parakit.machine import in_thread
 from parakit.replica import State, copy_state
 from parakit.workers import resident
 from parakit.workers.base import Job, Report, Roster
@@ -60,7 +60,7 @@ class DaskCrew:
 
     def prepare(self, roster: Roster) -> LocalFuture[None]:
         """Bring chunks and recipe to those who need them, while the run goes on."""
-        return _in_thread(self._bring, roster)
+        return in_thread(self._bring, roster)
 
     def _bring(self, roster: Roster) -> None:
         before = self._roster
@@ -134,7 +134,7 @@ class DaskCrew:
             return self._client.scatter(value, workers=list(members), broadcast=True, hash=False)
 
         try:
-            return _in_thread(scatter).result(self._job.limit_seconds)
+            return in_thread(scatter).result(self._job.limit_seconds)
         except TimeoutError as error:
             raise WorkerLost(
                 f"{len(members)} workers did not take a value within {self._job.limit_seconds:g} s.",
@@ -182,7 +182,7 @@ class DaskCrew:
         self._touched.difference_update(members)
         if present:
             with suppress(Exception):  # whoever is gone, or does not answer, has nothing to give back
-                _in_thread(self._client.run, forget, self._job.run_id, workers=present).result(_DISMISS_SECONDS)
+                in_thread(self._client.run, forget, self._job.run_id, workers=present).result(_DISMISS_SECONDS)
 
     # --- segments
 
@@ -213,11 +213,18 @@ class DaskCrew:
         if self._driver is not None:
             self._driver.halted = max(self._driver.halted, wish)
         elif members:
-            _in_thread(self._halt_one, members[0], wish)
+            in_thread(self._halt_one, members[0], wish)
 
     def _halt_one(self, member: str, wish: int) -> None:
         with suppress(Exception):  # a member that is gone ends the segment anyhow
             self._client.run(resident.halt, self._job.run_id, wish, workers=[member])
+
+    def set_learning_rate(self, value: float) -> None:
+        """Let whoever updates go on at another learning rate: the driver, or else every member."""
+        if self._driver is not None:
+            self._driver.replica.set_learning_rate(value)
+        else:
+            self.everyone(resident.set_learning_rate, value, limit_seconds=self._job.limit_seconds)
 
     def state(self) -> State:
         """The state after the last segment."""
@@ -321,17 +328,3 @@ def _gained(before: Ownership | None, after: Ownership | None) -> dict[str, tupl
     if after is None:
         return {}
     return before.gains(after) if before else dict(after.chunks_of)
-
-
-def _in_thread(function: Callable[..., Any], *args: Any, **kwargs: Any) -> LocalFuture[Any]:
-    """Call a function in a thread of its own, which no exit of the interpreter waits for."""
-    future: LocalFuture[Any] = LocalFuture()
-
-    def work() -> None:
-        try:
-            future.set_result(function(*args, **kwargs))
-        except BaseException as error:
-            future.set_exception(error)
-
-    threading.Thread(target=work, name=f"parakit-{function.__name__}", daemon=True).start()
-    return future

@@ -1,0 +1,51 @@
+"""Accounts of steps: what the members of a group report of a segment, as events."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from parakit.chunks import EpochOrder
+from parakit.events import StepDone, WorkerStep
+from parakit.replica import EXCHANGE, StepRecord
+from parakit.workers.base import Report
+
+__all__ = ["steps_done"]
+
+
+def steps_done(
+    report: Report, labels: Sequence[str], order: EpochOrder, generation: int, began: float, ended: float
+) -> list[StepDone]:
+    """The steps of a segment that lasted from one moment to another, seconds since the start of the run."""
+    steps = []
+    at = began + report.commit_seconds
+    for records in zip(*report.records, strict=True):
+        first = records[0]
+        seconds = max(record.wall_seconds for record in records)
+        at += seconds
+        steps.append(
+            StepDone(
+                min(at, ended),  # the longest of each step may add up to more: whoever is late in one can lead the next
+                first.step,
+                order.epoch_of(first.step),
+                first.loss,
+                order.batch_rows(first.step),
+                seconds,
+                first.learning_rate,
+                len(records),
+                generation,
+                _shares(labels, records),
+            )
+        )
+    return steps
+
+
+def _shares(labels: Sequence[str], records: Sequence[StepRecord]) -> tuple[WorkerStep, ...]:
+    """Every worker's account, with the wait for slower ones told apart from the exchange."""
+    exchange = min(record.seconds[EXCHANGE] for record in records)
+    shares = []
+    for label, record in zip(labels, records, strict=True):
+        data, forward, backward, waited, update = record.seconds
+        shares.append(
+            WorkerStep(label, data, forward, backward, exchange, update, waited - exchange, record.samples)
+        )  # fmt: skip
+    return tuple(shares)

@@ -1,0 +1,81 @@
+"""Measuring rivals on the very workers, rows and model of a run, while it stands still."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable
+from contextlib import suppress
+
+import cloudpickle
+import numpy as np
+
+from parakit.data import Samples
+from parakit.errors import ParakitError
+from parakit.events import PLAIN, Baseline
+from parakit.machine import in_thread
+from parakit.scaling import plain
+from parakit.scaling.plain import PlainRates, PlainTrial
+from parakit.workers.base import Job, Workers
+
+__all__ = ["measure_plain", "plain_trial"]
+
+_BATCHES = 4  # enough for rows to come from memory, as they do in training, and little to send
+_LOOK_SECONDS = 0.1
+_FAREWELL_SECONDS = 0.5  # a trial in this process ends within a step
+
+
+def measure_plain(pool: Workers, job: Job, now: Callable[[], float], stopping: Callable[[], bool]) -> Baseline | None:
+    """Time plain PyTorch with what a run trains, on one worker of its pool.
+
+    Parameters
+    ----------
+    pool : Workers
+    job : Job
+    now : callable
+        Seconds since the start of the run.
+    stopping : callable
+        Looked at several times a second; once it is true, nobody waits for the trial any more.
+
+    Returns
+    -------
+    Baseline or None
+        None if it was to stop.
+
+    Raises
+    ------
+    ParakitError
+        If it failed.
+    """
+    trial = plain_trial(job)
+    trying = in_thread(pool.map, plain.measure, [trial], job.limit_seconds + plain.MOST_SECONDS)
+    while not trying.done():
+        if stopping():
+            plain.halt(trial.name)
+            with suppress(Exception):
+                trying.result(_FAREWELL_SECONDS)
+            return None
+        with suppress(TimeoutError):
+            trying.exception(_LOOK_SECONDS)
+    return _baseline(trying.result()[0], now())
+
+
+def plain_trial(job: Job, cores: int | None = None) -> PlainTrial:
+    """What plain PyTorch has to train so that it can be compared with a run: its model, from the start, on its rows."""
+    recipe = job.recipe
+    blob = cloudpickle.dumps((recipe.model, recipe.loss, recipe.optimizer, recipe.clip_norm))
+    return PlainTrial(uuid.uuid4().hex, blob, _rows(job).packed(), recipe.order.batch_size, cores=cores)
+
+
+def _rows(job: Job) -> Samples:
+    """The first chunks that together hold some batches; all chunks where the data have fewer."""
+    order = job.recipe.order
+    before = np.cumsum([0, *order.sizes[:-1]])
+    chunks = np.flatnonzero(before < _BATCHES * order.batch_size).tolist()
+    return Samples.join([job.load(chunk) for chunk in chunks])
+
+
+def _baseline(found: PlainRates, at_seconds: float) -> Baseline:
+    if not found.rates:
+        raise ParakitError(found.error)
+    low, median, high = np.percentile(found.rates, (25, 50, 75)).tolist()
+    return Baseline(at_seconds, PLAIN, found.cores, median, low, high, len(found.rates))
