@@ -1,4 +1,4 @@
-"""One line of progress, for people who wait in a script or a terminal."""
+"""Progress in words: one line for people who wait in a script or a terminal, and a sentence for an event."""
 
 from __future__ import annotations
 
@@ -7,12 +7,33 @@ import threading
 import time
 from typing import TYPE_CHECKING
 
-from parakit.events import SegmentDone, StepDone
+from parakit.events import (
+    PLAIN,
+    Asked,
+    Baseline,
+    EpochEnded,
+    Event,
+    Resized,
+    RunEnd,
+    RunStart,
+    Said,
+    SegmentDone,
+    StepDone,
+)
 
 if TYPE_CHECKING:
     from parakit.run import Run
 
-__all__ = ["in_a_notebook", "progress_line", "samples_per_second", "show_progress"]
+__all__ = [
+    "in_a_notebook",
+    "many",
+    "progress_line",
+    "rival_name",
+    "samples_per_second",
+    "sentence",
+    "show_progress",
+    "three_digits",
+]
 
 _EVERY_SECONDS = 0.25
 _WINDOW_SECONDS = 2.0
@@ -27,26 +48,31 @@ def in_a_notebook() -> bool:
 
 def samples_per_second(run: Run, window_seconds: float = _WINDOW_SECONDS) -> float:
     """Samples that the run trained on per second of wall time, over its last segments; NaN before the first."""
-    segments = run.history.of(SegmentDone)
-    if not segments:
+    newest = run.history.latest(SegmentDone)
+    if newest is None:
         return float("nan")
-    newest = segments[-1].at_seconds
-    recent = [s for s in segments if s.at_seconds >= newest - window_seconds]
-    steps = run.history.steps[-sum(r.steps for r in recent) :]
-    return sum(step.samples for step in steps) / max(1e-9, sum(s.seconds for s in recent))
+    recent = run.history.newer(SegmentDone, newest.at_seconds - window_seconds)
+    return sum(segment.samples for segment in recent) / max(1e-9, sum(segment.seconds for segment in recent))
 
 
-def progress_line(run: Run) -> str:
-    """Epoch, loss, samples per second, workers and time left, in one line."""
+def progress_line(run: Run, efficiency: float | None = None) -> str:
+    """Epoch, loss, samples per second, workers and time left, in one line.
+
+    Parameters
+    ----------
+    run : Run
+    efficiency : float, optional
+        From 0 to 1, shown as per cent where it is known.
+    """
     latest = run.history.latest(StepDone)
     if latest is None:
         return "starting"
     rate = samples_per_second(run)
     left = (run.steps - run.step) * latest.samples / rate if rate > 0 else float("nan")
-    many = "1 worker" if run.world_size == 1 else f"{run.world_size} workers"
+    share = "" if efficiency is None else f", efficiency {100 * efficiency:.0f} %"
     return (
         f"epoch {latest.epoch + 1}, step {run.step}/{run.steps}, loss {latest.loss:.4f}, "
-        f"{rate:,.0f} samples/s, {many}, {_clock(left)} left"
+        f"{rate:,.0f} samples/s{share}, {many(run.world_size, 'worker')}, {_clock(left)} left"
     )
 
 
@@ -72,3 +98,92 @@ def show_progress(run: Run, ended: threading.Event, timeout: float | None) -> No
             width = len(line)
     sys.stderr.write(("\r" if live else "") + f"{run.status}: {progress_line(run)}".ljust(width) + "\n")
     sys.stderr.flush()
+
+
+def sentence(event: Event, *, steps: int | None = None) -> str:
+    """One short sentence about an event, for people who read a log; "" for an event that is not worth a line.
+
+    Parameters
+    ----------
+    event : Event
+    steps : int, optional
+        Steps of the whole run: an end that came early is told against them where they are known.
+    """
+    match event:
+        case RunStart():
+            active = many(len(event.workers), "worker")
+            return f"Started with {active}: {event.strategy}, batch of {event.batch_size}, {many(event.steps, 'step')}"
+        case Asked():
+            return _about_a_wish(event)
+        case Resized():
+            return _about_a_resize(event)
+        case EpochEnded():
+            return _about_an_epoch(event)
+        case Baseline():
+            return _about_a_baseline(event)
+        case Said():
+            return event.text
+        case RunEnd():
+            return _about_the_end(event, steps)
+    return ""
+
+
+def many(count: int, noun: str) -> str:
+    """A number of things in words."""
+    return f"1 {noun}" if count == 1 else f"{count} {noun}s"
+
+
+def rival_name(cores: int) -> str:
+    """What plain PyTorch in one process with so many threads is called."""
+    return f"{PLAIN}, {many(cores, 'core')}"
+
+
+def _about_a_wish(event: Asked) -> str:
+    if event.wish == "resize" and isinstance(event.value, int):
+        return f"{many(event.value, 'worker')} asked for"
+    if event.wish == "measure":
+        return "A measurement of plain PyTorch asked for"
+    value = "" if event.value is None else f" {event.value:g}"
+    return f"{event.wish.capitalize()}{value} asked for"
+
+
+def _about_a_resize(event: Resized) -> str:
+    active = many(len(event.workers), "worker")
+    if event.generation == 0:
+        return f"{active} ready"
+    moved = f"{many(event.chunks_moved, 'chunk')} moved"
+    return f"{active} since step {event.step} ({event.waited_seconds:.2f} s after the wish, {moved})"
+
+
+def _about_an_epoch(event: EpochEnded) -> str:
+    if event.validation_loss is None:
+        return ""
+    accuracy = event.validation_accuracy
+    share = "" if accuracy is None else f", accuracy {100 * accuracy:.1f} %"
+    return f"Epoch {event.epoch + 1}: validation loss {event.validation_loss:.4g}{share}"
+
+
+def _about_a_baseline(event: Baseline) -> str:
+    cores = "1 core" if event.cores == 1 else f"all {event.cores} cores"
+    median, low, high = map(three_digits, (event.samples_per_second, event.low, event.high))
+    return f"{event.name} with {cores}: {median} samples/s ({low} to {high})"
+
+
+def three_digits(samples_per_second: float) -> str:
+    """Three digits: a measurement is not better than that."""
+    rounded = float(f"{samples_per_second:.3g}")
+    return f"{rounded:,.0f}" if rounded >= 100 else f"{rounded:g}"
+
+
+def _about_the_end(event: RunEnd, steps: int | None) -> str:
+    if event.status == "failed":
+        return f"Failed after step {event.step}: {_fact(event)}"
+    if event.reason != "stopped":
+        return f"Finished after step {event.step}"
+    return f"Stopped after step {event.step}" + ("" if steps is None else f" of {steps}")
+
+
+def _fact(event: RunEnd) -> str:
+    """Why a run failed, without what the sentence says anyhow, and without cause and remedy on lines of their own."""
+    lines = event.reason.splitlines() or ["no reason is known"]
+    return lines[0].removeprefix(f"The run failed after step {event.step}: ")

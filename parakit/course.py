@@ -1,0 +1,282 @@
+"""The course of a run in few numbers: what pictures and panels show, however long the run was.
+
+A `Course` follows a history event by event and keeps a bounded summary: two curves against time, the rate at each
+worker count that was visited, where the time of the last steps went, the baselines, and the sentences of a log. It
+draws nothing.
+
+A rate is counted over whole segments, control included, so it is what a user gets; pauses, resizes and evaluations
+stand between segments and do not count. The first segment after each change of the group is left out: caches are cold.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from parakit.errors import InputError
+from parakit.events import KINDS, PHASES, PLAIN, Baseline, Event, History, RunEnd, RunStart, SegmentDone, StepDone
+from parakit.progress import sentence
+
+__all__ = ["PLAIN", "Course", "Curve", "Rate"]
+
+Floats = npt.NDArray[np.float64]
+
+_CURVE_POINTS = 600
+_SEGMENTS_PER_COUNT = 400
+_LAST_STEPS = 96
+_LAST_SECONDS = 3.0
+_LOG_LINES = 200
+_FEWEST_SEGMENTS = 2
+
+
+@dataclass(frozen=True)
+class Rate:
+    """Samples per second at one worker count: median and quartiles over segments, weighted by their seconds.
+
+    Attributes
+    ----------
+    world_size : int
+    median, low, high : float
+        In samples per second; `low` and `high` are the quartiles.
+    segments : int
+        How many segments they rest on.
+    """
+
+    world_size: int
+    median: float
+    low: float
+    high: float
+    segments: int
+
+
+class Curve:
+    """A value against time in at most so many points; each is the mean of neighbours with one worker count.
+
+    Parameters
+    ----------
+    most : int
+        The most points to keep. When there are more, neighbours are joined.
+    """
+
+    def __init__(self, most: int = _CURVE_POINTS) -> None:
+        self._most = most
+        self._points: list[tuple[float, float, int]] = []
+        # The point that is still open, as sums: it may come to stand for any number of values.
+        self._at = self._value = 0.0
+        self._count = self._size = 0
+        #: How many values were joined into a point.
+        self.each = 1
+
+    def add(self, at_seconds: float, value: float, world_size: int) -> None:
+        """Go on to a later value."""
+        if self._count and self._size != world_size:
+            self._close_point()
+        self._at += at_seconds
+        self._value += value
+        self._count += 1
+        self._size = world_size
+        if self._count >= self.each:
+            self._close_point()
+
+    @property
+    def _open(self) -> tuple[float, float, int]:
+        return self._at / self._count, self._value / self._count, self._size
+
+    def _close_point(self) -> None:
+        self._points.append(self._open)
+        self._at, self._value, self._count = 0.0, 0.0, 0
+        # An even number, so that with one worker count no point is left without a partner.
+        if len(self._points) >= max(2, self._most - self._most % 2):
+            joined = _joined(self._points)
+            # Where the count changes all the time there is little to join, and every other point has to go.
+            self._points = joined if 4 * len(joined) <= 3 * self._most else joined[1 - len(joined) % 2 :: 2]
+            self.each *= 2
+
+    @property
+    def points(self) -> Floats:
+        """Seconds, value and world size of each point; float64, (points, 3)."""
+        rows = [*self._points, self._open] if self._count else self._points
+        return np.array(rows, np.float64).reshape(-1, 3)
+
+
+def _joined(points: Iterable[tuple[float, float, int]]) -> list[tuple[float, float, int]]:
+    """Neighbours in pairs, as far as they have one worker count: a short visit keeps a point of its own."""
+    pairs: list[list[tuple[float, float, int]]] = []
+    for point in points:
+        if pairs and len(pairs[-1]) == 1 and pairs[-1][0][2] == point[2]:
+            pairs[-1].append(point)
+        else:
+            pairs.append([point])
+    return [_mean(pair) for pair in pairs]
+
+
+def _mean(points: Iterable[tuple[float, float, int]]) -> tuple[float, float, int]:
+    times, values, sizes = zip(*points, strict=True)
+    return sum(times) / len(times), sum(values) / len(values), sizes[-1]
+
+
+class Course:
+    """A bounded summary of a run, kept up to date from its history."""
+
+    def __init__(self) -> None:
+        self.start: RunStart | None = None
+        self.end: RunEnd | None = None
+        #: Loss of the batch against seconds.
+        self.loss = Curve()
+        #: Samples per second against seconds, a value a segment.
+        self.rate = Curve()
+        self.baselines: dict[str, Baseline] = {}
+        self.last: StepDone | None = None
+        #: Sentences of what happened, each with its seconds; the newest last.
+        self.log: deque[tuple[float, str]] = deque(maxlen=_LOG_LINES)
+        #: Steps that were finished most recently, perhaps of several groups.
+        self._recent: deque[StepDone] = deque(maxlen=_LAST_STEPS)
+        self._segments: dict[int, deque[tuple[float, float]]] = {}
+        #: Seconds of training at each worker count, in all segments that count for its rate.
+        self.seconds_at: dict[int, float] = {}
+        self._rates: dict[int, Rate] = {}
+        self._generation: int | None = None
+        self._seen: dict[type[Event], float] = {}
+
+    @classmethod
+    def of(cls, data: Any) -> Course:
+        """The course of a run, of a history, or a course itself.
+
+        Raises
+        ------
+        InputError
+            If it is something else.
+        """
+        if isinstance(data, Course):
+            return data
+        history = getattr(data, "history", data)
+        if not isinstance(history, History):
+            raise InputError(
+                f"{type(data).__name__} {str(data)[:60]!r} has no course of a run to draw.",
+                remedy="give a run, run.history, or a history from History.from_json(text)",
+            )
+        course = cls()
+        course.follow(history)
+        return course
+
+    def follow(self, history: History) -> bool:
+        """Take in what a history has more than before; says whether there was anything."""
+        news: list[Event] = []
+        for kind in KINDS:
+            fresh = history.newer(kind, self._seen.get(kind, -1.0))
+            if fresh:
+                self._seen[kind] = fresh[-1].at_seconds
+                news.extend(fresh)
+        for event in sorted(news, key=lambda event: event.at_seconds):
+            self._take(event)
+        return bool(news)
+
+    def _take(self, event: Event) -> None:
+        match event:
+            case StepDone():
+                self.loss.add(event.at_seconds, event.loss, event.world_size)
+                self.last = event
+                self._recent.append(event)
+            case SegmentDone():
+                self._take_segment(event)
+            case RunStart():
+                self.start = event
+            case RunEnd():
+                self.end = event
+            case Baseline():
+                self._take_baseline(event)
+        if told := sentence(event, steps=self.start.steps if self.start else None):
+            self.log.append((event.at_seconds, told))
+
+    def _take_baseline(self, measured: Baseline) -> None:
+        # A rival gets the best of its measurements: what else a machine does only makes it slower.
+        best = self.baselines.get(measured.name)
+        if best is None or measured.samples_per_second > best.samples_per_second:
+            self.baselines[measured.name] = measured
+
+    def _take_segment(self, segment: SegmentDone) -> None:
+        rate = segment.samples / max(1e-9, segment.seconds)
+        self.rate.add(segment.at_seconds, rate, segment.world_size)
+        warm = segment.generation == self._generation
+        self._generation = segment.generation
+        if warm:
+            kept = self._segments.setdefault(segment.world_size, deque(maxlen=_SEGMENTS_PER_COUNT))
+            kept.append((rate, segment.seconds))
+            self.seconds_at[segment.world_size] = self.seconds_at.get(segment.world_size, 0.0) + segment.seconds
+            self._rates.pop(segment.world_size, None)
+
+    @property
+    def seconds(self) -> float:
+        """When the newest event happened."""
+        return max(self._seen.values(), default=0.0)
+
+    # --- speed
+
+    @property
+    def rates(self) -> dict[int, Rate]:
+        """The rate at each worker count that was visited long enough, by ascending count."""
+        for count, kept in self._segments.items():
+            if count not in self._rates and len(kept) >= _FEWEST_SEGMENTS:
+                self._rates[count] = _rate(count, kept)
+        return dict(sorted(self._rates.items()))
+
+    @property
+    def one(self) -> Rate | None:
+        """The rate with one worker, to which speedups are relative."""
+        return self.rates.get(1)
+
+    @property
+    def plain(self) -> Baseline | None:
+        """Plain PyTorch in one process with all cores, if it was measured."""
+        return self.baselines.get(PLAIN)
+
+    def speedup(self, count: int) -> float:
+        """Rate at a worker count over the rate with one; NaN while one of them is not measured."""
+        rates = self.rates
+        if count not in rates or 1 not in rates:
+            return float("nan")
+        return rates[count].median / rates[1].median
+
+    def efficiency(self, count: int) -> float:
+        """Speedup over the number of workers; NaN while it is not measured."""
+        return self.speedup(count) / count
+
+    @property
+    def crowded_above(self) -> int | None:
+        """The most workers that have a core for each of their threads, or None before the start."""
+        if self.start is None:
+            return None
+        return max(1, self.start.cores // max(1, self.start.threads_per_worker))
+
+    # --- the last steps
+
+    def recent(self, steps: int | None = None) -> tuple[StepDone, ...]:
+        """The last steps of the present group: so many, or those of the last seconds."""
+        if self.last is None:
+            return ()
+        present = [step for step in self._recent if step.generation == self.last.generation]
+        if steps is not None:
+            return tuple(present[-steps:])
+        since = self.last.at_seconds - _LAST_SECONDS
+        return tuple(step for step in present if step.at_seconds >= since)
+
+    def shares(self) -> tuple[tuple[str, ...], Floats]:
+        """Where the last steps' time went: names of the workers, and seconds a step; float64, (workers, phases)."""
+        steps = self.recent()
+        if not steps:
+            return (), np.zeros((0, len(PHASES)))
+        seconds = np.array([[part.seconds() for part in step.workers] for step in steps])
+        return tuple(part.worker for part in steps[-1].workers), seconds.mean(axis=0)
+
+
+def _rate(count: int, kept: Iterable[tuple[float, float]]) -> Rate:
+    rates, weights = np.array(sorted(kept)).T
+    # The middle of each segment's weight, so that the quantiles of equal weights are the usual ones.
+    places = (np.cumsum(weights) - weights / 2) / weights.sum()
+    low, median, high = np.interp([0.25, 0.5, 0.75], places, rates)
+    return Rate(count, float(median), float(low), float(high), len(rates))

@@ -1,0 +1,140 @@
+"""Loss and throughput against time, coloured by worker count."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from matplotlib.ticker import FuncFormatter
+
+from parakit.course import Course, Floats
+from parakit.plots.style import INK, colour_of, legend_above, line_style_of, log_axis, nice_above, note, plain_number
+from parakit.progress import many, rival_name
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.lines import Line2D
+
+__all__ = ["CurvePlot"]
+
+_TIME_STEPS = (1, 1.5, 2, 3, 4.5, 6, 9)
+_LEGEND_ENTRIES = 8
+_DRAWABLE = 1e100  # beyond it, ticks may be no numbers any more
+
+
+class CurvePlot:
+    """One of a run's two curves, on axes; `update` as often as there is news.
+
+    Parameters
+    ----------
+    ax : Axes
+    what : {"loss", "rate"}
+    growing : bool
+        Whether limits grow in steps, so that they rarely change while a run goes on; otherwise they fit the data.
+    """
+
+    def __init__(self, ax: Axes, what: Literal["loss", "rate"], *, growing: bool = False) -> None:
+        self.ax = ax
+        self._what = what
+        self._growing = growing
+        self._lines: dict[int, Line2D] = {}
+        self._plain: Line2D | None = None
+        self._limits: tuple[float, ...] = ()
+        ax.set_xlabel("seconds since the start")
+        ax.set_ylabel("loss of the batch" if what == "loss" else "samples per second")
+        ax.grid(alpha=0.25)
+        ax.margins(x=0)
+        ax.yaxis.set_major_formatter(FuncFormatter(plain_number))
+
+    @property
+    def artists(self) -> list[Any]:
+        """What changes from frame to frame."""
+        return [*self._lines.values(), *([self._plain] if self._plain else [])]
+
+    def update(self, course: Course) -> bool:
+        """Show what a course has by now; says whether more than the artists changed."""
+        points = (course.loss if self._what == "loss" else course.rate).points
+        changed = self._draw_lines(points)
+        plain = course.plain
+        if self._what == "rate" and plain is not None:
+            changed |= self._draw_plain(plain.samples_per_second, rival_name(plain.cores))
+        if changed:
+            self._explain()
+        return self._fit(points, plain.samples_per_second if plain and self._what == "rate" else 0.0) or changed
+
+    def _draw_lines(self, points: Floats) -> bool:
+        new = False
+        for size in np.unique(points[:, 2]).astype(int).tolist():
+            if size not in self._lines:
+                new = True
+                (self._lines[size],) = self.ax.plot(
+                    [], [], color=colour_of(size), ls=line_style_of(size), lw=1.6, label=many(size, "worker")
+                )
+        for size, line in self._lines.items():
+            mine = points[:, 2] == size
+            # A piece also reaches back to the last point of the piece before, so that the curve has no gaps.
+            shown = mine | np.append(mine[1:], False)
+            line.set_data(points[:, 0], np.where(shown, points[:, 1], np.nan))
+        return new
+
+    def _draw_plain(self, rate: float, label: str) -> bool:
+        if self._plain is not None:
+            self._plain.set_ydata([rate, rate])
+            return False
+        self._plain = self.ax.axhline(rate, color=INK, ls=":", lw=1.4, label=label)
+        return True
+
+    def _explain(self) -> None:
+        lines = [self._lines[size] for size in sorted(self._lines)][:_LEGEND_ENTRIES]
+        if self._growing and self._what == "rate":
+            lines = []  # the colours are explained over the plot beside it
+        # "1 worker, 2, 3": all on one line.
+        names = [
+            str(line.get_label() if place == 0 else size)
+            for place, (size, line) in enumerate(zip(sorted(self._lines), lines, strict=False))
+        ]
+        handles = [*lines, *([self._plain] if self._plain else [])]
+        names += [str(self._plain.get_label())] if self._plain else []
+        legend_above(self.ax, handles, names, columns=max(1, len(handles)), gap=1.1, length=2.2)
+
+    # --- limits
+
+    def _fit(self, points: Floats, least_top: float) -> bool:
+        limits = self._wanted_limits(points, least_top)
+        if limits == self._limits:
+            return False
+        self._limits = limits
+        right, low, high = limits
+        logarithmic = self._what == "loss" and low > 0
+        if logarithmic:
+            log_axis(self.ax, math.log10(high / low))
+        else:
+            self.ax.set_yscale("linear")
+            self.ax.yaxis.set_major_formatter(FuncFormatter(plain_number))
+        self.ax.set(xlim=(0, right), ylim=(low, high))
+        return True
+
+    def _wanted_limits(self, points: Floats, least_top: float) -> tuple[float, float, float]:
+        values = points[np.abs(points[:, 1]) < _DRAWABLE, 1]
+        last = float(points[-1, 0]) if len(points) else 1.0
+        right = max(5.0, nice_above(last, _TIME_STEPS)) if self._growing else last
+        if not len(values):
+            return right, 0.0, 1.0
+        low, high = float(values.min()), float(values.max())
+        if self._what == "rate":
+            return right, 0.0, nice_above(1.05 * max(high, least_top))
+        if low <= 0:
+            reach = nice_above(max(abs(low), abs(high), 1e-12))
+            return right, -reach if low < 0 else 0.0, reach
+        # Half decades: the limits stand still until the loss leaves them.
+        bottom, top = math.floor(2 * math.log10(low) - 0.1) / 2, math.ceil(2 * math.log10(high) + 0.1) / 2
+        return right, 10**bottom, 10**top
+
+
+def draw(course: Course, ax: Axes, what: Literal["loss", "rate"]) -> Axes:
+    """One of the two curves of a course on axes."""
+    CurvePlot(ax, what).update(course)
+    if course.last is None:
+        note(ax, "no step yet")
+    return ax
