@@ -1,11 +1,17 @@
 """Train PyTorch models in parallel from a notebook: resize the run while it trains, and see what that does to speed."""
 
+from typing import TYPE_CHECKING, Any
+
 from parakit import datasets, strategies
 from parakit.errors import ParakitError
 from parakit.events import History
 from parakit.run import Run
 from parakit.training import evaluate, train
 from parakit.workers import Workers, connect
+
+if TYPE_CHECKING:
+    from parakit import plots
+    from parakit.control_room import panel
 
 __version__ = "0.1.0"
 
@@ -17,6 +23,31 @@ __all__ = [
     "connect",
     "datasets",
     "evaluate",
+    "panel",
+    "plots",
     "strategies",
     "train",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Pictures and panels are loaded when they are first asked for: matplotlib and ipywidgets take their time."""
+    if name not in ("panel", "plots"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import importlib
+
+    from parakit.errors import ParakitError
+
+    try:
+        if name == "plots":
+            return importlib.import_module("parakit.plots")
+        return importlib.import_module("parakit.control_room").panel
+    except ModuleNotFoundError as error:
+        raise ParakitError(
+            f"parakit.{name} needs {error.name}, which is not installed here.",
+            remedy='pip install "parakit[notebook]"',
+        ) from error
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

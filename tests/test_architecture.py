@@ -22,12 +22,13 @@ ROOT = Path(__file__).resolve().parents[1]
 # as it can be: what few things depend on is easy to change.
 ROOMS = (
     ("parakit.errors", "parakit.machine"),
-    ("parakit.events", "parakit.chunks"),
+    ("parakit.events", "parakit.chunks", "parakit.rates"),
     ("parakit.data",),
     ("parakit.losses",),
     ("parakit.gradients",),
     ("parakit.datasets", "parakit.evaluation", "parakit.replica"),
-    ("parakit.workers.base",),
+    ("parakit.scaling", "parakit.scaling.plain", "parakit.workers.base"),
+    ("parakit.accounts", "parakit.scaling.measuring"),
     ("parakit.strategies.all_reduce", "parakit.strategies.map_reduce", "parakit.workers.group"),
     ("parakit.strategies", "parakit.workers.inline", "parakit.workers.resident"),
     ("parakit.workers.warm", "parakit.workers.dask", "parakit.workers.dask.rendezvous"),
@@ -39,7 +40,15 @@ ROOMS = (
     ("parakit.checking", "parakit.keeping", "parakit.progress", "parakit.wishes"),
     ("parakit.conducting",),
     ("parakit.run",),
-    ("parakit.training",),
+    ("parakit.training", "parakit.course"),
+    ("parakit.plots.style",),
+    ("parakit.plots.curves", "parakit.plots.phases", "parakit.plots.speedups"),
+    ("parakit.plots", "parakit.plots.live"),
+    ("parakit.control_room.controls", "parakit.control_room.place"),
+    ("parakit.control_room.draft", "parakit.control_room.report", "parakit.control_room.steering"),
+    ("parakit.control_room.panel",),
+    ("parakit.control_room.opening",),
+    ("parakit.control_room",),
     ("parakit",),
 )
 FLOOR = {module: floor for floor, room in enumerate(ROOMS) for module in room}
@@ -114,6 +123,16 @@ def test_only_the_dask_workers_import_distributed() -> None:
 
 def test_only_the_group_imports_torch_distributed() -> None:
     assert importers_of("torch.distributed") == {"parakit.workers.group"}
+
+
+def test_only_the_plots_import_matplotlib() -> None:
+    importers = importers_of("matplotlib")
+    assert "parakit.plots.live" in importers
+    assert {m for m in importers if not m.startswith("parakit.plots.")} == set()
+
+
+def test_only_the_controls_import_ipywidgets() -> None:
+    assert importers_of("ipywidgets") == {"parakit.control_room.controls"}
 
 
 def test_importing_parakit_loads_nothing_that_training_inline_does_not_need() -> None:

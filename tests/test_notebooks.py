@@ -37,6 +37,7 @@ def test_there_are_notebooks() -> None:
 @each_notebook
 def test_runs_from_top_to_bottom(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PARAKIT_SMALL", "1")
+    monkeypatch.setenv("PARAKIT_HANDS_FREE", "1")  # nobody presses a panel's buttons
     monkeypatch.setenv("JUPYTER_PREFER_ENV_PATH", "1")  # the kernel of this Python, not one of the user's
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
     folder = tmp_path / "notebooks"

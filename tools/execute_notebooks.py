@@ -57,6 +57,7 @@ def main() -> None:
     if not paths:
         sys.exit(f"No notebook in {FOLDER}")
     os.environ.pop("PARAKIT_SMALL", None)  # what readers see is the full size
+    os.environ["PARAKIT_HANDS_FREE"] = "1"  # nobody is here to press a panel's buttons
     os.environ["JUPYTER_PREFER_ENV_PATH"] = "1"  # the kernel of this Python, not one of the user's
     for path in paths:
         print(f"executing {path.name}", flush=True)

@@ -58,6 +58,8 @@ def isolated(folder: Path) -> dict[str, str]:
         "apputils-extension/notification",
         {"fetchNews": "false", "checkForUpdates": False},
     )
+    if python := os.environ.get("PARAKIT_KERNEL_PYTHON"):
+        _kernel(folder / "data", python)
     # Opened notebooks may be the committed ones: nothing is written unless a test says so.
     _settings(folder / "settings", "docmanager-extension/plugin", {"autosave": False})
     # Virtual scrolling takes cells out of the page; tests want to see all of them.
@@ -65,7 +67,16 @@ def isolated(folder: Path) -> dict[str, str]:
     # The outer make's flags would reach an inner make.
     foreign = ("JUPYTER", "PYTEST", "MAKE", "MFLAGS")
     keep = {name: value for name, value in os.environ.items() if not name.startswith(foreign)}
-    return {**keep, **{name: str(place) for name, place in places.items()}, "JUPYTER_PREFER_ENV_PATH": "1"}
+    prefer = "0" if "PARAKIT_KERNEL_PYTHON" in os.environ else "1"
+    return {**keep, **{name: str(place) for name, place in places.items()}, "JUPYTER_PREFER_ENV_PATH": prefer}
+
+
+def _kernel(data: Path, python: str) -> None:
+    """Let notebooks run in another Python than the server's."""
+    path = data / "kernels" / "python3" / "kernel.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    argv = [python, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
+    path.write_text(json.dumps({"argv": argv, "display_name": "Python 3", "language": "python"}), encoding="utf-8")
 
 
 def _settings(folder: Path, plugin: str, values: Mapping[str, object]) -> None:
@@ -278,13 +289,13 @@ class Notebook:
 
     # Acting ------------------------------------------------------------------------------------------------------
 
-    def click_button(self, label: str) -> None:
+    def click_button(self, label: str, *, cell: int | None = None) -> None:
         """Click the ipywidgets button that says this."""
-        self.outputs().locator("button.jupyter-button").filter(has_text=label).first.click()
+        self.outputs(cell).get_by_role("button", name=label, exact=True).first.click()
 
-    def move_slider(self, label: str, value: int) -> None:
+    def move_slider(self, label: str, value: int, *, cell: int | None = None) -> None:
         """Move the IntSlider with this description by arrow keys, one step a key, until it shows the value."""
-        slider = self.outputs().locator(".widget-slider").filter(has_text=label).first
+        slider = self.outputs(cell).locator(".widget-slider").filter(has_text=label).first
         handle = slider.locator(".noUi-handle").first
         readout = slider.locator(".widget-readout")
         handle.focus()
@@ -298,6 +309,23 @@ class Notebook:
     def save(self) -> None:
         """Write the notebook, outputs included, to its file."""
         self._evaluate("panel.context.save()")
+
+    def interrupt(self) -> None:
+        """Interrupt the kernel, as its button does."""
+        self._evaluate("panel.sessionContext.session.kernel.interrupt()")
+
+    def restart(self) -> None:
+        """Restart the kernel, as its button does after the question."""
+        self._evaluate("panel.sessionContext.session.kernel.restart()")
+
+    def cell_with(self, code: str) -> int:
+        """The number of the first cell that contains this text."""
+        found = self._evaluate(
+            f"panel.content.widgets.findIndex(c => c.model.sharedModel.getSource().includes({json.dumps(code)}))"
+        )
+        assert isinstance(found, int)
+        assert found >= 0, f"no cell of {self.name} contains {code!r}"
+        return found
 
     def _evaluate(self, expression: str) -> object:
         """Evaluate JavaScript in which `panel` is this notebook's panel; promises are awaited."""
