@@ -16,7 +16,7 @@ LAB_FLAGS := $(shell [ "$$(id -u)" != 0 ] || echo --allow-root) \
 	$(shell [ "$$(uname)" != Linux ] || [ -n "$$DISPLAY$$WAYLAND_DISPLAY" ] || echo --no-browser)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lab test browser lint format notebooks pins clean
+.PHONY: help setup lab test browser binder lint format notebooks pins clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -38,6 +38,9 @@ test: setup browser lint ## Check style and types, then run all tests
 browser: setup
 	@$(BIN)/python tools/browser.py
 
+binder: setup ## Try the Binder configuration in a clean virtual environment
+	@$(BIN)/python -m tests.binder_startup
+
 lint: setup ## Check style and types
 	@$(BIN)/ruff check
 	@$(BIN)/ruff format --check
@@ -50,7 +53,7 @@ format: setup ## Put the code into the common format
 notebooks: setup ## Execute the notebooks in place, ready to commit (ARGS: some of them)
 	@$(BIN)/python tools/execute_notebooks.py $(ARGS)
 
-pins: setup ## Renew requirements.txt with the newest versions
+pins: setup ## Renew the requirements.txt here and in binder/ with the newest versions
 	@$(BIN)/python tools/pin_requirements.py
 
 clean: ## Remove .venv and all caches

@@ -1,16 +1,19 @@
 """Write requirements.txt: the newest versions that fit pyproject.toml, with everything they need.
 
-Run by `make pins`. Resolved in an environment of its own for the oldest supported Python, because a version that
-installs there is expected on the newer ones too; torch is left out, its build depends on the machine.
+Run by `make pins`, which puts what Binder needs of them into binder/requirements.txt too. Resolved in an environment of
+its own for the oldest supported Python, because a version that installs there is expected on the newer ones too; torch
+is left out, its build depends on the machine.
 """
 
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import tomllib
 from itertools import chain
 from pathlib import Path
 
+import binder_requirements
 from setup_environment import MINIMUM, ROOT, TORCH, VENV_PYTHON
 
 TARGET = ROOT / "requirements.txt"
@@ -43,6 +46,8 @@ def main() -> None:
     header = [line for line in TARGET.read_text(encoding="utf-8").splitlines() if line.startswith("#")]
     with tempfile.TemporaryDirectory() as folder:
         pins = resolve(Path(folder))
+        packages = Path(sysconfig.get_path("purelib", "venv", {"base": folder}))
+        binder_requirements.write(pins, packages)
     TARGET.write_text("\n".join([*header, *pins]) + "\n", encoding="utf-8")
 
 
