@@ -217,6 +217,10 @@ async def what_draws_it(port: int, link: str, token: str, page: str) -> str:
         return str(json.loads(str(await connection.read_message()))["msgtype"])
     finally:
         connection.close()
+        # That only says goodbye: the socket is closed once the other side has answered, which the event loop must see.
+        async with asyncio.timeout(START_SECONDS):
+            while await connection.read_message() is not None:
+                pass
 
 
 @pytest.mark.dask
