@@ -6,23 +6,40 @@ draws nothing.
 
 A rate is counted over whole segments, control included, so it is what a user gets; pauses, resizes and evaluations
 stand between segments and do not count. The first segment after each change of the group is left out: caches are cold.
+A curve is broken where time passed without training.
 """
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from parakit.errors import InputError
-from parakit.events import KINDS, PHASES, PLAIN, Baseline, Event, History, RunEnd, RunStart, SegmentDone, StepDone
-from parakit.progress import sentence
+from parakit.events import (
+    KINDS,
+    PHASES,
+    PLAIN,
+    Asked,
+    Baseline,
+    Event,
+    History,
+    RunEnd,
+    RunStart,
+    SegmentDone,
+    StepDone,
+)
+from parakit.progress import rival_name, sentence
 
-__all__ = ["PLAIN", "Course", "Curve", "Rate"]
+__all__ = ["PLAIN", "UNCERTAIN_SPREAD", "Course", "Curve", "Point", "Rate"]
+
+#: A rival whose quartiles lie further apart than so many times is uncertain.
+UNCERTAIN_SPREAD = 1.5
 
 Floats = npt.NDArray[np.float64]
 
@@ -32,6 +49,7 @@ _LAST_STEPS = 96
 _LAST_SECONDS = 3.0
 _LOG_LINES = 200
 _FEWEST_SEGMENTS = 2
+_GAP_SECONDS = 0.5  # without training, from which on a curve is broken: a resize among warm workers takes less
 
 
 @dataclass(frozen=True)
@@ -54,8 +72,27 @@ class Rate:
     segments: int
 
 
+class Point(NamedTuple):
+    """A point of a curve.
+
+    Attributes
+    ----------
+    at_seconds, value : float
+    world_size : int
+    step : float
+    gap_seconds : float
+        How long nothing was trained before it.
+    """
+
+    at_seconds: float
+    value: float
+    world_size: int
+    step: float
+    gap_seconds: float
+
+
 class Curve:
-    """A value against time in at most so many points; each is the mean of neighbours with one worker count.
+    """A value against time in at most so many points, each the mean of neighbours with one worker count and no gap.
 
     Parameters
     ----------
@@ -65,59 +102,86 @@ class Curve:
 
     def __init__(self, most: int = _CURVE_POINTS) -> None:
         self._most = most
-        self._points: list[tuple[float, float, int]] = []
+        self._points: list[Point] = []
         # The point that is still open, as sums: it may come to stand for any number of values.
-        self._at = self._value = 0.0
+        self._at = self._value = self._step = self._gap = 0.0
         self._count = self._size = 0
         #: How many values were joined into a point.
         self.each = 1
+        #: A point that was waited for longer than this does not belong to the piece before it.
+        self.longest_gap_seconds = _GAP_SECONDS
 
-    def add(self, at_seconds: float, value: float, world_size: int) -> None:
-        """Go on to a later value."""
-        if self._count and self._size != world_size:
+    def add(
+        self, at_seconds: float, value: float, world_size: int, step: float = 0.0, gap_seconds: float = 0.0
+    ) -> None:
+        """Go on to a later value, before which nothing was trained for some seconds."""
+        if self._count and (self._size != world_size or gap_seconds > self.longest_gap_seconds):
             self._close_point()
+        if not self._count:
+            self._gap = gap_seconds
         self._at += at_seconds
         self._value += value
+        self._step += step
         self._count += 1
         self._size = world_size
         if self._count >= self.each:
             self._close_point()
 
     @property
-    def _open(self) -> tuple[float, float, int]:
-        return self._at / self._count, self._value / self._count, self._size
+    def _open(self) -> Point:
+        count = self._count
+        return Point(self._at / count, self._value / count, self._size, self._step / count, self._gap)
 
     def _close_point(self) -> None:
         self._points.append(self._open)
-        self._at, self._value, self._count = 0.0, 0.0, 0
+        self._at, self._value, self._step, self._count = 0.0, 0.0, 0.0, 0
         # An even number, so that with one worker count no point is left without a partner.
         if len(self._points) >= max(2, self._most - self._most % 2):
-            joined = _joined(self._points)
-            # Where the count changes all the time there is little to join, and every other point has to go.
-            self._points = joined if 4 * len(joined) <= 3 * self._most else joined[1 - len(joined) % 2 :: 2]
+            self._thin()
             self.each *= 2
+
+    def _thin(self) -> None:
+        enough = 3 * self._most
+        if 4 * len(_joined(self._points, math.inf)) > enough:
+            # Where the count changes all the time there is little to join, and every other point has to go.
+            self._points = _every_other(_joined(self._points, self.longest_gap_seconds))
+            return
+        # Where training pauses all the time, only its longer pauses can be told.
+        while 4 * len(joined := _joined(self._points, self.longest_gap_seconds)) > enough:
+            self.longest_gap_seconds *= 2
+        self._points = joined
 
     @property
     def points(self) -> Floats:
-        """Seconds, value and world size of each point; float64, (points, 3)."""
+        """The points, a row each, with the columns of `Point`; float64, (points, 5)."""
         rows = [*self._points, self._open] if self._count else self._points
-        return np.array(rows, np.float64).reshape(-1, 3)
+        return np.array(rows, np.float64).reshape(-1, len(Point._fields))
 
 
-def _joined(points: Iterable[tuple[float, float, int]]) -> list[tuple[float, float, int]]:
-    """Neighbours in pairs, as far as they have one worker count: a short visit keeps a point of its own."""
-    pairs: list[list[tuple[float, float, int]]] = []
+def _joined(points: Iterable[Point], longest_gap_seconds: float) -> list[Point]:
+    """Neighbours in pairs, as far as they have one worker count and no gap: a short visit keeps a point of its own."""
+    pairs: list[list[Point]] = []
     for point in points:
-        if pairs and len(pairs[-1]) == 1 and pairs[-1][0][2] == point[2]:
+        alone = bool(pairs) and len(pairs[-1]) == 1 and pairs[-1][0].world_size == point.world_size
+        if alone and point.gap_seconds <= longest_gap_seconds:
             pairs[-1].append(point)
         else:
             pairs.append([point])
     return [_mean(pair) for pair in pairs]
 
 
-def _mean(points: Iterable[tuple[float, float, int]]) -> tuple[float, float, int]:
-    times, values, sizes = zip(*points, strict=True)
-    return sum(times) / len(times), sum(values) / len(values), sizes[-1]
+def _mean(points: Iterable[Point]) -> Point:
+    times, values, sizes, steps, gaps = zip(*points, strict=True)
+    count = len(times)
+    return Point(sum(times) / count, sum(values) / count, sizes[-1], sum(steps) / count, gaps[0])
+
+
+def _every_other(points: list[Point]) -> list[Point]:
+    """The last of each two neighbours, which takes over the gap of the other."""
+    kept = points[1 - len(points) % 2 :: 2]
+    gone = points[len(points) % 2 :: 2]
+    gaps = [0.0] * (len(kept) - len(gone)) + [point.gap_seconds for point in gone]
+    return [point._replace(gap_seconds=max(point.gap_seconds, gap)) for point, gap in zip(kept, gaps, strict=True)]
 
 
 class Course:
@@ -142,6 +206,9 @@ class Course:
         self._rates: dict[int, Rate] = {}
         self._generation: int | None = None
         self._seen: dict[type[Event], float] = {}
+        self._trained_until: float | None = None  # by what segments say
+        #: Wishes, each by its name and value, that are about to be expressed although no person has them.
+        self.unasked: list[tuple[str, float | None]] = []
 
     @classmethod
     def of(cls, data: Any) -> Course:
@@ -179,7 +246,8 @@ class Course:
     def _take(self, event: Event) -> None:
         match event:
             case StepDone():
-                self.loss.add(event.at_seconds, event.loss, event.world_size)
+                gap = self._gap_before(event)
+                self.loss.add(event.at_seconds, event.loss, event.world_size, event.step, gap)
                 self.last = event
                 self._recent.append(event)
             case SegmentDone():
@@ -191,7 +259,24 @@ class Course:
             case Baseline():
                 self._take_baseline(event)
         if told := sentence(event, steps=self.start.steps if self.start else None):
-            self.log.append((event.at_seconds, told))
+            self.log.append((event.at_seconds, told + self._whose(event)))
+
+    def _whose(self, event: Event) -> str:
+        """Tell a wish that no person expressed."""
+        if not isinstance(event, Asked) or (event.wish, event.value) not in self.unasked:
+            return ""
+        self.unasked.remove((event.wish, event.value))
+        return " by the panel"
+
+    def _gap_before(self, step: StepDone) -> float:
+        """Seconds before a step in which nothing was trained."""
+        last = self.last
+        if last is None:
+            return 0.0
+        # A long history has thinned its older steps: those that are missing took their time.
+        missing = max(0, step.step - last.step - 1) * max(step.seconds, last.seconds)
+        until = max(last.at_seconds, self._trained_until or 0.0)
+        return max(0.0, step.at_seconds - step.seconds - missing - until)
 
     def _take_baseline(self, measured: Baseline) -> None:
         # A rival gets the best of its measurements: what else a machine does only makes it slower.
@@ -201,7 +286,10 @@ class Course:
 
     def _take_segment(self, segment: SegmentDone) -> None:
         rate = segment.samples / max(1e-9, segment.seconds)
-        self.rate.add(segment.at_seconds, rate, segment.world_size)
+        began, until = segment.at_seconds - segment.seconds, self._trained_until
+        gap = 0.0 if until is None else max(0.0, began - until)
+        self.rate.add(segment.at_seconds, rate, segment.world_size, segment.first_step, gap)
+        self._trained_until = segment.at_seconds
         warm = segment.generation == self._generation
         self._generation = segment.generation
         if warm:
@@ -234,6 +322,17 @@ class Course:
     def plain(self) -> Baseline | None:
         """Plain PyTorch in one process with all cores, if it was measured."""
         return self.baselines.get(PLAIN)
+
+    @property
+    def uncertain(self) -> bool:
+        """Whether the quartiles of plain PyTorch lie so far apart that little can be said of it."""
+        plain = self.plain
+        return plain is not None and plain.high > UNCERTAIN_SPREAD * plain.low
+
+    @property
+    def rival(self) -> str:
+        """What plain PyTorch is called in a legend or a table, with a mark if it is uncertain; "" if not measured."""
+        return rival_name(self.plain.cores) + " (uncertain)" * self.uncertain if self.plain else ""
 
     def speedup(self, count: int) -> float:
         """Rate at a worker count over the rate with one; NaN while one of them is not measured."""

@@ -30,7 +30,7 @@ class Wishes:
         self.measuring = False
         #: Counts wishes; a segment ordered under a number is ended by a higher one.
         self.number = 0
-        #: When the target was last asked for, by `time.perf_counter`; later by what the run then did meanwhile.
+        #: When the target was last asked for, by `time.perf_counter`.
         self.asked_at = time.perf_counter()
         self.interrupt: Callable[[int], None] = lambda _: None
 
@@ -43,11 +43,6 @@ class Wishes:
     def aim(self, target: int) -> None:
         """Want a number of workers from now on."""
         self.target, self.asked_at = target, time.perf_counter()
-
-    def excuse(self, began: float) -> None:
-        """Leave the time from a moment until now out of the wait for a resize: the run did something else."""
-        with self.changed:
-            self.asked_at += time.perf_counter() - max(began, self.asked_at)
 
     def nudge(self) -> None:
         """End the present segment, so that the conductor looks here."""

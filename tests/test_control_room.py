@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import re
@@ -12,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import ipywidgets
@@ -25,7 +27,7 @@ import parakit as pk
 from parakit.control_room import Panel, report, steering
 from parakit.control_room.controls import Controls
 from parakit.control_room.steering import Itinerary, Steering, stops_of_a_tour
-from parakit.course import Course
+from parakit.course import PLAIN, Course
 from parakit.errors import (
     DataError,
     InputError,
@@ -36,13 +38,14 @@ from parakit.errors import (
     RunError,
     WorkerCountError,
 )
-from parakit.events import Asked, Baseline, History, Resized, RunEnd, Said
+from parakit.events import Asked, Baseline, History, Resized, RunEnd, Said, SegmentDone
 from parakit.plots import live
 from tests.test_course import followed, segments, started
 from tests.test_exact import Slowed, wait_for
 from tests.test_run import FailsLate
 
 LIMIT = 30
+PANEL = importlib.import_module("parakit.control_room.panel")  # the package has a function of that name
 DIGITS = pk.datasets.digits().train
 
 
@@ -81,6 +84,10 @@ def status(room: Panel) -> str:
 
 def asked(run: pk.Run, wish: str = "resize") -> list[Any]:
     return [event.value for event in run.history.of(Asked) if event.wish == wish]
+
+
+def said(room: Panel) -> set[str]:
+    return {text for _, text in room._course.log}
 
 
 def watchers() -> list[threading.Thread]:
@@ -137,8 +144,9 @@ def test_a_learning_rate_in_the_box_is_used_by_the_next_steps(inline: pk.Workers
         wait_for(run, lambda: run.history.steps[-1].learning_rate == 0.03)
         assert run.history.steps[0].learning_rate == 0.2
         assert asked(run, "learning rate") == [0.03]
-        room._controls.learning_rate.value = 0.0
+        room._controls.learning_rate.value = -3
         assert "number above 0" in status(room)
+        assert "-3" in status(room)  # what was typed
         assert room._controls.learning_rate.value == 0.03  # what is used, and not what was refused
         assert asked(run, "learning rate") == [0.03]
 
@@ -160,7 +168,7 @@ def test_buttons_pause_resume_and_stop(inline: pk.Workers) -> None:
         wait_for(run, lambda: run.step > stood)
         controls.stop.click()
         until(lambda: room._settled and not watchers())
-        assert room._course.log[-1][1] == f"Stopped after step {run.step} of 100000"
+        assert room._course.log[-1][1] == f"Stopped after step {run.step:,} of 100,000"
         assert run.stopped_early
         assert [event.wish for event in run.history.of(Asked)] == ["pause", "resume", "stop"]
         assert "(closed)" in repr(room)
@@ -171,12 +179,14 @@ def test_a_tour_visits_every_count_and_comes_home(pool: pk.Workers, short_stays:
     run = endless(pool, workers=2)
     with opened(run) as room:
         room._controls.tour.click()
-        until(lambda: "visiting every worker count" in status(room))
+        until(lambda: re.search("Visiting every worker count: [134] now, then back to 2", status(room)))
         assert room._controls.workers.value == 2  # the wish is the same as before
         until(lambda: asked(run) == [1, 2, 3, 4, 2], LIMIT)
         wait_for(run, lambda: run.world_size == 2)
         until(lambda: set(room._course.rates) == {1, 2, 3, 4})
         assert room._controls.workers.value == 2
+        assert "3 workers asked for by the panel" in said(room)
+        assert "3 workers asked for" not in said(room)
 
 
 def test_a_wish_by_hand_ends_a_tour(inline: pk.Workers, short_stays: None) -> None:
@@ -211,14 +221,23 @@ def test_one_worker_is_measured_first_and_then_the_wanted_count_trains(inline: p
         run = room.start()
         assert run.target == 1
         assert room._controls.workers.value == 3
-        until(lambda: "3 workers asked for, 1 active (measuring 1 worker first)" in status(room))
+        until(lambda: "Timing plain PyTorch; training waits: 3 workers asked for, 1 active" in status(room))
+        assert run.measuring
+        assert "3 workers asked for; first 1 worker is measured" in said(room)
         room._controls.workers.value = 4  # waits for the end of the measurement
         assert run.target == 1
+        asked_at = next(at for at, text in room._course.log if text.startswith("4 workers asked for; first 1"))
+        assert not run.history.of(Baseline)
+        assert abs(run.elapsed_seconds - asked_at) < 0.5
         wait_for(run, lambda: run.world_size == 4)
         assert asked(run) == [4]
         until(lambda: 1 in room._course.rates and 4 in room._course.rates)
         assert run.history.of(Baseline)
+        assert not run.measuring
         assert room._course.speedup(4) > 0
+        assert {"A measurement of plain PyTorch asked for by the panel", "4 workers asked for by the panel"} <= said(
+            room
+        )
 
 
 def test_without_baselines_nothing_is_measured(inline: pk.Workers) -> None:
@@ -228,7 +247,7 @@ def test_without_baselines_nothing_is_measured(inline: pk.Workers) -> None:
         assert run.plan.workers == 2
         assert not run.history.of(Asked)
         assert not run.history.of(Baseline)
-        until(lambda: "not measured yet" in room._controls.summary.value)
+        until(lambda: "–: not measured yet" in room._controls.summary.value)
 
 
 def test_a_tour_first_visits_the_counts_right_after_the_start(inline: pk.Workers, short_stays: None) -> None:
@@ -380,6 +399,132 @@ def test_names_and_messages_of_a_run_are_shown_as_text() -> None:
     assert "&lt;iframe&gt;" in summary
 
 
+def test_the_last_text_has_short_lines() -> None:
+    rates = {1: 12.5e6, 2: 11.5e6, 3: 10.5e6}
+    events = [
+        SegmentDone(0.25 * n, n, 1, 0.25, 0.0, 0.0, round(rates[count] / 4), count, count)
+        for n, count in enumerate([1] * 4 + [2] * 4 + [3] * 4)
+    ]
+    saved = "Saved parakit-history-20261125-020342.json and parakit-history-20261125-020342.csv in notebooks/"
+    course = followed(started(), *events, Baseline(98.0, PLAIN, 128, 11e6, 9e6, 30e6, 9), Said(99.0, saved))
+    text = report.summary_text(course, ["The model is in .run.model. " * 7, "/a/path/" + "x" * 200])
+    lines = text.splitlines()
+    assert max(map(len, lines)) <= 78
+    assert lines.count("") == 1
+    table = {line.split()[0]: line.split() for line in lines if line.lstrip().startswith(("1", "3", "plain"))}
+    assert table["3*"][-1] == "0.95×"
+    assert table["plain?"][-1] == "1.00×"
+    assert "*: more workers than cores" in lines
+    assert "?: uncertain, quartiles more than 1.5 times apart" in lines
+    assert saved in " ".join(text.split())
+
+
+def test_a_headline_says_what_training_waits_for() -> None:
+    history = History()
+    run = SimpleNamespace(status="running", history=history, world_size=4, measuring=True)
+    assert report.headline(run, 2, " (why)").startswith("Starting")
+    history.append(*segments([4]))
+    assert report.headline(run, 2, " (why)", touring=True) == (
+        "Timing plain PyTorch; training waits: 2 workers asked for, 4 active"
+    )
+    run.status = "paused"
+    assert report.headline(run, 4) == "Timing plain PyTorch; the run is paused: 4 workers active"
+    run.measuring = False
+    assert report.headline(run, 4, " (why)", touring=True) == "Paused: 4 workers active (why)"
+    run.status = "running"
+    assert report.headline(run, 2, " (why)", touring=True) == "Visiting every worker count: 4 now, then back to 2"
+    assert report.headline(run, 2, " (why)") == "Training: 2 workers asked for, 4 active (why)"
+
+
+def test_what_the_panel_says_has_its_place_in_the_order_of_time() -> None:
+    course = followed(started(), Said(1.0, "first"), Said(9.0, "last"))
+    course.log.append((5.0, "in between"))
+    for text in (report.summary_text(course, []), report.log_html(course.log)):
+        places = [text.index(word) for word in ("first", "in between", "last")]
+        assert places in (sorted(places), sorted(places, reverse=True))
+
+
+def test_a_table_marks_what_is_crowded_and_what_is_uncertain() -> None:
+    course = followed(started(), *segments([1] * 5 + [3] * 5), Baseline(98.0, PLAIN, 2, 900.0, 500.0, 999.0, 9))
+    first = [row[0] for row in report.table_rows(course)]
+    assert first == ["1", "3*", "plain PyTorch, 2 cores?"]
+    summary = report.summary_html(course)
+    assert "*: more workers than cores; ?: uncertain, quartiles more" in summary
+    assert "not measured" not in summary
+
+
+def test_no_line_of_the_page_begins_with_a_sign_of_per_cent(inline: pk.Workers) -> None:
+    summary = report.summary_html(followed(started(), *segments([1] * 5)))
+    assert "&nbsp;%" in summary
+    assert " %" not in summary
+    with opened(net(), DIGITS, on=inline, steps=100_000) as room:
+        room.start()
+        until(lambda: "efficiency 100&nbsp;%" in room._controls.progress.value)
+
+
+def test_a_table_has_room_for_the_rows_that_are_to_come(inline: pk.Workers) -> None:
+    height = re.compile(r"min-height:([\d.]+)em")
+    with opened(net(), DIGITS, on=inline, steps=100_000) as room:
+        ready = height.findall(room._controls.summary.value)  # before the start
+        assert float(ready[0]) == 1.75 * 6  # names, counts 1 to 4, and plain PyTorch
+        assert "min-height:1.6em" in room._controls.progress.value
+        room.start()
+        until(lambda: room._course.rates)
+        until(lambda: "100&nbsp;%" in room._controls.summary.value)
+        assert height.findall(room._controls.summary.value) == ready
+
+
+@pytest.mark.dask
+def test_the_axes_before_the_start_are_those_of_the_run(pool: pk.Workers) -> None:
+    with opened(net(), DIGITS, on=pool, steps=100_000, workers=1) as room:
+        speedup = room._picture._plots[2].ax
+        ready = speedup.get_xlim(), speedup.get_ylim()
+        run = room.start()
+        until(lambda: 1 in room._course.rates)
+        until(lambda frames=room.frames: room.frames > frames + 1)
+        assert (speedup.get_xlim(), speedup.get_ylim()) == ready
+        assert run.status == "running"
+
+
+def test_picture_and_table_show_one_look(inline: pk.Workers, monkeypatch: pytest.MonkeyPatch) -> None:
+    shown: list[tuple[str, float]] = []
+    with opened(net(), DIGITS, on=inline, steps=100_000) as room:
+        draw, write = room._picture.frame, report.summary_html
+
+        def frame(course: Course) -> bytes:
+            shown.append(("picture", course.seconds))
+            return draw(course)
+
+        def summary(course: Course, *rest: Any, **how: Any) -> str:
+            shown.append(("table", course.seconds))
+            return write(course, *rest, **how)
+
+        monkeypatch.setattr(room._picture, "frame", frame)
+        monkeypatch.setattr(report, "summary_html", summary)
+        room.start()
+        until(lambda: len(shown) > 9)
+    pictures = [place for place, (what, _) in enumerate(shown[:-1]) if what == "picture"]
+    assert len(pictures) > 3
+    assert all(shown[place + 1] == ("table", shown[place][1]) for place in pictures)
+
+
+def test_a_rival_that_is_uncertain_is_timed_again(inline: pk.Workers, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(PANEL, "_RIVAL_EVERY_SECONDS", 0.2)
+    run = endless(inline)
+    measured = []
+
+    def measure() -> None:
+        measured.append(run.elapsed_seconds)
+        certain = len(measured) > 2
+        run.history.append(Baseline(run.elapsed_seconds, PLAIN, 2, 300.0 + certain, 100 + 200 * certain, 400.0, 9))
+
+    monkeypatch.setattr(run, "measure_baseline", measure)
+    with opened(run, baselines=True) as room:
+        until(lambda: room._course.plain is not None and not room._course.uncertain)
+        time.sleep(0.6)
+    assert len(measured) in (3, 4)  # once more after the visit to one worker, if that came later
+
+
 def test_a_run_that_fails_says_why_in_the_panel(inline: pk.Workers) -> None:
     with opened(FailsLate("<b>broken</b>"), DIGITS, on=inline, steps=100) as room:
         run = room.start()
@@ -387,7 +532,7 @@ def test_a_run_that_fails_says_why_in_the_panel(inline: pk.Workers) -> None:
         assert run.status == "failed"
         _, text = room._last_words()
         assert "Failed after step" in text
-        assert "FloatingPointError: <b>broken</b>" in text  # plain text, which nobody renders
+        assert "FloatingPointError: <b>broken</b>" in " ".join(text.split())  # plain text, which nobody renders
         with pytest.raises(RunError):
             room.tour()
     with opened(run) as again:

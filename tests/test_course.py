@@ -261,10 +261,91 @@ def test_a_curve_loses_no_value_while_the_worker_count_stays(values: list[float]
     assert curve.each & (curve.each - 1) == 0  # a power of two
     full, rest = divmod(len(values), curve.each)
     assert len(points) == full + (rest > 0)
-    for number, (at, value, _) in enumerate(points):
+    for number, (at, value, *_) in enumerate(points):
         mine = values[number * curve.each : (number + 1) * curve.each]
         assert value == pytest.approx(sum(mine) / len(mine), abs=1e-6)
         assert at == pytest.approx(number * curve.each + (len(mine) - 1) / 2)
+
+
+@given(st.lists(st.integers(1, 200), min_size=1, max_size=6), st.integers(40, 60))
+def test_a_curve_averages_across_no_gap(lengths: list[int], most: int) -> None:
+    curve, at = Curve(most), 0.0
+    for piece, length in enumerate(lengths):  # the value is the number of the piece, so that a mixture shows
+        for place in range(length):
+            gap = 3.0 if place == 0 and piece else 0.01
+            at += 0.1 + gap
+            curve.add(at, float(piece), 1, at, gap)
+    points = curve.points
+    assert len(points) <= most + 1
+    assert set(points[:, 1]) == set(map(float, range(len(lengths))))
+    np.testing.assert_allclose(points[:, 3], points[:, 0])
+    assert curve.longest_gap_seconds == 0.5
+    first_of_piece = np.append(False, np.diff(points[:, 1]) > 0)
+    np.testing.assert_array_equal(points[:, 4] > curve.longest_gap_seconds, first_of_piece)
+
+
+def test_a_curve_of_all_too_many_pauses_keeps_the_longer_ones_apart() -> None:
+    curve = Curve(60)
+    for number in range(10_000):
+        gap = 60.0 if number in (3000, 7000) else 1.0
+        curve.add(float(number), float((number >= 3000) + (number >= 7000)), 1, number, gap)
+    points = curve.points
+    assert len(points) <= 61
+    assert 1 <= curve.longest_gap_seconds < 60
+    assert set(points[:, 1]) == {0.0, 1.0, 2.0}
+    assert (points[:, 4] > curve.longest_gap_seconds).sum() == 2
+
+
+@given(st.lists(st.tuples(st.sampled_from([1, 2]), st.floats(0, 9)), max_size=300), st.integers(2, 30))
+def test_a_curve_with_pauses_is_bounded(values: list[tuple[int, float]], most: int) -> None:
+    curve = Curve(most)
+    for at, (size, gap) in enumerate(values):
+        curve.add(float(at), 1.0, size, at, gap)
+        assert len(curve.points) <= max(2, most) + 1
+    assert (np.diff(curve.points[:, 0]) > 0).all()
+
+
+def test_time_without_training_is_a_gap_of_both_curves() -> None:
+    before, after = segments([1] * 3), segments([1] * 3, 6, 5.0, 0)
+    course = followed(started(), *before, Asked(0.8, "pause", None), *after)
+    for curve in (course.loss, course.rate):
+        breaks = curve.points[:, 4] > curve.longest_gap_seconds
+        assert breaks.sum() == 1
+        place = int(np.flatnonzero(breaks)[0])
+        assert curve.points[place - 1, 0] < 1 < 5 < curve.points[place, 0]
+        assert curve.points[place, 4] == pytest.approx(4.25, abs=0.2)
+
+
+def test_steps_that_a_long_history_has_thinned_out_are_no_gap() -> None:
+    kept = [event for event in segments([1] * 40) if isinstance(event, StepDone)][::8]
+    points = followed(started(), *kept).loss.points
+    assert len(points) == len(kept)
+    assert (points[:, 4] < 0.5).all()
+    assert list(points[:, 3]) == [step.step for step in kept]
+
+
+def test_a_rival_is_uncertain_while_its_quartiles_lie_far_apart() -> None:
+    assert not Course().uncertain
+    assert Course().rival == ""
+    course = followed(Baseline(1.0, PLAIN, 2, 300.0, 100.0, 400.0, 9))
+    assert course.uncertain
+    assert course.rival == "plain PyTorch, 2 cores (uncertain)"
+    course = followed(Baseline(1.0, PLAIN, 2, 300.0, 100.0, 400.0, 9), Baseline(2.0, PLAIN, 2, 310.0, 300.0, 330.0, 9))
+    assert not course.uncertain
+    assert course.rival == "plain PyTorch, 2 cores"
+
+
+def test_the_log_tells_wishes_that_no_person_has() -> None:
+    history, course = History(), Course()
+    course.unasked = [("resize", 2), ("measure", None)]
+    history.append(*(Asked(at, "resize", count) for at, count in ((1.0, 3), (2.0, 2), (3.0, 2))))
+    history.append(Asked(4.0, "measure", None))
+    course.follow(history)
+    assert [text for _, text in course.log] == [
+        "3 workers asked for", "2 workers asked for by the panel", "2 workers asked for",
+        "A measurement of plain PyTorch asked for by the panel",
+    ]  # fmt: skip
+    assert not course.unasked
 
 
 def test_each_visit_of_a_tour_stays_on_the_curve() -> None:

@@ -130,6 +130,101 @@ def test_the_curves_hold_the_losses_by_worker_count() -> None:
     assert np.isnan(one[6:]).all()
 
 
+def paused() -> History:
+    """Two pieces with four seconds between them, the second at another count."""
+    return history_of(started(), *segments([1] * 3), *segments([2] * 3, 6, 4.75, 1))
+
+
+@pytest.mark.parametrize("plot", ["loss", "throughput"])
+def test_a_curve_is_broken_where_nothing_was_trained(plot: str) -> None:
+    ax = getattr(pk.plots, plot)(paused(), Figure().subplots())
+    one, two = ax.lines
+    for line, first, last in ((one, 0.0, 0.75), (two, 4.75, 5.5)):
+        at, values = line.get_data()
+        drawn = np.asarray(at)[np.isfinite(values)]
+        assert first < drawn.min() < drawn.max() <= last
+
+
+def test_a_gap_within_one_count_breaks_its_line() -> None:
+    ax = pk.plots.loss(history_of(started(), *segments([1] * 3), *segments([1] * 3, 6, 4.75, 0)), Figure().subplots())
+    (line,) = ax.lines
+    at, values = map(np.asarray, line.get_data())
+    (gap,) = np.flatnonzero(np.isnan(values))
+    assert at[gap - 1] < 1 < 4 < at[gap + 1]
+
+
+def test_a_lone_step_between_two_gaps_is_a_dot() -> None:
+    part = (WorkerStep("worker 0", 0.1, 0.1, 0.1, 0.0, 0.1, 0.0, 8),)
+    steps = [StepDone(at, n, 0, 1.0, 8, 0.5, 0.1, 1, 0, part) for n, at in enumerate((1.0, 1.5, 9.0, 19.0, 19.5))]
+    (line,) = pk.plots.loss(history_of(started(), *steps), Figure().subplots()).lines
+    at, values = map(np.asarray, line.get_data())
+    assert [at[place] for place in line.get_markevery()] == [9.0]
+    assert line.get_marker() == "."
+    assert np.isfinite(values).sum() == 5
+
+
+def test_against_steps_the_curve_is_whole_and_does_not_know_of_time() -> None:
+    history = paused()
+    ax = pk.plots.loss(history, Figure().subplots(), against="step")
+    one, two = ax.lines
+    at, values = map(np.asarray, two.get_data())
+    np.testing.assert_array_equal(at, [step.step for step in history.steps])
+    np.testing.assert_array_equal(np.isfinite(values), at >= 5)  # it begins where the other one ends
+    np.testing.assert_allclose(values[6:], history.losses[6:])
+    assert not np.isfinite(np.asarray(one.get_ydata())[6:]).any()
+    assert ax.get_xlabel() == "step"
+    assert ax.get_xlim() == (0, 11)
+
+
+@pytest.mark.parametrize("wrong", ["minutes", "", None, 3])
+def test_a_curve_is_drawn_against_seconds_or_steps(wrong: Any) -> None:
+    with pytest.raises(InputError, match="'seconds', 'step'"):
+        pk.plots.loss(History(), Figure().subplots(), against=wrong)
+
+
+def test_an_uncertain_rival_is_marked_in_both_legends_until_it_is_certain() -> None:
+    history, course, picture = history_of(started(), *segments([1] * 6)), Course(), LivePicture(4)
+    for rival, marked in (((1000.0, 300.0, 2000.0), True), ((1500.0, 1400.0, 1600.0), False)):
+        history.append(Baseline(history.steps[-1].at_seconds + 1 - 0.5 * marked, PLAIN, 2, *rival, 9))
+        course.follow(history)
+        picture.frame(course)
+        for plot in picture._plots[1:3]:
+            names = [text.get_text() for text in plot.ax.get_legend().get_texts()]
+            assert ("plain PyTorch, 2 cores (uncertain)" in names) == marked
+            assert ("plain PyTorch, 2 cores" in names) != marked
+
+
+def test_legends_do_not_reach_into_the_plot_beside() -> None:
+    course = followed(started(16), *segments(list(range(1, 21)) * 4), Baseline(99.0, PLAIN, 16, 1500.0, 1, 2000, 9))
+    picture = LivePicture(20)
+    picture.still(course)
+    right = [plot.ax.get_legend().get_window_extent().x1 for plot in picture._plots]
+    beside = [plot.ax.get_legend().get_window_extent().x0 for plot in picture._plots]
+    assert right[0] < beside[1]
+    assert right[2] < beside[3]
+    assert max(right) <= 1000
+
+
+def test_the_last_picture_fits_what_there_is() -> None:
+    course = followed(started(), *segments([1] * 130))
+    picture = LivePicture(4)
+    picture.frame(course)
+    growing = [plot.ax.get_xlim()[1] for plot in picture._plots]
+    picture.still(course)
+    fitting = [plot.ax.get_xlim()[1] for plot in picture._plots]
+    assert growing[:2] == [45, 45]
+    assert fitting[:2] == pytest.approx([32.5, 32.5], abs=0.5)
+    picture.frame(course)
+    assert [plot.ax.get_xlim()[1] for plot in picture._plots[:2]] == [45, 45]
+
+
+def test_labels_stand_on_white() -> None:
+    ax = pk.plots.speedup(history_of(started(), *segments([1] * 5 + [2] * 5)), Figure().subplots())
+    labels = [text for text in ax.texts if text.get_text().endswith("×")]
+    assert len(labels) == 2
+    assert all(label.get_bbox_patch().get_facecolor() == (1, 1, 1, 1) for label in labels)
+
+
 def test_a_live_frame_looks_like_the_last_picture() -> None:
     course = followed(started(), *segments([1] * 9 + [2] * 9), Baseline(99.0, PLAIN, 2, 1500.0, 1, 2, 9))
     picture = LivePicture(4)

@@ -350,7 +350,7 @@ def test_a_script_prints_one_line_at_the_end(tmp_path: Path) -> None:
     assert done.stdout == ""
     lines = done.stderr.splitlines()
     assert len(lines) == 1
-    assert lines[0].startswith("finished: epoch 40, step 1800/1800, loss ")
+    assert lines[0].startswith("finished: epoch 40, step 1,800/1,800, loss ")
     assert "samples/s" in lines[0]
 
 
@@ -374,3 +374,17 @@ def test_a_terminal_shows_a_line_that_is_rewritten(tmp_path: Path) -> None:
     assert text.count("\n") == 1
     assert text.count("\r") >= 3
     assert "left" in text
+
+
+@pytest.mark.dask
+def test_the_wait_for_tasks_is_exchange_and_no_update(pool: pk.Workers) -> None:
+    model = nn.Sequential(nn.Linear(64, 8), nn.ReLU(), nn.Linear(8, 10))
+    data = pk.datasets.digits().train
+    run = pk.train(model, data, on=pool, workers=2, steps=20, strategy=pk.strategies.MapReduce())
+    steps = run.wait(LIMIT, progress=False).history.steps[5:]
+    update, exchange, wall = (sum(seconds) for seconds in zip(*(
+        (part.update_seconds, part.exchange_seconds + part.idle_seconds, step.seconds)
+        for step in steps for part in step.workers
+    ), strict=True))  # fmt: skip
+    assert update < 0.25 * wall
+    assert exchange > 0.5 * wall

@@ -22,6 +22,8 @@ _OVER = "the run is over"
 _NATURAL: dict[str, Any] = {"description_width": "initial"}
 _PICTURE_WIDTH = 1000
 _LOG_HEIGHT = "7.5em"
+_LINE = "line-height:1.6;min-height:1.6em"  # what is below does not jump when a line gets its words
+_LINK = 'target="_blank" style="text-decoration:underline"'
 
 
 @dataclass(frozen=True)
@@ -64,9 +66,9 @@ class Controls:
         self.batch_size = w.BoundedIntText(description="Batch size", min=1, max=settings.most_samples,
                                            value=settings.batch_size, style=_NATURAL,
                                            layout=w.Layout(width="160px"))  # fmt: skip
-        self.learning_rate = w.BoundedFloatText(description="Learning rate", min=0.0, max=1e6, step=0.01,
-                                                value=settings.learning_rate or 0.0, style=_NATURAL,
-                                                layout=w.Layout(width="165px"))  # fmt: skip
+        # Without bounds, so that a refusal can name what was typed.
+        self.learning_rate = w.FloatText(description="Learning rate", step=0.01, value=settings.learning_rate or 0.0,
+                                         style=_NATURAL, layout=w.Layout(width="165px"))  # fmt: skip
         self.epochs = w.BoundedIntText(description="Epochs", min=1, max=10**6, value=settings.epochs or 1,
                                        style=_NATURAL, layout=w.Layout(width="130px"))  # fmt: skip
         self.start = _button("Start", "success", "start training with these settings")
@@ -77,10 +79,12 @@ class Controls:
         self.close = _button("Close", "", "leave a plain picture in place of the panel", "70px")
         self.status = w.HTML()
         self.progress = w.HTML()
-        self.picture = w.Image(format="png", layout=w.Layout(width="100%", max_width=f"{_PICTURE_WIDTH}px",
+        # A widget's own margin would be added to the full width, and the panel scroll sideways.
+        self.picture = w.Image(format="png", layout=w.Layout(width="100%", max_width=f"{_PICTURE_WIDTH}px", margin="0",
                                                              object_fit="contain", height="auto"))  # fmt: skip
         self.summary = w.HTML()
-        self.log = w.HTML(layout=w.Layout(height=_LOG_HEIGHT, overflow="auto", max_width=f"{_PICTURE_WIDTH}px"))
+        self.log = w.HTML(layout=w.Layout(height=_LOG_HEIGHT, overflow="auto", max_width=f"{_PICTURE_WIDTH}px",
+                                          margin="0"))  # fmt: skip
         self._has_rate = settings.learning_rate is not None
         self._has_epochs = settings.epochs is not None
         self.box = w.VBox([
@@ -88,7 +92,7 @@ class Controls:
             _row(self.strategy, self.batch_size, *([self.epochs] if self._has_epochs else [])),
             _row(self.start, self.pause, self.stop, self.tour, self.save, self.close),
             self.status, self.progress, self.picture, self.summary, self.log,
-            *([w.HTML(f'<a href="{escape(dashboard)}" target="_blank">Dask dashboard of these workers</a>')]
+            *([w.HTML(f'<a href="{escape(dashboard)}" {_LINK}>Dask dashboard of these workers</a>')]
               if dashboard else []),
         ])  # fmt: skip
         self._lock = threading.RLock()  # a wish is recorded while nobody shows an older one
@@ -173,8 +177,8 @@ class Controls:
 
     def show_text(self, status: str, progress: str) -> None:
         """The two lines above the picture; the first is read aloud when it changes."""
-        _set(self.status, f'<div role="status" style="font-weight:600;line-height:1.6">{status}</div>')
-        _set(self.progress, f'<div style="line-height:1.6;font-variant-numeric:tabular-nums">{progress}</div>')
+        _set(self.status, f'<div role="status" style="font-weight:600;{_LINE}">{status}</div>')
+        _set(self.progress, f'<div style="{_LINE};font-variant-numeric:tabular-nums">{progress}</div>')
 
     def show_report(self, summary: str, log: str) -> None:
         """Table and log below the picture."""

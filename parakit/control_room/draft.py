@@ -54,6 +54,8 @@ class Draft:
             learning_rate=_finite(trial.rate),
             epochs=options.get("epochs"),
         )
+        #: What the run will be, as far as that is known before it begins.
+        self.start_planned = trial.start
         self._given_rate = options.get("learning_rate")
         self._options = {name: value for name, value in options.items() if name not in _CHOSEN}
 

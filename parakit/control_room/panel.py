@@ -10,10 +10,9 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from datetime import datetime
-from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,7 @@ from parakit.errors import ParakitError, RunError
 from parakit.events import History, StepDone
 from parakit.machine import yield_to_others
 from parakit.plots.live import LivePicture
-from parakit.progress import progress_line
+from parakit.progress import many, progress_line
 from parakit.run import Run
 from parakit.workers.base import Workers
 
@@ -35,11 +34,11 @@ __all__ = ["Panel"]
 
 _FASTEST_SECONDS, _SLOWEST_SECONDS = 0.25, 0.5  # between frames: 4 to 2 a second
 _DRAWING_SHARE = 0.02  # of the time may go into drawing, as far as the slowest pace allows
-_REPORT_SECONDS = 1.0
 _JOIN_SECONDS = 10.0
 _BLOCKING_SECONDS = 0.5
-_WHAT_IS_LEFT = "The model is in .run.model, the events in .history. Run the cell again for another run."
-_RIVAL_TRIES, _RIVAL_SPREAD, _RIVAL_EVERY_SECONDS = 3, 1.5, 6.0
+_RESERVED_ROWS = 10
+_WHAT_IS_LEFT = "The model is in .run.model, the events in .history.\nRun the cell again for another run."
+_RIVAL_TRIES, _RIVAL_EVERY_SECONDS = 3, 6.0
 _BASELINE = "measuring 1 worker first"
 _TOUR = "visiting every worker count"
 
@@ -70,6 +69,7 @@ class Panel:
         self._tour_first = tour
         self._owns_run = False
         self._course = Course()
+        self._course.start = draft.start_planned if draft else None  # the first axes are those of the run
         self._picture = LivePicture(settings.most_workers)
         self._places: list[Place] = []
         self._born_in = cell_number()
@@ -157,12 +157,16 @@ class Panel:
         steering = self._steering
         if steering is None or self.run is None or self._over:
             raise RunError("There is no run to visit worker counts with.", remedy="start one first")
-        there = self._pool.size if self._pool.size > 1 else min(self._settings.most_workers, 4)
         if self._baselines:
-            self.run.measure_baseline()
-        chunks = len(self.run.plan.job.recipe.order.sizes)
-        stops = stops_of_a_tour(min(there, self._settings.most_workers, chunks))
-        steering.travel(Itinerary(stops, _TOUR, yields=True))
+            self._time_plain()
+        steering.travel(Itinerary(self._stops(), _TOUR, yields=True))
+
+    def _stops(self) -> list[int]:
+        """What a tour visits."""
+        most = self._settings.most_workers
+        there = self._pool.size if self._pool.size > 1 else min(most, 4)
+        chunks = most if self.run is None else len(self.run.plan.job.recipe.order.sizes)
+        return stops_of_a_tour(min(there, most, chunks))
 
     def save(self, folder: str | os.PathLike[str] = ".") -> tuple[Path, Path]:
         """Write the events so far as JSON, and the steps as CSV.
@@ -219,6 +223,11 @@ class Panel:
         except ParakitError:
             self._show_wanted()
             raise
+        if self._steering.trip is not None:
+            self._say_that_it_waits(count)
+
+    def _say_that_it_waits(self, count: int) -> None:
+        self._say(f"{many(count, 'worker')} asked for; first 1 worker is measured")
 
     def _show_wanted(self) -> None:
         steering = self._steering
@@ -257,7 +266,7 @@ class Panel:
     def _go_live(self, wanted: int) -> None:
         assert self.run is not None
         self._course.follow(self.run.history)
-        self._steering = Steering(self.run, wanted)
+        self._steering = Steering(self.run, wanted, lambda count: self._unasked("resize", count))
         self._show_wanted()
         if self._baselines:
             self._measure_baselines()
@@ -273,22 +282,36 @@ class Panel:
         assert self._steering is not None
         with suppress(ParakitError):  # the run may end at any moment
             if self._course.plain is None:
-                self.run.measure_baseline()
+                self._time_plain()
             if self._course.one is None:
                 self._steering.travel(Itinerary([1], _BASELINE, yields=False))
+                if self._steering.wanted != 1:
+                    self._say_that_it_waits(self._steering.wanted)
+
+    def _time_plain(self) -> None:
+        assert self.run is not None
+        with self._unasked("measure", None):
+            self.run.measure_baseline()
+
+    @contextmanager
+    def _unasked(self, wish: str, value: float | None) -> Iterator[None]:
+        """Express a wish that no person has; the log tells it apart."""
+        self._course.unasked.append((wish, value))
+        try:
+            yield
+        except ParakitError:
+            self._course.unasked.remove((wish, value))
+            raise
 
     def _watch(self) -> None:
         yield_to_others()
-        pace, reported = _FASTEST_SECONDS, 0.0
+        pace = _FASTEST_SECONDS
         while not self._leaving.wait(pace) and not self._over:
-            began = time.perf_counter()
             news = self._look()
             self._show_texts()
-            if began - reported >= _REPORT_SECONDS:
-                self._show_report()
-                reported = began
             if news:
                 pace = self._show_picture()
+            self._show_report()  # of the same look, so that picture and table agree
         if not self._leaving.is_set():
             self._settle()
 
@@ -302,7 +325,7 @@ class Panel:
         if self._baselines and self._rival_due(came_home=travelling and self._steering.trip is None):
             self._rival_tries += 1
             with suppress(ParakitError):
-                self.run.measure_baseline()
+                self._time_plain()
         self._show_wanted()
         return news
 
@@ -312,11 +335,10 @@ class Panel:
         Its threads wait for each other busily, so whatever else the machine does, such as starting workers, slows it
         down many times over. It is timed again after an itinerary, and while its quartiles lie far apart.
         """
-        rival, now = self._course.plain, self._course.seconds
-        if rival is None or self._rival_tries >= _RIVAL_TRIES:
+        if self._course.plain is None or self._rival_tries >= _RIVAL_TRIES:
             return False
-        unsure = rival.high > _RIVAL_SPREAD * rival.low and now > (1 + self._rival_tries) * _RIVAL_EVERY_SECONDS
-        return came_home or unsure
+        late_enough = self._course.seconds > (1 + self._rival_tries) * _RIVAL_EVERY_SECONDS
+        return came_home or (self._course.uncertain and late_enough)
 
     def _show_picture(self) -> float:
         """Draw a frame; returns how long to wait for the next one, so that drawing takes a small share of the time."""
@@ -333,29 +355,34 @@ class Panel:
             if self._settled:
                 return
             status, progress = self._texts()
-            trouble = f'<div style="color:var(--jp-error-color1,#b00020)">{escape(self._trouble)}</div>'
+            trouble = f'<div style="color:var(--jp-error-color1,#b00020)">{report.as_html(self._trouble)}</div>'
             self._controls.show_state(_state_of(self.run))
-            self._controls.show_text(escape(status) + (trouble if self._trouble else ""), escape(progress))
+            self._controls.show_text(
+                report.as_html(status) + (trouble if self._trouble else ""), report.as_html(progress)
+            )
 
     def _texts(self) -> tuple[str, str]:
         run, steering = self.run, self._steering
         if run is None or steering is None:
             return report.headline(None, 0), "; ".join(self._remarks)
-        aside = f" ({steering.trip.purpose})" if steering.trip else ""
+        purpose = steering.trip.purpose if steering.trip else ""
+        aside = f" ({purpose})" if purpose else ""
         known = self._course.efficiency(run.world_size)
         line = progress_line(run, efficiency=known if known == known else None)
-        return report.headline(run, steering.wanted, aside), line
+        return report.headline(run, steering.wanted, aside, touring=purpose == _TOUR), line
 
     def _show_report(self) -> None:
         with self._lock:
             if not self._settled:
+                rows = 1 + min(len(self._stops()), _RESERVED_ROWS)
                 self._controls.show_report(
-                    report.summary_html(self._course, self._remarks), report.log_html(self._course.log)
+                    report.summary_html(self._course, self._remarks, rows=rows), report.log_html(self._course.log)
                 )
 
     def _say(self, text: str) -> None:
+        now = self._course.seconds if self.run is None or self._over else self.run.elapsed_seconds
         with self._lock:  # the thread may be reading the log
-            self._course.log.append((self._course.seconds, text))
+            self._course.log.append((now, text))
 
     # --- the place in the notebook
 
@@ -373,8 +400,10 @@ class Panel:
         self._blocking = block and alive
         if not self._blocking:
             if alive:
-                self._show_picture()  # empty axes: what comes later takes no other place
+                self._course.follow(self.history)
+                self._show_picture()  # empty axes and an empty table: what comes later takes no other place
                 self._show_texts()
+                self._show_report()
             self._show()
         if self.run is not None and alive:
             self._go_live(self.run.target)

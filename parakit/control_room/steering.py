@@ -6,8 +6,9 @@ An itinerary is a tour of all counts, or the moment with one worker that speedup
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext, suppress
+from typing import Any
 
 from parakit.course import Course
 from parakit.errors import ParakitError
@@ -87,10 +88,15 @@ class Steering:
     run : Run
     wanted : int
         What the person wants in the end.
+    unasked : callable, optional
+        Given a count, the context in which the run is asked for it although no person asks now.
     """
 
-    def __init__(self, run: Run, wanted: int) -> None:
+    def __init__(
+        self, run: Run, wanted: int, unasked: Callable[[int], AbstractContextManager[Any]] = nullcontext
+    ) -> None:
         self._run = run
+        self._unasked = unasked
         self._lock = threading.RLock()  # a person asks in one thread, and another looks
         self._trip: Itinerary | None = None
         self._set = run.target
@@ -131,7 +137,7 @@ class Steering:
             if self._trip is not None:
                 self._trip = None
                 with suppress(ParakitError):  # it may have ended
-                    self._resize(self.wanted)
+                    self._resize(self.wanted, asked=False)
 
     def look(self, now: float, course: Course) -> None:
         """Go on to the next stop if it is time to; to be called several times a second.
@@ -159,12 +165,13 @@ class Steering:
         if stop is None:
             self._trip = None
         try:
-            self._resize(self.wanted if stop is None else stop)
+            self._resize(self.wanted if stop is None else stop, asked=False)
         except ParakitError:  # the run ended meanwhile, or cannot have that many
             self.go_home()
             self.wanted = self._set
 
-    def _resize(self, count: int) -> None:
+    def _resize(self, count: int, *, asked: bool = True) -> None:
         if count != self._run.target:
-            self._run.resize(count)
+            with nullcontext() if asked else self._unasked(count):
+                self._run.resize(count)
         self._set = count

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from parakit.checking import check_whole
+from parakit.checking import check_choice, check_whole
 from parakit.course import Course
 from parakit.plots import curves, phases, speedups
 from parakit.plots.style import axes_or_new
@@ -19,21 +19,25 @@ if TYPE_CHECKING:
 __all__ = ["breakdown", "loss", "speedup", "throughput", "timeline"]
 
 
-def loss(data: Any, ax: Axes | None = None) -> Axes:
-    """Loss of the batch against time, coloured by worker count.
+def loss(data: Any, ax: Axes | None = None, *, against: str = "seconds") -> Axes:
+    """Loss of the batch against time or steps, coloured by worker count.
 
     Parameters
     ----------
     data : Run or History
     ax : matplotlib Axes, optional
+    against : {"seconds", "step"}
+        What the axis shows. What a step computes does not depend on the number of workers, so against steps the curve
+        is the same at any number; against seconds it is stretched where steps take longer.
 
     Returns
     -------
     Axes
         The loss is on a logarithmic scale while it is positive. Long runs are drawn in at most 600 points, each the
-        mean of neighbouring steps.
+        mean of neighbouring steps. Against seconds, the curve is broken where nothing was trained.
     """
-    return curves.draw(Course.of(data), axes_or_new(ax), "loss")
+    check_choice("against", against, tuple(curves.AXES))
+    return curves.draw(Course.of(data), axes_or_new(ax), "loss", against)
 
 
 def throughput(data: Any, ax: Axes | None = None) -> Axes:

@@ -1,4 +1,4 @@
-"""Loss and throughput against time, coloured by worker count."""
+"""Loss and throughput against time or steps, coloured by worker count."""
 
 from __future__ import annotations
 
@@ -6,21 +6,25 @@ import math
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+import numpy.typing as npt
 from matplotlib.ticker import FuncFormatter
 
-from parakit.course import Course, Floats
+from parakit.course import Course, Curve, Floats, Point
 from parakit.plots.style import INK, colour_of, legend_above, line_style_of, log_axis, nice_above, note, plain_number
-from parakit.progress import many, rival_name
+from parakit.progress import many
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.lines import Line2D
 
-__all__ = ["CurvePlot"]
+__all__ = ["AXES", "CurvePlot"]
 
 _TIME_STEPS = (1, 1.5, 2, 3, 4.5, 6, 9)
 _LEGEND_ENTRIES = 8
 _DRAWABLE = 1e100  # beyond it, ticks may be no numbers any more
+_VALUE, _SIZE, _GAP = map(Point._fields.index, ("value", "world_size", "gap_seconds"))
+#: What a curve can be drawn against: its column, and its name.
+AXES = {"seconds": (0, "seconds since the start"), "step": (Point._fields.index("step"), "step")}
 
 
 class CurvePlot:
@@ -32,16 +36,20 @@ class CurvePlot:
     what : {"loss", "rate"}
     growing : bool
         Whether limits grow in steps, so that they rarely change while a run goes on; otherwise they fit the data.
+    against : {"seconds", "step"}
     """
 
-    def __init__(self, ax: Axes, what: Literal["loss", "rate"], *, growing: bool = False) -> None:
+    def __init__(
+        self, ax: Axes, what: Literal["loss", "rate"], *, growing: bool = False, against: str = "seconds"
+    ) -> None:
         self.ax = ax
         self._what = what
+        self._column, name = AXES[against]
         self._growing = growing
         self._lines: dict[int, Line2D] = {}
         self._plain: Line2D | None = None
         self._limits: tuple[float, ...] = ()
-        ax.set_xlabel("seconds since the start")
+        ax.set_xlabel(name)
         ax.set_ylabel("loss of the batch" if what == "loss" else "samples per second")
         ax.grid(alpha=0.25)
         ax.margins(x=0)
@@ -52,36 +60,55 @@ class CurvePlot:
         """What changes from frame to frame."""
         return [*self._lines.values(), *([self._plain] if self._plain else [])]
 
-    def update(self, course: Course) -> bool:
-        """Show what a course has by now; says whether more than the artists changed."""
-        points = (course.loss if self._what == "loss" else course.rate).points
-        changed = self._draw_lines(points)
-        plain = course.plain
-        if self._what == "rate" and plain is not None:
-            changed |= self._draw_plain(plain.samples_per_second, rival_name(plain.cores))
+    def update(self, course: Course, *, snug: bool = False) -> bool:
+        """Show what a course has by now; says whether more than the artists changed.
+
+        Where `snug`, the limits fit the data, although they were to grow.
+        """
+        curve = course.loss if self._what == "loss" else course.rate
+        points, plain = curve.points, course.plain if self._what == "rate" else None
+        changed = self._draw_lines(points, self._together(curve, points))
+        if plain is not None:
+            changed |= self._draw_plain(plain.samples_per_second, course.rival)
         if changed:
             self._explain()
-        return self._fit(points, plain.samples_per_second if plain and self._what == "rate" else 0.0) or changed
+        growing = self._growing and not snug
+        return self._fit(points, plain.samples_per_second if plain else 0.0, growing) or changed
 
-    def _draw_lines(self, points: Floats) -> bool:
+    def _together(self, curve: Curve, points: Floats) -> npt.NDArray[np.bool_]:
+        """Which points belong to the piece of the point before: steps have no gaps, but time has."""
+        if self._column != 0:
+            return np.ones(len(points), bool)
+        return points[:, _GAP] <= curve.longest_gap_seconds
+
+    def _draw_lines(self, points: Floats, together: npt.NDArray[np.bool_]) -> bool:
         new = False
-        for size in np.unique(points[:, 2]).astype(int).tolist():
+        for size in np.unique(points[:, _SIZE]).astype(int).tolist():
             if size not in self._lines:
                 new = True
                 (self._lines[size],) = self.ax.plot(
-                    [], [], color=colour_of(size), ls=line_style_of(size), lw=1.6, label=many(size, "worker")
+                    [],
+                    [],
+                    color=colour_of(size),
+                    ls=line_style_of(size),
+                    lw=1.6,
+                    ms=4,
+                    label=many(size, "worker"),
                 )
         for size, line in self._lines.items():
-            mine = points[:, 2] == size
-            # A piece also reaches back to the last point of the piece before, so that the curve has no gaps.
-            shown = mine | np.append(mine[1:], False)
-            line.set_data(points[:, 0], np.where(shown, points[:, 1], np.nan))
+            mine = points[:, _SIZE] == size
+            # A piece also reaches back to the last point of the piece before, unless nothing was trained meanwhile.
+            shown = mine | np.append((mine & together)[1:], False)
+            drawn = np.where(shown, points[:, _VALUE], np.nan)
+            _set_broken(line, points[:, self._column], drawn, together)
         return new
 
     def _draw_plain(self, rate: float, label: str) -> bool:
         if self._plain is not None:
+            renamed = self._plain.get_label() != label
+            self._plain.set_label(label)
             self._plain.set_ydata([rate, rate])
-            return False
+            return renamed
         self._plain = self.ax.axhline(rate, color=INK, ls=":", lw=1.4, label=label)
         return True
 
@@ -100,8 +127,8 @@ class CurvePlot:
 
     # --- limits
 
-    def _fit(self, points: Floats, least_top: float) -> bool:
-        limits = self._wanted_limits(points, least_top)
+    def _fit(self, points: Floats, least_top: float, growing: bool) -> bool:
+        limits = self._wanted_limits(points, least_top, growing)
         if limits == self._limits:
             return False
         self._limits = limits
@@ -115,10 +142,10 @@ class CurvePlot:
         self.ax.set(xlim=(0, right), ylim=(low, high))
         return True
 
-    def _wanted_limits(self, points: Floats, least_top: float) -> tuple[float, float, float]:
-        values = points[np.abs(points[:, 1]) < _DRAWABLE, 1]
-        last = float(points[-1, 0]) if len(points) else 1.0
-        right = max(5.0, nice_above(last, _TIME_STEPS)) if self._growing else last
+    def _wanted_limits(self, points: Floats, least_top: float, growing: bool) -> tuple[float, float, float]:
+        values = points[np.abs(points[:, _VALUE]) < _DRAWABLE, _VALUE]
+        last = float(points[:, self._column].max()) if len(points) else 1.0
+        right = max(5.0, nice_above(last, _TIME_STEPS)) if growing else last or 1.0
         if not len(values):
             return right, 0.0, 1.0
         low, high = float(values.min()), float(values.max())
@@ -132,9 +159,19 @@ class CurvePlot:
         return right, 10**bottom, 10**top
 
 
-def draw(course: Course, ax: Axes, what: Literal["loss", "rate"]) -> Axes:
+def _set_broken(line: Line2D, at: Floats, values: Floats, together: npt.NDArray[np.bool_]) -> None:
+    """Give a line its points, broken before those that do not belong to the one before; lone points get a dot."""
+    breaks = np.flatnonzero(~together[1:]) + 1
+    at, values = np.insert(at, breaks, at[breaks]), np.insert(values, breaks, np.nan)
+    there = np.concatenate([[False], np.isfinite(values), [False]])
+    line.set_data(at, values)
+    lone = np.flatnonzero(there[1:-1] & ~there[:-2] & ~there[2:]).tolist()
+    line.set(marker="." if lone else "", markevery=lone)
+
+
+def draw(course: Course, ax: Axes, what: Literal["loss", "rate"], against: str = "seconds") -> Axes:
     """One of the two curves of a course on axes."""
-    CurvePlot(ax, what).update(course)
+    CurvePlot(ax, what, against=against).update(course)
     if course.last is None:
         note(ax, "no step yet")
     return ax

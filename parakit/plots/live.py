@@ -35,8 +35,8 @@ class Plot(Protocol):
     def artists(self) -> list[Any]:
         """What changes from frame to frame."""
 
-    def update(self, course: Course) -> bool:
-        """Show what a course has by now; says whether more than the artists changed."""
+    def update(self, course: Course, *, snug: bool = False) -> bool:
+        """Show what a course has by now, in limits that fit it if `snug`; whether more than the artists changed."""
 
 
 class LivePicture:
@@ -54,7 +54,7 @@ class LivePicture:
         self._canvas = FigureCanvasAgg(self._figure)
         # Fixed places: a layout engine would double the cost, and make the axes jump.
         grid = self._figure.subplots(2, 2)
-        self._figure.subplots_adjust(left=0.07, right=0.985, top=0.9, bottom=0.08, hspace=0.48, wspace=0.25)
+        self._figure.subplots_adjust(left=0.07, right=0.975, top=0.9, bottom=0.08, hspace=0.48, wspace=0.25)
         self._plots: list[Plot] = [
             CurvePlot(grid[0, 0], "loss", growing=True),
             CurvePlot(grid[0, 1], "rate", growing=True),
@@ -83,7 +83,7 @@ class LivePicture:
         """The picture now, as a PNG in all colours."""
         self._animate(False)
         for plot in self._plots:
-            plot.update(course)
+            plot.update(course, snug=True)
         self._canvas.draw()
         self._background = None  # limits may have moved: a later frame begins anew
         return _png(self._pixels(), level=9)

@@ -40,8 +40,12 @@ class BreakdownPlot:
         """What changes from frame to frame."""
         return list(self._bars)
 
-    def update(self, course: Course) -> bool:
-        """Show what a course has by now; says whether more than the artists changed."""
+    def update(self, course: Course, *, snug: bool = False) -> bool:
+        """Show what a course has by now; says whether more than the artists changed.
+
+        Where `snug`, the limits fit the data, although they were to stand still.
+        """
+        self._right *= not snug
         workers, seconds = course.shares()
         changed = workers != self._workers
         if changed:

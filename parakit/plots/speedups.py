@@ -12,7 +12,6 @@ from matplotlib.colors import to_rgba
 from parakit.course import Course
 from parakit.events import PLAIN
 from parakit.plots.style import GREY, INK, SHADE, colour_of, legend_above, nice_above
-from parakit.progress import rival_name
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -23,6 +22,8 @@ __all__ = ["SpeedupPlot"]
 
 _LABELLED = 8  # more labels would overlap
 _TICKS = 16
+# Lines do not strike the labels that they pass.
+_BEHIND = {"boxstyle": "square,pad=0.15", "facecolor": "white", "edgecolor": "none"}
 
 
 class SpeedupPlot:
@@ -54,7 +55,7 @@ class SpeedupPlot:
         """What changes from frame to frame."""
         return [self._spread, self._points, self._here, *self._labels.values()]
 
-    def update(self, course: Course) -> bool:
+    def update(self, course: Course, *, snug: bool = False) -> bool:  # noqa: ARG002 - its limits fit at any time
         """Show what a course has by now; says whether more than the artists changed."""
         rates, one = course.rates, course.one
         unit = one.median if one else float("nan")
@@ -78,8 +79,9 @@ class SpeedupPlot:
         for n in labelled:
             if n not in self._labels:
                 self._labels[n] = self.ax.annotate(
-                    "", (n, 0), (10, -4), textcoords="offset points", fontsize=9, color=INK, zorder=6, animated=live
-                )
+                    "", (n, 0), (10, -4), textcoords="offset points", fontsize=9, color=INK, zorder=6, animated=live,
+                    bbox=_BEHIND,
+                )  # fmt: skip
             self._labels[n].xy = n, values[n][0]
             self._labels[n].set_text(f"{values[n][0]:.2f}×")
 
@@ -94,17 +96,17 @@ class SpeedupPlot:
         missing = _missing(course)
         # A rival's line moves only by what the eye can see, since each move redraws everything.
         rival = round(plain, 2) if math.isfinite(plain) else None
-        furniture = (right, round(top, 3), cores, rival, missing)
+        furniture = (right, round(top, 3), cores, rival, course.rival, missing)
         if furniture == self._furniture:
             return False
         self._furniture = furniture
         for thing in self._fixed:
             thing.remove()
-        self._fixed = self._draw_fixed(right, top, cores, rival, course.plain.cores if course.plain else 0, missing)
+        self._fixed = self._draw_fixed(right, top, cores, rival, course.rival, missing)
         return True
 
     def _draw_fixed(
-        self, right: int, top: float, cores: int | None, rival: float | None, threads: int, missing: str
+        self, right: int, top: float, cores: int | None, rival: float | None, name: str, missing: str
     ) -> list[Any]:
         ax = self.ax
         ax.set(xlim=(0.5, right + 0.6), ylim=(0, top))
@@ -112,11 +114,11 @@ class SpeedupPlot:
         lines: list[Line2D | Any] = ax.plot([0.5, right + 1], [0.5, right + 1], color=GREY, ls="--", lw=1.1,
                                             label="ideal")  # fmt: skip
         if rival is not None:
-            lines.append(ax.axhline(rival, color=INK, ls=":", lw=1.4, label=rival_name(threads)))
+            lines.append(ax.axhline(rival, color=INK, ls=":", lw=1.4, label=name))
         if cores is not None and right > cores:
             lines.append(
                 ax.axvspan(cores + 0.5, right + 1, facecolor=SHADE, edgecolor="none", zorder=0,
-                           label="more workers than cores")
+                           label="more than cores")
             )  # fmt: skip
         legend_above(ax, lines, columns=3, gap=1.0, length=1.8)
         if missing:

@@ -36,7 +36,10 @@ def chromium() -> Iterator[Browser]:
     if path is None:
         pytest.fail(browser.ADVICE)
     with sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=path, args=CHROMIUM_FLAGS)
+        # With scrollbars, as people have them: a panel that is too wide shows one.
+        chromium = playwright.chromium.launch(
+            executable_path=path, args=CHROMIUM_FLAGS, ignore_default_args=["--hide-scrollbars"]
+        )
         yield chromium
         chromium.close()
 

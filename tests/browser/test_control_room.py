@@ -6,10 +6,11 @@ import re
 import shutil
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import nbformat
 import pytest
-from playwright.sync_api import expect
+from playwright.sync_api import Browser, expect
 
 from tests.browser.conftest import KeepScreenshot
 from tests.browser.jupyter_lab import Lab, Notebook, Starter
@@ -27,7 +28,7 @@ torch.manual_seed(0)
 model = nn.Sequential(nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 10))
 """
 PANEL = "room = pk.panel(model, digits.train, on=workers, workers=1, batch_size=256, epochs=20000)"
-STEP = re.compile(r"step (\d+)/")
+STEP = re.compile(r"step ([\d,]+)/")
 
 
 def write(folder: Path, *cells: str) -> str:
@@ -40,7 +41,7 @@ def write(folder: Path, *cells: str) -> str:
 
 def step_of(notebook: Notebook, cell: int) -> int:
     found = STEP.search(notebook.text(cell))
-    return int(found[1]) if found else 0  # "starting"
+    return int(found[1].replace(",", "")) if found else 0  # "starting"
 
 
 def wait_for_steps(notebook: Notebook, cell: int, more: int = 1, seconds: float = 30) -> None:
@@ -51,10 +52,10 @@ def wait_for_steps(notebook: Notebook, cell: int, more: int = 1, seconds: float 
 
 
 def row_of(notebook: Notebook, cell: int, workers: str) -> list[str]:
-    """The cells of the table's row for a worker count; none while there is no such row."""
-    row = (
-        notebook.outputs(cell).locator("tbody tr").filter(has=notebook.page.locator("td:first-child", has_text=workers))
-    )
+    """The cells of the table's row for a worker count, or for plain PyTorch; none while there is no such row."""
+    # From the start of the name: the row of plain PyTorch also has a number, that of its cores.
+    name = re.compile(rf"^{re.escape(workers)}(?!\d)")
+    row = notebook.outputs(cell).locator("tbody tr").filter(has=notebook.page.locator("td:first-child", has_text=name))
     return row.first.locator("td").all_inner_texts() if row.count() else []
 
 
@@ -63,10 +64,37 @@ def wait_for_speedup(notebook: Notebook, cell: int, workers: str, seconds: float
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         texts = row_of(notebook, cell, workers)
-        if len(texts) > 2 and (found := re.match(r"([\d.]+) times", texts[2])):
+        if len(texts) > 2 and (found := re.match(r"([\d.]+)×", texts[2])):
             return float(found[1])
         notebook.page.wait_for_timeout(100)
     raise AssertionError(f"no speedup for {workers} after {seconds} s:\n{notebook.text(cell)}")
+
+
+TOO_WIDE = """outputs => outputs.flatMap(output => [output, ...output.querySelectorAll("*")])
+    .filter(e => ["auto", "scroll"].includes(getComputedStyle(e).overflowX) && e.scrollWidth > e.clientWidth)
+    .map(e => `${e.tagName}.${e.className}: ${e.scrollWidth} > ${e.clientWidth}`)"""
+
+
+def assert_fits(notebook: Notebook, cell: int, *widths: int) -> None:
+    """A panel needs no horizontal scrollbar in a window of any of these widths."""
+    for width in widths:
+        notebook.page.set_viewport_size({"width": width, "height": 1600})
+        notebook.page.wait_for_timeout(300)
+        found = notebook.outputs(cell).evaluate_all(TOO_WIDE)
+        assert not found, (width, found)
+
+
+@pytest.mark.parametrize(
+    ("names", "asked", "found"),
+    [(["1", "plain PyTorch, 2 cores"], "2", None), (["1", "2", "12"], "2", "2"), (["1", "2", "3*"], "3", "3*"),
+     (["1", "plain PyTorch, 2 cores?"], "plain PyTorch", "plain PyTorch, 2 cores?")],
+)  # fmt: skip
+def test_a_row_is_found_by_its_own_count(chromium: Browser, names: list[str], asked: str, found: str | None) -> None:
+    page = chromium.new_page()
+    rows = "".join(f"<tr><td>{name}</td><td>7</td></tr>" for name in names)
+    page.set_content(f"<div><table><tbody>{rows}</tbody></table></div>")
+    shown = SimpleNamespace(page=page, outputs=lambda cell: page.locator("div"))
+    assert row_of(shown, 0, asked) == ([found, "7"] if found else [])
 
 
 def test_a_person_resizes_pauses_stops_and_keeps_the_picture(
@@ -80,18 +108,25 @@ def test_a_person_resizes_pauses_stops_and_keeps_the_picture(
     cell = notebook.cell_with("room = pk.panel(small_model")
     notebook.outputs(cell).first.scroll_into_view_if_needed()
 
+    assert_fits(notebook, cell, 1100)
+    before = height(notebook, cell)
     notebook.click_button("Start", cell=cell)
-    notebook.wait_for_text("Training: 1 worker active", cell=cell)
+    notebook.wait_for_text("Timing plain PyTorch; training waits: 2 workers asked for, 1 active", cell=cell)
     assert wait_for_speedup(notebook, cell, "1") == 1.0  # relative to itself
     assert wait_for_speedup(notebook, cell, "plain PyTorch") > 0
+    notebook.wait_for_text("Training: 2 workers active", cell=cell)
+    assert wait_for_speedup(notebook, cell, "2") > 0
     assert notebook.images(cell) == 1
-    keep_screenshot(lab, "control-room-one")
+    keep_screenshot(lab, "control-room-two")
+    assert abs(height(notebook, cell) - before) < 3  # nothing jumped
+    assert_fits(notebook, cell, 1000, 1100, 1280)
 
+    notebook.move_slider("Workers", 1, cell=cell)
+    notebook.wait_for_text("Training: 1 worker active", cell=cell)
+    notebook.wait_for_text("1 worker since step", cell=cell)
+    keep_screenshot(lab, "control-room-one")
     notebook.move_slider("Workers", 2, cell=cell)
     notebook.wait_for_text("Training: 2 workers active", cell=cell)
-    notebook.wait_for_text("2 workers since step", cell=cell)
-    assert wait_for_speedup(notebook, cell, "2") > 0
-    keep_screenshot(lab, "control-room-two")
 
     notebook.click_button("Pause", cell=cell)
     notebook.wait_for_text("Paused: 2 workers active", cell=cell)
@@ -139,12 +174,19 @@ def test_the_keyboard_alone_is_enough(start_lab: Starter, tmp_path: Path) -> Non
     notebook.wait_for_text("Training: 1 worker active", cell=1)
     press_tab_until(lab, "Visit every worker count")
     lab.page.keyboard.press("Space")
-    notebook.wait_for_text("visiting every worker count", cell=1)
+    notebook.wait_for_text("Visiting every worker count: ", cell=1)
     assert wait_for_speedup(notebook, 1, "2") > 0
     notebook.outputs(1).locator(".noUi-handle").first.focus()
     press_tab_until(lab, "Close")
     lab.page.keyboard.press("Enter")
     notebook.wait_for_text("so its run was stopped", cell=1)
+
+
+def height(notebook: Notebook, cell: int) -> float:
+    """How much of the page a panel takes."""
+    box = notebook.outputs(cell).first.bounding_box()
+    assert box is not None
+    return box["height"]
 
 
 def press_tab_until(lab: Lab, name: str, most: int = 20) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 from distributed import Future
@@ -12,7 +13,7 @@ from parakit.gradients import GradientSum, flatten
 from parakit.replica import EXCHANGE, UPDATE, Replica, State, StepRecord, average_buffers
 from parakit.workers import resident
 from parakit.workers.base import Job, Report
-from parakit.workers.resident import Answer, Failure
+from parakit.workers.messages import Answer, Failure
 
 if TYPE_CHECKING:
     from parakit.workers.dask.crew import DaskCrew
@@ -36,6 +37,7 @@ class DriverTeam:
             self._job.strategy.step(self, step)
             if self.halted > wish:
                 break
+        self.replica.check_parameters()
         return Report(self._collect(), committed)
 
     def map_gradients(self, step: int) -> list[Future[Any]]:
@@ -54,12 +56,19 @@ class DriverTeam:
 
     def update(self, summed: Callable[[], Future[Any]]) -> None:
         """One step of the driver's optimizer."""
-        self.replica.update(lambda: self._fetch(summed()))
+        self.replica.update(lambda: self._gathered(summed))
+
+    def _gathered(self, summed: Callable[[], Future[Any]]) -> GradientSum:
+        """The sum that the members' tasks come to; the wait for it is no part of the update."""
+        began = perf_counter()
+        total = self._fetch(summed())
+        self.replica.spent[EXCHANGE] += perf_counter() - began
+        return total
 
     def _fetch(self, root: Future[Any]) -> GradientSum:
         crew = self._crew
-        crew.watch([root], crew.members, self._job.limit_seconds)
-        answer = settled(root)
+        crew.watch([root], crew.members)
+        answer = settled(root, self._job.limit_seconds)
         if answer.failure is not None:
             raise crew.explained({crew.members[0]: answer.failure})
         total: GradientSum = answer.value
@@ -80,8 +89,7 @@ class DriverTeam:
 
     def _collect(self) -> tuple[list[StepRecord], ...]:
         """Every member's accounts, completed by what the driver knows; averages the running statistics."""
-        limit = self._job.limit_seconds
-        collected = list(self._crew.everyone(resident.collect, limit_seconds=limit).values())
+        collected = list(self._crew.everyone(resident.collect, limits=self._crew.patience()).values())
         average_buffers(self.replica.model, [buffers for _, buffers in collected])
         together = self.replica.take_records()
         return tuple([_completed(record, records) for record in together] for records, _ in collected)
@@ -97,10 +105,10 @@ def _completed(step: StepRecord, parts: Sequence[StepRecord]) -> StepRecord:
     return StepRecord(step.step, step.loss, step.learning_rate, seconds, step.wall_seconds, mine[-1].samples)
 
 
-def settled(future: Future[Any]) -> Answer:
+def settled(future: Future[Any], limit_seconds: float) -> Answer:
     """The answer of a future that is done; a task that Dask itself gave up on answers that its worker is lost."""
     try:
-        answer: Answer = future.result(timeout=30)
+        answer: Answer = future.result(timeout=limit_seconds)
     except Exception as error:
         return Answer(failure=Failure("group", -1, type(error).__name__, f"{type(error).__name__}: {error}", ""))
     return answer
