@@ -14,7 +14,9 @@ also a `ValueError`; what went wrong while running is also a `RuntimeError`, so 
     ├── ConnectError (RuntimeError)      the workers cannot be reached or used
     ├── PoolError (RuntimeError)         the pool is busy or closed
     ├── RunError (RuntimeError)
+    │   ├── CheckpointError          a checkpoint that is missing or damaged, does not fit, or cannot be written
     │   ├── RunFailed                    the run stopped by itself; its last committed state is kept
+    │   │   └── Diverged                 the loss or a parameter is no finite number any more
     │   ├── RunEnded                     a wish came after the run's end
     │   ├── WorkerLost                   a worker died, or was silent for too long
     │   └── StaleGeneration              an order of an older process group was refused
@@ -24,8 +26,10 @@ also a `ValueError`; what went wrong while running is also a `RuntimeError`, so 
 from __future__ import annotations
 
 __all__ = [
+    "CheckpointError",
     "ConnectError",
     "DataError",
+    "Diverged",
     "InputError",
     "LossError",
     "ModelError",
@@ -96,8 +100,26 @@ class RunError(ParakitError, RuntimeError):
     """Something about a run."""
 
 
+class CheckpointError(RunError):
+    """A checkpoint that is not there, is damaged, does not fit, or could not be written."""
+
+
 class RunFailed(RunError):
     """The run stopped by itself; the last committed state is kept."""
+
+
+class Diverged(RunFailed):
+    """The loss, or a parameter, is no finite number any more.
+
+    Attributes
+    ----------
+    step : int
+        Steps that were done; the states of earlier ones are good.
+    """
+
+    def __init__(self, fact: str, *, step: int = 0, cause: str = "", remedy: str = "") -> None:
+        super().__init__(fact, cause=cause, remedy=remedy)
+        self.step = step
 
 
 class RunEnded(RunError):
