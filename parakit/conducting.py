@@ -2,80 +2,36 @@
 
 Runs in a thread of its own. A segment is a few steps, about a quarter of a second of them; every member keeps its
 state when a segment begins, that is, when the driver knows that all members reached its first step. A wish is a mark
-in `Wishes` and a vote that ends the segment early; only this thread acts on it. A resize is prepared while the run
-goes on: newcomers get the recipe and their chunks first, and the group changes when they are ready. A rival is measured
-between two segments, in time that no segment counts.
+in `Wishes` and a vote that ends the segment early; only this thread acts on it. A rival is measured between two
+segments, in time that no segment counts. When members are lost, whatever was going on is given up, and the run goes on
+from its last commit with the group that `Membership` makes of the others.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from concurrent.futures import Future
-from contextlib import suppress
-from dataclasses import dataclass
 
 from torch import nn
 
 from parakit.accounts import steps_done
-from parakit.errors import ParakitError, RunError, RunFailed, WorkerLost
-from parakit.events import (
-    EpochEnded,
-    History,
-    Resized,
-    RunEnd,
-    RunStart,
-    Said,
-    SegmentDone,
-    StepDone,
-)
+from parakit.checkpoints import Saver
+from parakit.errors import Diverged, ParakitError, RunError, RunFailed, WorkerLost
+from parakit.events import EpochEnded, History, RunEnd, Said, SegmentDone, StepDone
 from parakit.keeping import Keeper
+from parakit.membership import Membership
+from parakit.plans import Plan, Resumption
+from parakit.replica import Replica, State, copy_state
 from parakit.scaling.measuring import measure_plain
+from parakit.stragglers import Stragglers
 from parakit.wishes import Wishes
-from parakit.workers.base import Crew, Job, Roster, Workers
+from parakit.workers.base import Workers
 
-__all__ = ["Conductor", "Plan"]
+__all__ = ["Conductor"]
 
 SEGMENT_SECONDS = 0.25
 _GROWTH = 4  # a segment is at most this many times longer than the one before
-_PREPARE_LIMITS = 4  # preparing may take this many times the limit of an order: data travel
-_GROW_SECONDS = 60.0
 _POLL_SECONDS = 0.25
-
-
-@dataclass(frozen=True)
-class Plan:
-    """A run, fully checked.
-
-    Parameters
-    ----------
-    job : Job
-    roster : Roster
-        Of the first generation.
-    workers, steps : int
-        How many to begin with, and how far to go.
-    start : RunStart
-        What the history begins with.
-    rate : float
-        Learning rate of the optimizer as it is made; NaN where it has none.
-    """
-
-    job: Job
-    roster: Roster
-    workers: int
-    steps: int
-    start: RunStart
-    rate: float
-
-
-@dataclass
-class _Change:
-    """A roster that is being prepared."""
-
-    roster: Roster
-    target: int
-    since: float
-    ready: Future[None]
 
 
 class Conductor:
@@ -86,16 +42,25 @@ class Conductor:
         self._pool = pool
         self._history = history
         self._wishes = wishes
-        self._crew: Crew | None = None
-        self._roster = plan.roster
-        self._change: _Change | None = None
-        self._growing: tuple[int, float] | None = None  # how many were asked for, and when
+        self._membership = Membership(plan, pool, history, wishes, self.now)
         self._pace = _Pace()
-        self._keeper = Keeper(plan.job.recipe.model)
+        self._stragglers = Stragglers()
+        self._epochs = 0  # that were closed
+        saving = plan.saving
+        saver = Saver(saving.checkpoints, saving.every_seconds, plan.identity) if saving else None
+        self._keeper = Keeper(plan.job.recipe.model, saver, self._say)
         self._began = time.perf_counter()
         self.status = "running"
         self.step = 0
         self.error: RunError | None = None
+        if plan.resumption is not None:
+            self._resume(plan.resumption)
+
+    def _resume(self, resumption: Resumption) -> None:
+        self.step = resumption.step
+        self._epochs = self.step // self._plan.job.recipe.order.steps_per_epoch
+        self._keeper.take(resumption.state)
+        self._wishes.rate = resumption.rate
 
     def now(self) -> float:
         """Seconds since the start of the run."""
@@ -104,7 +69,12 @@ class Conductor:
     @property
     def world_size(self) -> int:
         """Active workers."""
-        return len(self._roster.members)
+        return self._membership.world_size
+
+    @property
+    def members(self) -> tuple[str, ...]:
+        """The active workers, in the order of their ranks."""
+        return self._membership.roster.members
 
     @property
     def model(self) -> nn.Module:
@@ -116,52 +86,67 @@ class Conductor:
         """Steps that it was trained for."""
         return self._keeper.step
 
+    @property
+    def kept(self) -> State | None:
+        """The newest state on the notebook's side; not to be changed."""
+        return self._keeper.state
+
     def conduct(self) -> None:
         """Do the whole run; never raises."""
         try:
-            if self._begin():
-                while self.step < self._plan.steps and self._grant():
-                    self._advance()
-                self._keep(final=True)
+            self._history.append(self._plan.start)
+            self._membership.open()
+            while not self._train():
+                pass
+            self._keeper.close()
             self._end("finished")
         except Exception as error:
-            self.error = error if isinstance(error, RunFailed) else _explained(error, self.step)
-            self._rescue()
+            done = self.step
+            self._rescue(error)
+            self.error = _explained(error, done, self._keeper.step)
+            self._keeper.close()
             self._end("failed")
         finally:
-            if self._crew is not None:
-                self._crew.release()
+            self._membership.release()
 
-    def _begin(self) -> bool:
-        """Form the first group; says whether the run was not stopped before that."""
-        self._history.append(self._plan.start)
-        self._crew = self._pool.open(self._plan.job)
-        self._wishes.interrupt = self._crew.halt
-        if not self._await(self._crew.prepare(self._roster)):
+    def _train(self) -> bool:
+        """Train until the run is over, or members are lost and the others ready to go on; says whether it is over."""
+        try:
+            if not self._membership.formed and not self._form():
+                return True
+            self._close_epochs()
+            while self.step < self._plan.steps and self._grant():
+                self._advance()
+                self._close_epochs()
+            self._keep(final=True)
+            return True
+        except WorkerLost as loss:
+            self._recover(loss)
             return False
-        self._muster(self._roster, len(self._roster.training.sizes), wished=False)
-        return True
 
-    @property
-    def _prepare_seconds(self) -> float:
-        """How long chunks and recipe may take to reach the workers."""
-        return _PREPARE_LIMITS * self._plan.job.limit_seconds
+    def _form(self) -> bool:
+        resumption = self._plan.resumption
+        if resumption is None:
+            return self._membership.form(0, None)
+        self._say(f"Going on from step {resumption.step}: {resumption.source}")
+        return self._membership.form(resumption.step, resumption.state)
 
-    def _await(self, ready: Future[None]) -> bool:
-        """Wait for the first roster; a stop or the limit ends the wait. Says whether the roster is ready."""
-        deadline = self.now() + self._prepare_seconds
-        while not ready.done() and not self._wishes.stopping:
-            if self.now() > deadline:
-                raise WorkerLost(
-                    f"The workers were not ready within {self._prepare_seconds:g} s.",
-                    cause="a worker that hangs or is busy, or data that take long to send",
-                    remedy="look at the workers, or allow more: train(..., limit_seconds=...)",
-                )
-            with suppress(TimeoutError):
-                ready.exception(_POLL_SECONDS)
-        if ready.done():
-            ready.result()
-        return ready.done()
+    def _recover(self, loss: WorkerLost) -> None:
+        """Go back to the last commit, or else to the newest copy on this side."""
+        self.step = self._membership.recover(loss, self.step, self._kept)
+        self._epochs = min(self._epochs, self.step // self._plan.job.recipe.order.steps_per_epoch)
+
+    def _kept(self) -> State:
+        """The newest state on this side."""
+        return self._keeper.state or self._first()
+
+    def _first(self) -> State:
+        """What the run began with."""
+        resumption = self._plan.resumption
+        return resumption.state if resumption else copy_state(Replica(self._plan.job.recipe).live_state())
+
+    def _say(self, text: str) -> None:
+        self._history.append(Said(self.now(), text))
 
     def _end(self, status: str) -> None:
         self.status = status
@@ -171,45 +156,43 @@ class Conductor:
     # --- segments
 
     def _advance(self) -> None:
-        crew, order = self._working, self._plan.job.recipe.order
+        group, order = self._membership, self._plan.job.recipe.order
         count = min(self._pace.steps, self._plan.steps - self.step)
-        if self._roster.validation is not None:
+        if group.roster.validation is not None:
             count = min(count, order.steps_per_epoch - self.step % order.steps_per_epoch)
         began = self.now()
-        report = crew.advance(self.step, count, self._number, self._pace.seconds(count))
+        report = group.crew.advance(self.step, count, self._number, self._pace.seconds(count))
         ended = self.now()
-        labels = [crew.label(member) for member in self._roster.members]
-        steps = steps_done(report, labels, order, self._roster.generation, began, ended)
+        steps = steps_done(report, group.labels, order, group.roster.generation, began, ended)
         self._pace.learn(report.steps, sum(step.seconds for step in steps))
         self._history.append(*steps, self._finished(steps, began, ended, report.commit_seconds))
+        self._history.append(*self._stragglers.look(steps))
         self.step += report.steps
-        self._close_epochs(self.step - report.steps)
+        group.progress()
         self._keep()
 
     def _finished(self, steps: Sequence[StepDone], began: float, ended: float, commit_seconds: float) -> SegmentDone:
         control = max(0.0, ended - began - sum(step.seconds for step in steps))
         return SegmentDone(
             ended, self.step, len(steps), ended - began, control, commit_seconds,
-            sum(step.samples for step in steps), self.world_size, self._roster.generation,
+            sum(step.samples for step in steps), self.world_size, self._membership.roster.generation,
         )  # fmt: skip
 
-    def _close_epochs(self, before: int) -> None:
+    def _close_epochs(self) -> None:
+        """Evaluate and note the end of every epoch that has ended."""
         per_epoch = self._plan.job.recipe.order.steps_per_epoch
-        for epoch in range(before // per_epoch, self.step // per_epoch):
+        while self._epochs < self.step // per_epoch:
             began = self.now()
             loss, accuracy = None, None
-            if self._roster.validation is not None:
-                result = self._working.evaluate().result()
+            if self._membership.roster.validation is not None:
+                result = self._membership.crew.evaluate().result()
                 loss, accuracy = result.loss, result.accuracy
             ended = self.now()
-            self._history.append(EpochEnded(ended, epoch, (epoch + 1) * per_epoch, loss, accuracy, ended - began))
+            end = (self._epochs + 1) * per_epoch
+            self._history.append(EpochEnded(ended, self._epochs, end, loss, accuracy, ended - began))
+            self._epochs += 1
 
     # --- wishes
-
-    @property
-    def _working(self) -> Crew:
-        assert self._crew is not None
-        return self._crew
 
     def _grant(self) -> bool:
         """Grant what is wanted; says whether the run is to go on."""
@@ -218,20 +201,30 @@ class Conductor:
             with wishes.changed:
                 self._number, paused, stopping = wishes.number, wishes.paused, wishes.stopping
                 rate, wishes.rate = wishes.rate, None
-                measuring, wishes.measuring = wishes.measuring, False
+                measuring = wishes.measuring
             if stopping:
                 return False
             if rate is not None:
-                self._working.set_learning_rate(rate)
-            self._approach()
+                self._set_learning_rate(rate)
+            self._membership.approach(self.step)
             self._stand(paused)
             if measuring:
                 self._measure()
             elif not paused:
                 return True
             else:
+                self._membership.look_round()
                 with wishes.changed:
                     wishes.changed.wait_for(lambda seen=self._number: wishes.number != seen, _POLL_SECONDS)  # type: ignore[misc]
+
+    def _set_learning_rate(self, rate: float) -> None:
+        try:
+            self._membership.crew.set_learning_rate(rate)
+        except WorkerLost:  # those that are left go back, also to the older rate
+            with self._wishes.changed:
+                if self._wishes.rate is None:
+                    self._wishes.rate = rate
+            raise
 
     def _stand(self, paused: bool) -> None:
         """Be paused, or not."""
@@ -241,107 +234,33 @@ class Conductor:
 
     def _measure(self) -> None:
         """Time plain PyTorch while the run stands still; whatever comes of it, the run goes on."""
-        began = time.perf_counter()
         try:
             found = measure_plain(self._pool, self._plan.job, self.now, lambda: self._wishes.stopping)
             if found is not None:
                 self._history.append(found)
         except Exception as error:
-            self._history.append(Said(self.now(), f"Plain PyTorch could not be measured: {error}"))
+            self._say(f"Plain PyTorch could not be measured: {error}")
         finally:
-            self._wishes.excuse(began)
-
-    def _approach(self) -> None:
-        """Come nearer to the worker count that is wanted, without waiting for anything."""
-        change = self._change
-        if change is not None:
-            if change.ready.done():
-                self._change = None
-                self._apply(change)
-            elif self.now() - change.since > self._prepare_seconds:
-                self._change = None
-                self._give_up(change.target, "the workers were not ready in time; one of them may hang.")
-        target = self._wishes.target
-        if self._change is None and target != self.world_size:
-            self._prepare(target)
-        elif target == self.world_size:
-            self._growing = None
-
-    def _prepare(self, target: int) -> None:
-        there = self._pool.names
-        if target > len(there):
-            if not self._grow(target, len(there)):
-                return
-        else:
-            self._growing = None
-        members = [m for m in self._roster.members if m in there]
-        members += [name for name in there if name not in members]
-        count = min(target, len(members))
-        if count == self.world_size:
-            return
-        roster = self._roster.succeed(members[:count])
-        self._change = _Change(roster, target, self.now(), self._working.prepare(roster))
-        self._change.ready.add_done_callback(lambda _: self._wishes.nudge())
-
-    def _grow(self, target: int, there: int) -> bool:
-        """Ask the cluster for more workers, once for each target; says whether there is still hope."""
-        if self._growing is None or self._growing[0] != target:
-            self._growing = target, self.now()
-            self._history.append(Said(self.now(), f"Asking the cluster for {target} workers; {there} are there."))
-            try:
-                self._pool.grow(target)
-            except Exception as error:
-                self._growing = None
-                self._give_up(target, f"the cluster cannot grow: {error}")
-                return False
-        elif self.now() - self._growing[1] > _GROW_SECONDS:
-            self._growing = None
-            self._give_up(target, f"only {there} of {target} came within {_GROW_SECONDS:g} s.")
-            return False
-        return True
-
-    def _apply(self, change: _Change) -> None:
-        error = change.ready.exception()
-        if error is not None:
-            self._give_up(change.target, str(error))
-            return
-        moved = sum(len(c) for c in self._roster.training.gains(change.roster.training).values())
-        self._muster(change.roster, moved, wished=True)
-
-    def _give_up(self, target: int, why: str) -> None:
-        """Stop trying for a worker count, unless another one is wanted by now."""
-        self._history.append(Said(self.now(), f"The run goes on with {self.world_size} workers: {why}"))
-        with self._wishes.changed:
-            if self._wishes.target == target:
-                self._wishes.target = self.world_size
-
-    def _muster(self, roster: Roster, moved: int, *, wished: bool) -> None:
-        began = time.perf_counter()
-        self._working.muster(roster, None)
-        self._roster = roster
-        ended = time.perf_counter()
-        waited = ended - self._wishes.asked_at if wished else 0.0
-        labels = tuple(self._working.label(member) for member in roster.members)
-        self._history.append(
-            Resized(self.now(), self.step, roster.generation, labels, moved, ended - began, waited)
-        )  # fmt: skip
+            with self._wishes.changed:
+                self._wishes.measuring = False
 
     # --- the notebook's copy
 
     def _keep(self, *, final: bool = False) -> None:
-        self._keeper.keep(self._working, self.step, self.now(), final=final)
+        self._keeper.keep(self._membership.crew, self.step, self.now(), final=final)
 
-    def _rescue(self) -> None:
-        """After a failure: fetch the last commit, if a worker is left that has it."""
+    def _rescue(self, error: Exception) -> None:
+        """After a failure: fetch the last commit, if a worker is left that has it; a state that diverged is none."""
         try:
-            if self._crew is not None:
-                state = self._crew.state()
-                self._keeper.take(state)
-        except Exception as error:
-            self._history.append(
-                Said(self.now(), f"The state could not be fetched ({error}); step {self._keeper.step} is kept.")
-            )
-        self.step = max(self.step, self._keeper.step)
+            self._keeper.take(self._membership.crew.state())
+        except Exception:
+            if self._keeper.step < self.step:
+                kept = self._keeper.step
+                self._say(f"With the workers, the state of step {self.step} is lost; that of step {kept} is kept.")
+        if isinstance(error, Diverged) and self._keeper.step >= error.step:
+            self._keeper.take(self._keeper.older_than(error.step) or self._first())
+        self.step = self._keeper.step
+        self._history.retract(self.step)
 
 
 class _Pace:
@@ -360,15 +279,27 @@ class _Pace:
         return steps * self._step_seconds
 
 
-def _explained(error: Exception, step: int) -> RunFailed:
-    """What a user should read about an error that ended the run."""
-    if isinstance(error, ParakitError):
-        failed = RunFailed(f"The run failed after step {step}: {error}", remedy="run.model holds the last kept state")
+def _explained(error: Exception, done: int, kept: int) -> RunFailed:
+    """What a user should read about an error that ended the run after some steps, with the state of a step kept."""
+    remedy = f"run.model holds the state of step {kept}; parakit.train(..., resume=run) goes on from there"
+    if isinstance(error, Diverged):
+        failed: RunFailed = Diverged(
+            f"The run stopped: {error}",
+            cause="a learning rate that is too high, or a sample that is not finite",
+            remedy=f"run.model holds the last good state, of step {kept}; a lower learning rate goes on from there: "
+            "parakit.train(..., resume=run, learning_rate=...); on_nonfinite='continue' lets a run go on all the same",
+        )
+    elif isinstance(error, RunFailed):  # it says it all
+        return error
+    elif isinstance(error, ParakitError):
+        fact, *rest = str(error).splitlines()
+        cause = next((line.removeprefix("Likely cause: ") for line in rest if line.startswith("Likely cause: ")), "")
+        failed = RunFailed(f"The run failed after step {done}: {fact}", cause=cause, remedy=remedy)
     else:
         failed = RunFailed(
-            f"The run failed after step {step}: {type(error).__name__}: {error}",
+            f"The run failed after step {done}: {type(error).__name__}: {error}",
             cause="the model, the loss or the optimizer raised this error in its own code",
-            remedy="run.model holds the last committed state",
+            remedy=remedy,
         )
     failed.__cause__ = error
     return failed

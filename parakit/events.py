@@ -39,13 +39,16 @@ __all__ = [
     "EpochEnded",
     "Event",
     "History",
+    "Recovered",
     "Resized",
     "RunEnd",
     "RunStart",
     "Said",
     "SegmentDone",
+    "SlowWorker",
     "StepDone",
     "WorkerStep",
+    "WorkersLost",
     "event_from_dict",
 ]
 
@@ -195,6 +198,53 @@ class Resized(Event):
 
 
 @dataclass(frozen=True, slots=True)
+class WorkersLost(Event):
+    """Active workers were lost, and the run goes back to its last commit.
+
+    Attributes
+    ----------
+    workers : tuple of str
+        Who is lost; empty where nobody is gone, but the group broke all the same.
+    step : int
+        Committed steps, from which the run goes on.
+    reason : str
+        What was seen, in words.
+    """
+
+    workers: tuple[str, ...]
+    step: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Recovered(Event):
+    """The run goes on after a loss, on the workers named.
+
+    ``seconds`` is the time from the moment the loss was noticed until the new group was ready; ``chunks_loaded`` counts
+    chunks that were loaded again from their source; ``steps_again`` counts steps that were done before and are done
+    once more, because the newest state that is left is older than the last commit (0 while any worker has that).
+    """
+
+    workers: tuple[str, ...]
+    step: int
+    seconds: float
+    chunks_loaded: int
+    steps_again: int
+
+
+@dataclass(frozen=True, slots=True)
+class SlowWorker(Event):
+    """A worker computes slower than the others, per sample; ``times`` is relative to their median.
+
+    ``recovered`` is true when it is as fast as the others again.
+    """
+
+    worker: str
+    times: float
+    recovered: bool
+
+
+@dataclass(frozen=True, slots=True)
 class EpochEnded(Event):
     """An epoch ended; the validation figures are None where no validation data was given."""
 
@@ -247,13 +297,28 @@ class RunEnd(Event):
 
 _KINDS: dict[str, type[Event]] = {
     kind.__name__: kind
-    for kind in (RunStart, StepDone, SegmentDone, Asked, Resized, EpochEnded, Baseline, Said, RunEnd)
+    for kind in (
+        RunStart,
+        StepDone,
+        SegmentDone,
+        Asked,
+        Resized,
+        WorkersLost,
+        Recovered,
+        SlowWorker,
+        EpochEnded,
+        Baseline,
+        Said,
+        RunEnd,
+    )
 }
 #: Every kind of event.
 KINDS = tuple(_KINDS.values())
 _E = TypeVar("_E", bound=Event)
 # The plain types whose values may stand in an event, and what a file may hold in their place.
-_ACCEPTS: dict[type, tuple[type, ...]] = {float: (float, int), int: (int,), str: (str,), NoneType: (NoneType,)}
+_ACCEPTS: dict[type, tuple[type, ...]] = {
+    float: (float, int), int: (int,), str: (str,), bool: (bool,), NoneType: (NoneType,),
+}  # fmt: skip
 
 
 def event_from_dict(record: dict[str, Any]) -> Event:
@@ -335,6 +400,12 @@ class History:
                 if len(kept) > self.capacity:
                     dropped = _thin(kept)
                     self.thinned += dropped if isinstance(event, StepDone) else 0
+
+    def retract(self, step: int) -> None:
+        """Take back the records of a step and all after it, because they will be done again."""
+        with self._lock:
+            self._kept[StepDone] = [done for done in self._kept[StepDone] if done.step < step]
+            self._kept[SegmentDone] = [s for s in self._kept[SegmentDone] if s.first_step + s.steps <= step]
 
     @property
     def steps(self) -> tuple[StepDone, ...]:

@@ -1,45 +1,101 @@
-"""The notebook's copy of what is trained: fetched as often as a small share of the time allows."""
+"""The notebook's copy of what is trained: fetched as often as a small share of the time allows, and saved there."""
 
 from __future__ import annotations
 
 import copy
 import threading
 import time
+from collections.abc import Callable
 
 from torch import nn
 
+from parakit.checkpoints import Saver
 from parakit.replica import State, load_model_state
 from parakit.workers.base import Crew
 
 __all__ = ["Keeper"]
 
 _KEEP_SHARE = 0.02  # of the time may go into fetching the state
+_SAVING_SECONDS = 30.0  # that the last checkpoint may take
 
 
 class Keeper:
-    """The newest state on the notebook's side, fetched as often as a small share of the time allows."""
+    """The newest state on the notebook's side, fetched as often as a small share of the time allows.
 
-    def __init__(self, model: nn.Module) -> None:
+    Parameters
+    ----------
+    model : nn.Module
+        As it is before the first state.
+    saver : Saver or None
+        Gets a state as often as it is due, and the last one.
+    say : callable
+        Told what goes wrong with saving.
+    """
+
+    def __init__(
+        self, model: nn.Module, saver: Saver | None = None, say: Callable[[str], None] = lambda _: None
+    ) -> None:
+        self._saver = saver
+        self._say = say
+        self._saved = -1
         self._lock = threading.Lock()
         self._initial = model
         self._state: State | None = None
+        self._older: State | None = None
         self._model: nn.Module | None = None
         self._not_before = 0.0
         self.step = 0
 
     def keep(self, crew: Crew, step: int, now: float, *, final: bool) -> None:
-        """Fetch the state of a step if it is time to, or in any case at the end."""
-        if (not final and now < self._not_before) or (step == self.step and self._state is not None):
+        """Fetch the state of a step if it is time to, or in any case at the end; hand it on if that is due."""
+        due = final or (self._saver is not None and self._saver.due(now))
+        if (due or now >= self._not_before) and (step != self.step or self._state is None):
+            began = time.perf_counter()
+            self.take(crew.state())
+            spent = time.perf_counter() - began
+            self._not_before = now + spent / _KEEP_SHARE
+        if due:
+            self._save(now)
+
+    def _save(self, now: float) -> None:
+        if self._saver is None:
             return
-        began = time.perf_counter()
-        self.take(crew.state())
-        spent = time.perf_counter() - began
-        self._not_before = now + spent / _KEEP_SHARE
+        with self._lock:
+            state, step = self._state, self.step
+        if state is not None and step != self._saved:
+            self._saved = step
+            self._saver.offer(state, now)
+        self._tell()
+
+    def _tell(self) -> None:
+        for told in self._saver.errors() if self._saver else ():
+            self._say(told)
+
+    def close(self) -> None:
+        """Save the newest state, and wait until it is written."""
+        if self._saver is not None:
+            self._save(float("inf"))
+            self._saver.close(_SAVING_SECONDS)
+            self._tell()
 
     def take(self, state: State) -> None:
         """Keep a state."""
         with self._lock:
+            if self._state is not None and self.step < int(state["step"]):
+                self._older = self._state
             self._state, self._model, self.step = state, None, int(state["step"])
+
+    def older_than(self, step: int) -> State | None:
+        """The newest state of an earlier step, of the two that are kept."""
+        with self._lock:
+            known = [state for state in (self._state, self._older) if state is not None and int(state["step"]) < step]
+            return known[0] if known else None
+
+    @property
+    def state(self) -> State | None:
+        """The newest state, or None before the first; not to be changed."""
+        with self._lock:
+            return self._state
 
     @property
     def model(self) -> nn.Module:

@@ -13,12 +13,15 @@ from parakit.events import (
     Baseline,
     EpochEnded,
     Event,
+    Recovered,
     Resized,
     RunEnd,
     RunStart,
     Said,
     SegmentDone,
+    SlowWorker,
     StepDone,
+    WorkersLost,
 )
 
 if TYPE_CHECKING:
@@ -47,11 +50,15 @@ def in_a_notebook() -> bool:
 
 
 def samples_per_second(run: Run, window_seconds: float = _WINDOW_SECONDS) -> float:
-    """Samples that the run trained on per second of wall time, over its last segments; NaN before the first."""
+    """Samples that the run trained on per second of wall time, over its last segments.
+
+    Only segments at the present worker count are counted; NaN until there is one.
+    """
     newest = run.history.latest(SegmentDone)
-    if newest is None:
+    if newest is None or newest.world_size != run.world_size:
         return float("nan")
-    recent = run.history.newer(SegmentDone, newest.at_seconds - window_seconds)
+    late = run.history.newer(SegmentDone, newest.at_seconds - window_seconds)
+    recent = [segment for segment in late if segment.world_size == newest.world_size]
     return sum(segment.samples for segment in recent) / max(1e-9, sum(segment.seconds for segment in recent))
 
 
@@ -69,10 +76,11 @@ def progress_line(run: Run, efficiency: float | None = None) -> str:
         return "starting"
     rate = samples_per_second(run)
     left = (run.steps - run.step) * latest.samples / rate if rate > 0 else float("nan")
+    speed = f"{three_digits(rate) if rate == rate else '?'} samples/s"
     share = "" if efficiency is None else f", efficiency {100 * efficiency:.0f} %"
     return (
-        f"epoch {latest.epoch + 1}, step {run.step}/{run.steps}, loss {latest.loss:.4f}, "
-        f"{rate:,.0f} samples/s{share}, {many(run.world_size, 'worker')}, {_clock(left)} left"
+        f"epoch {latest.epoch + 1:,}, step {run.step:,}/{run.steps:,}, loss {latest.loss:.4f}, "
+        f"{speed}{share}, {many(run.world_size, 'worker')}, {_clock(left)} left"
     )
 
 
@@ -117,6 +125,12 @@ def sentence(event: Event, *, steps: int | None = None) -> str:
             return _about_a_wish(event)
         case Resized():
             return _about_a_resize(event)
+        case WorkersLost():
+            return _about_a_loss(event)
+        case Recovered():
+            return _about_a_recovery(event)
+        case SlowWorker():
+            return _about_slowness(event)
         case EpochEnded():
             return _about_an_epoch(event)
         case Baseline():
@@ -130,7 +144,7 @@ def sentence(event: Event, *, steps: int | None = None) -> str:
 
 def many(count: int, noun: str) -> str:
     """A number of things in words."""
-    return f"1 {noun}" if count == 1 else f"{count} {noun}s"
+    return f"1 {noun}" if count == 1 else f"{count:,} {noun}s"
 
 
 def rival_name(cores: int) -> str:
@@ -147,12 +161,32 @@ def _about_a_wish(event: Asked) -> str:
     return f"{event.wish.capitalize()}{value} asked for"
 
 
+def _about_a_loss(event: WorkersLost) -> str:
+    who = f"{', '.join(event.workers)} lost" if event.workers else "The group broke"
+    return f"{who[0].upper()}{who[1:]} after step {event.step}: {event.reason}"
+
+
+def _about_a_recovery(event: Recovered) -> str:
+    loaded = f", {many(event.chunks_loaded, 'chunk')} loaded again" if event.chunks_loaded else ""
+    again = f", {many(event.steps_again, 'step')} to be done again" if event.steps_again else ""
+    left = many(len(event.workers), "worker")
+    return f"Going on from step {event.step} with {left} after {event.seconds:.2f} s{loaded}{again}"
+
+
+def _about_slowness(event: SlowWorker) -> str:
+    if event.recovered:
+        return f"{event.worker} is as fast as the others again"
+    return f"{event.worker} is slow: it takes {event.times:.1f} times as long as the median of the others"
+
+
 def _about_a_resize(event: Resized) -> str:
     active = many(len(event.workers), "worker")
     if event.generation == 0:
         return f"{active} ready"
     moved = f"{many(event.chunks_moved, 'chunk')} moved"
-    return f"{active} since step {event.step} ({event.waited_seconds:.2f} s after the wish, {moved})"
+    if not event.waited_seconds:  # nobody wished for it: a worker came back, or was lost, which has its own sentence
+        return f"{active} again since step {event.step:,} ({moved})" if event.chunks_moved else ""
+    return f"{active} since step {event.step:,} ({event.waited_seconds:.2f} s after the wish, {moved})"
 
 
 def _about_an_epoch(event: EpochEnded) -> str:
@@ -177,10 +211,10 @@ def three_digits(samples_per_second: float) -> str:
 
 def _about_the_end(event: RunEnd, steps: int | None) -> str:
     if event.status == "failed":
-        return f"Failed after step {event.step}: {_fact(event)}"
+        return f"Failed after step {event.step:,}: {_fact(event)}"
     if event.reason != "stopped":
-        return f"Finished after step {event.step}"
-    return f"Stopped after step {event.step}" + ("" if steps is None else f" of {steps}")
+        return f"Finished after step {event.step:,}"
+    return f"Stopped after step {event.step:,}" + ("" if steps is None else f" of {steps:,}")
 
 
 def _fact(event: RunEnd) -> str:

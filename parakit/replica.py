@@ -9,6 +9,7 @@ one process sees it (dropout masks, the statistics of batch normalisation) depen
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 
 from parakit.chunks import EpochOrder
 from parakit.data import Samples
+from parakit.errors import Diverged
 from parakit.events import PHASES
 from parakit.gradients import GradientBuffer, GradientSum
 from parakit.losses import SummedLoss
@@ -66,6 +68,8 @@ class Recipe:
         The largest 2-norm of the global gradient; larger ones are scaled down to it.
     seed : int
     order : EpochOrder
+    stop_on_nonfinite : bool
+        Whether a loss or a parameter that is NaN or infinite ends the run.
     """
 
     model: nn.Module
@@ -76,6 +80,7 @@ class Recipe:
     clip_norm: float | None
     seed: int
     order: EpochOrder
+    stop_on_nonfinite: bool = True
 
 
 @dataclass(slots=True)
@@ -219,6 +224,8 @@ class Replica:
 
         def evaluate() -> float:
             losses.append(self.buffer.load(summed()))
+            if len(losses) == 1:  # a line search may well try what is not finite
+                self._check_loss(losses[0], rate)
             if self.recipe.clip_norm is not None:
                 nn.utils.clip_grad_norm_(self.buffer.parameters, self.recipe.clip_norm)
             return losses[-1]
@@ -234,6 +241,30 @@ class Replica:
         self.records.append(StepRecord(self.step, losses[0], rate, self.spent, wall, self.share_rows))
         self.spent = [0.0] * len(self.spent)
         self.step += 1
+
+    def _check_loss(self, loss: float, rate: float) -> None:
+        if self.recipe.stop_on_nonfinite and not math.isfinite(loss):
+            raise Diverged(f"The loss of step {self.step} is {loss}, at learning rate {rate:g}.", step=self.step)
+
+    def check_parameters(self) -> None:
+        """Refuse what no step can go on from: a loss can be finite where its gradient is not.
+
+        Raises
+        ------
+        Diverged
+            If a parameter is not finite, and the recipe says that this ends the run.
+        """
+        if not self.recipe.stop_on_nonfinite:
+            return
+        for name, parameter in self.model.named_parameters():
+            # A sum is not finite if any term is not, and is cheap; an overflow of the sum alone is looked at again.
+            values = parameter.detach()
+            if not bool(torch.isfinite(values.sum())) and not bool(torch.isfinite(values).all()):
+                raise Diverged(
+                    f"Parameter {name} is not finite after {self.step} steps, at learning rate "
+                    f"{learning_rate(self.optimizer):g}: an update since step {self.committed_step} made it so.",
+                    step=self.step,
+                )
 
     def _schedule(self) -> None:
         if self.scheduler is None:
@@ -276,6 +307,24 @@ class Replica:
         """Return to the last commit."""
         self.load(self._committed)
 
+    def fall_back(self, step: int) -> bool:
+        """Go back to a step that every member of the group has finished; says whether that state is here.
+
+        It is the last commit; or the present state, of a member that finished a segment and was never told to begin
+        the next one.
+        """
+        if self.committed_step == step:
+            self.roll_back()
+        elif self.step == step:
+            self._forget_accounts()
+            self.commit()
+        else:
+            return False
+        return True
+
+    def _forget_accounts(self) -> None:
+        self.records, self.spent = [], [0.0] * len(self.spent)
+
     def load(self, state: State) -> None:
         """Go to a state, and commit it."""
         load_model_state(self.model, state)
@@ -283,7 +332,7 @@ class Replica:
         if self.scheduler and state["scheduler"] is not None:
             self.scheduler.load_state_dict(copy_state(state["scheduler"]))
         self.step = int(state["step"])
-        self.records, self.spent = [], [0.0] * len(self.spent)
+        self._forget_accounts()
         self.commit()
 
 

@@ -9,11 +9,13 @@ from typing import Any
 from torch import nn
 
 from parakit.checking import check_rate
-from parakit.conducting import Conductor, Plan
+from parakit.conducting import Conductor
 from parakit.errors import InputError, RunEnded, RunError, WaitTimeout, WorkerCountError
 from parakit.events import Asked, History, StepDone
 from parakit.machine import quick_thread_switches
+from parakit.plans import Plan
 from parakit.progress import in_a_notebook, progress_line, show_progress
+from parakit.replica import State
 from parakit.wishes import Wishes
 from parakit.workers.base import Workers
 
@@ -92,6 +94,16 @@ class Run:
         return self._plan
 
     @property
+    def measuring(self) -> bool:
+        """Whether plain PyTorch is being timed, or will be next: training waits for it."""
+        return self._wishes.measuring and not self._ended.is_set()
+
+    @property
+    def elapsed_seconds(self) -> float:
+        """Since the start of the run."""
+        return self._conductor.now()
+
+    @property
     def pool(self) -> Workers:
         """The workers that it trains on."""
         return self._pool
@@ -108,6 +120,23 @@ class Run:
     def model_step(self) -> int:
         """Steps that `model` was trained for."""
         return self._conductor.model_step
+
+    def kept_state(self) -> State:
+        """What another run goes on from: the newest state on the notebook's side.
+
+        Raises
+        ------
+        RunError
+            If the run is going on, or ended before it had any.
+        """
+        state = self._conductor.kept
+        if state is None or not self._ended.is_set():
+            raise RunError(
+                f"The run is {self.status} at step {self.step}; there is nothing to go on from"
+                f"{' yet' if not self._ended.is_set() else ''}.",
+                remedy="run.stop() and run.wait() first" if not self._ended.is_set() else "train anew",
+            )
+        return state
 
     @property
     def error(self) -> RunError | None:
@@ -258,7 +287,7 @@ class Run:
         failed = f"\n{self.error}" if self.error else ""
         many = "1 worker" if self.world_size == 1 else f"{self.world_size} workers"
         rest = f", {progress_line(self)}" if self.status == "running" and latest else f", {many}"
-        return f"<Run {self.status}{early}: step {self.step} of {self.steps}{loss}{rest}>{failed}"
+        return f"<Run {self.status}{early}: step {self.step:,} of {self.steps:,}{loss}{rest}>{failed}"
 
 
 def check_chunks(workers: int, chunks: int) -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import uuid
+import weakref
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import cloudpickle
@@ -12,24 +15,30 @@ from torch import Tensor, nn
 
 from parakit.checking import (
     at_rate,
+    brief,
     check_choice,
+    check_given,
     check_optimizer,
     check_positive,
     check_rate,
+    check_samples,
     check_strategy,
     check_travels,
     check_whole,
     own_copy,
     pickled,
+    plain,
     try_out,
 )
+from parakit.checkpoints import Checkpoint, Checkpoints, check_fits, check_plain, load
 from parakit.chunks import DEFAULT_CHUNKS, EpochOrder, Ownership, chunk_count, cut
-from parakit.conducting import Plan
 from parakit.data import Samples
-from parakit.errors import DataError, InputError
+from parakit.errors import CheckpointError, DataError, InputError
 from parakit.evaluation import Evaluation, Tally, tally
 from parakit.events import History, RunStart
-from parakit.replica import OptimizerFactory, Recipe, SchedulerFactory
+from parakit.identity import identity_of
+from parakit.plans import Plan, Resumption, Saving
+from parakit.replica import OptimizerFactory, Recipe, Replica, SchedulerFactory
 from parakit.run import Run, check_chunks
 from parakit.strategies import AllReduce
 from parakit.workers.base import Job, Roster, Strategy, Workers
@@ -37,6 +46,7 @@ from parakit.workers.base import Job, Roster, Strategy, Workers
 __all__ = ["evaluate", "plan", "train"]
 
 _DEFAULT_BATCH = 256
+_saving_runs: weakref.WeakSet[Run] = weakref.WeakSet()
 
 
 def train(
@@ -58,7 +68,12 @@ def train(
     validation: Any = None,
     seed: int = 0,
     chunks: int = DEFAULT_CHUNKS,
-    limit_seconds: float = 30.0,
+    limit_seconds: float = 10.0,
+    on_nonfinite: str = "stop",
+    checkpoint: str | os.PathLike[str] | None = None,
+    checkpoint_seconds: float = 30.0,
+    checkpoint_keep: int = 3,
+    resume: Any = None,
 ) -> Run:
     """Train a model on workers; returns at once.
 
@@ -105,7 +120,22 @@ def train(
     chunks : int
         The most pieces to cut the data into; fewer for small batches. Workers share them.
     limit_seconds : float
-        The longest that a worker may say nothing beyond what its work should take.
+        How long a worker may give no sign of life before it is treated as dead; also how long its code may make no
+        progress, or ten times a step where that is longer. Lost workers are replaced by those that are left, and by
+        others when they come; the loss curve is the same as if nothing had happened.
+    on_nonfinite : {"stop", "continue"}
+        What to do when the loss or a parameter is NaN or infinite: stop the run at that step and keep the last good
+        state, or go on all the same.
+    checkpoint : str or path, optional
+        A folder, or a URL that fsspec knows, to save the state to: plain tensors and JSON.
+    checkpoint_seconds : float
+        How often to save; the state of the end is saved too.
+    checkpoint_keep : int
+        How many checkpoints to keep.
+    resume : Run, str or path, optional
+        Where to go on from: a run that has ended, or a checkpoint (file, or folder with its newest). Model, data and
+        options must be as they were then; workers, strategy and kind of pool may be others. `epochs` and `steps` count
+        from the very beginning. With `learning_rate`, the run goes on at that rate.
 
     Returns
     -------
@@ -117,6 +147,8 @@ def train(
         If an argument cannot be right; nothing was started then.
     PoolError
         If another run is going on on these workers, or they were closed.
+    CheckpointError
+        If there is no checkpoint to resume from, it is damaged, or it does not fit; it says in what.
 
     Examples
     --------
@@ -131,9 +163,14 @@ def train(
         model, data, on=on, workers=workers, loss=loss, optimizer=optimizer, learning_rate=learning_rate,
         scheduler=scheduler, scheduler_every=scheduler_every, clip_norm=clip_norm, strategy=strategy,
         batch_size=batch_size, epochs=epochs, steps=steps, validation=validation, seed=seed, chunks=chunks,
-        limit_seconds=limit_seconds,
+        limit_seconds=limit_seconds, on_nonfinite=on_nonfinite, checkpoint=checkpoint,
+        checkpoint_seconds=checkpoint_seconds, checkpoint_keep=checkpoint_keep, resume=resume,
     )  # fmt: skip
-    return Run(checked, on, History())
+    _check_only_writer(checked.saving)
+    run = Run(checked, on, History())
+    if checked.saving is not None:
+        _saving_runs.add(run)
+    return run
 
 
 def plan(
@@ -155,17 +192,29 @@ def plan(
     validation: Any = None,
     seed: int = 0,
     chunks: int = DEFAULT_CHUNKS,
-    limit_seconds: float = 30.0,
+    limit_seconds: float = 10.0,
+    on_nonfinite: str = "stop",
+    checkpoint: str | os.PathLike[str] | None = None,
+    checkpoint_seconds: float = 30.0,
+    checkpoint_keep: int = 3,
+    resume: Any = None,
 ) -> Plan:
     """Check what `train` is given, and plan the run without starting it; parameters and errors as for `train`."""
     pool = _pool(on)
+    # Loops over numpy's ranges give numpy's numbers.
+    workers, batch_size, epochs, steps = map(plain, (workers, batch_size, epochs, steps))
+    seed, chunks, checkpoint_keep, checkpoint_seconds = map(plain, (seed, chunks, checkpoint_keep, checkpoint_seconds))
+    learning_rate, clip_norm, limit_seconds = map(plain, (learning_rate, clip_norm, limit_seconds))
     active = pool.check_count(pool.size if workers is None else workers)
-    samples = Samples.of(data)
+    check_positive("checkpoint_seconds", checkpoint_seconds)
+    check_whole("checkpoint_keep", checkpoint_keep, 1)
+    samples = _samples(model, data)
     held_out = None if validation is None else Samples.of(validation, what="validation")
     batch = _batch_size(batch_size, len(samples))
     check_choice("scheduler_every", scheduler_every, ("epoch", "step"))
     check_positive("clip_norm", clip_norm, none=True)
     check_positive("limit_seconds", limit_seconds)
+    check_choice("on_nonfinite", on_nonfinite, ("stop", "continue"))
     check_whole("seed", seed, 0)
     check_whole("chunks", chunks, 1)
     check_strategy(strategy)
@@ -175,15 +224,21 @@ def plan(
     total = _steps(epochs, steps, order.steps_per_epoch)
 
     initial = own_copy(model)
-    loss_sum = try_out(initial, loss or _default_loss(samples.targets), samples, held_out)
+    loss_sum = try_out(initial, _default_loss(samples.targets) if loss is None else loss, samples, held_out)
+    factory = _default_optimizer if optimizer is None else optimizer
     recipe = Recipe(
-        initial, loss_sum, optimizer or _default_optimizer, scheduler, scheduler_every, clip_norm, seed, order
-    )
+        initial, loss_sum, factory, scheduler, scheduler_every, clip_norm, seed, order, on_nonfinite == "stop",
+    )  # fmt: skip
     rate = check_optimizer(recipe)
     if learning_rate is not None:
         check_rate("learning_rate", learning_rate, rate)
         rate = float(learning_rate)
-        recipe = at_rate(recipe, rate)
+        recipe = at_rate(recipe, rate) if resume is None else recipe
+    identity = identity_of(recipe, samples)
+    resumption = None if resume is None else _resumption(resume, identity, total, learning_rate)
+    saving = None if checkpoint is None else Saving(Checkpoints(checkpoint, keep=checkpoint_keep), checkpoint_seconds)
+    if saving is not None:
+        check_plain(Replica(recipe).live_state())
     chosen = strategy or AllReduce()
     check_travels(recipe, chosen)
 
@@ -201,7 +256,7 @@ def plan(
         sum(p.numel() for p in initial.parameters() if p.requires_grad), len(samples), len(pieces), batch, total,
         order.steps_per_epoch, seed,
     )  # fmt: skip
-    return Plan(job, roster, active, total, start, rate)
+    return Plan(job, roster, active, total, start, rate, identity, resumption, saving)
 
 
 def evaluate(
@@ -236,10 +291,11 @@ def evaluate(
         If the workers do not answer in time.
     """
     pool = _pool(on)
-    samples = Samples.of(data)
+    samples = _samples(model, data)
+    limit_seconds = plain(limit_seconds)
     check_positive("limit_seconds", limit_seconds)
     own = own_copy(model, training=False)
-    loss_sum = try_out(own, loss or _default_loss(samples.targets), samples, None, training=False)
+    loss_sum = try_out(own, _default_loss(samples.targets) if loss is None else loss, samples, None, training=False)
     shares = torch.arange(len(samples)).tensor_split(min(pool.size, len(samples)))
     blob = pickled((own, loss_sum), "model")
     items = [(blob, samples.take(rows).packed()) for rows in shares]
@@ -252,10 +308,71 @@ def _tally_packed(item: tuple[bytes, Samples]) -> Tally:
     return tally(model, loss, item[1].unpacked())
 
 
+def _resumption(resume: Any, identity: dict[str, Any], total: int, rate: float | None) -> Resumption:
+    """Where to go on from: a run that has ended, or a checkpoint."""
+    if isinstance(resume, Run):
+        state, found, source = resume.kept_state(), resume.plan.identity, f"{resume.status} run"
+    elif isinstance(resume, str | os.PathLike):
+        checkpoint = _loaded(resume)
+        state, found, source = checkpoint.state, checkpoint.identity, checkpoint.name
+    else:
+        raise InputError(
+            f"resume is {brief(resume)}, which no run can go on from.",
+            remedy="give a run that has ended, or the folder, file or URL of a checkpoint",
+        )
+    check_fits(found, identity)
+    if int(state["step"]) >= total:
+        raise InputError(
+            f"The {source} has done {state['step']} steps already, and {total} are asked for.",
+            remedy="ask for more: epochs= and steps= count from the very beginning",
+        )
+    return Resumption(state, source, None if rate is None else float(rate))
+
+
+def _loaded(place: str | os.PathLike[str]) -> Checkpoint:
+    try:
+        return load(place)
+    except OSError as error:
+        raise CheckpointError(
+            f"{brief(str(place))} cannot be read: {type(error).__name__}: {error.strerror or error}",
+            cause="a name that cannot be, a folder that you may not read, or a store that cannot be reached",
+            remedy="give the folder that the run saved to",
+        ) from error
+
+
+def _check_only_writer(saving: Saving | None) -> None:
+    """Refuse a folder that a run of this process is saving to."""
+    if saving is None:
+        return
+    place = _absolute(saving.checkpoints.place)
+    going = [run for run in list(_saving_runs) if run.status in ("running", "paused")]
+    for other in going:
+        theirs = other.plan.saving
+        if theirs is not None and _absolute(theirs.checkpoints.place) == place:
+            raise InputError(
+                f"Another run, {other.status} at step {other.step} of {other.steps}, saves its checkpoints to "
+                f"{str(saving.checkpoints.place)!r} too.",
+                cause="two runs in one folder would remove each other's checkpoints",
+                remedy="give each run a folder of its own, or end the other one first: run.stop(), run.wait()",
+            )
+
+
+def _absolute(place: Any) -> str:
+    text = os.fspath(place)
+    return text if "://" in text else str(Path(text).expanduser().resolve())
+
+
+def _samples(model: Any, data: Any) -> Samples:
+    check_given(model, data)
+    samples = Samples.of(data)
+    check_samples(samples)
+    return samples
+
+
 def _pool(on: Any) -> Workers:
     if not isinstance(on, Workers):
         raise InputError(
-            f"on is {on!r}, which is no pool of workers.",
+            f"on is {brief(on)}, which is no pool of workers.",
             remedy='connect first: workers = parakit.connect(2), then on=workers; or parakit.connect("inline")',
         )
     on.check_open()

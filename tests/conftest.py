@@ -21,6 +21,7 @@ _SETTLE_SECONDS = 15.0
 _STANDING_THREADS = ("Dask-Callback-Thread", "Dask-Offload", "Profile", "TCP-Executor", "asyncio_", "pydevd")
 
 torch.set_num_threads(1)
+pk.datasets.digits()  # scikit-learn's helpers make a few semaphores when they are first imported, and keep them
 
 
 def pytest_configure() -> None:

@@ -25,12 +25,15 @@ from parakit.events import (
     EpochEnded,
     Event,
     History,
+    Recovered,
     Resized,
     RunEnd,
     RunStart,
     Said,
     SegmentDone,
+    SlowWorker,
     StepDone,
+    WorkersLost,
     WorkerStep,
     event_from_dict,
 )
@@ -55,6 +58,9 @@ EVENTS = [
     EpochEnded(0.6, 0, 6, None, None, 0.01),
     EpochEnded(0.7, 1, 12, 0.5, 0.9, 0.01),
     Baseline(0.75, "plain PyTorch", 2, 12_300.0, 11_900.0, 12_600.0, 57),
+    WorkersLost(0.76, ("worker 1",), 7, "1 of 2 workers died: worker 1."),
+    Recovered(0.77, ("worker 0",), 7, 0.2, 32, 0),
+    SlowWorker(0.78, "worker 0", 2.4, False),
     Said(0.8, "Zwei Prozesse – ein Modell."),
     RunEnd(0.9, "finished", 12, ""),
 ]
@@ -66,6 +72,16 @@ def test_an_event_survives_a_dict_and_json(event: Event) -> None:
     revived = event_from_dict(json.loads(json.dumps(event.to_dict())))
     assert revived == event
     assert hash(revived) == hash(event)  # lists would have become tuples again
+
+
+def test_what_will_be_done_again_is_taken_back() -> None:
+    history = History()
+    history.append(step(0), step(1), SegmentDone(1.1, 0, 2, 0.1, 0.0, 0.0, 12, 2, 0))
+    history.append(step(2), step(3), SegmentDone(3.1, 2, 2, 0.1, 0.0, 0.0, 12, 2, 0), Said(3.2, "what was said"))
+    history.retract(2)
+    assert [done.step for done in history.steps] == [0, 1]
+    assert [segment.first_step for segment in history.of(SegmentDone)] == [0]
+    assert history.of(Said)
 
 
 def test_every_kind_of_event_is_tried_here() -> None:

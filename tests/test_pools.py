@@ -8,7 +8,6 @@ import subprocess
 import sys
 import sysconfig
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,9 +19,9 @@ from distributed import Client, LocalCluster
 from torch import nn
 
 import parakit as pk
-from parakit.errors import ConnectError, PoolError, RunFailed, WorkerCountError
+from parakit.errors import ConnectError, PoolError, WorkerCountError
 from parakit.workers import resident
-from parakit.workers.resident import Orders
+from parakit.workers.messages import Orders
 from tests.conftest import leftovers, standing
 from tests.test_exact import wait_for
 from tests.test_run import endless, small_net
@@ -182,23 +181,6 @@ def test_orders_of_an_older_generation_are_refused(pool: pk.Workers) -> None:
     run.wait(LIMIT, progress=False)
     gone = client.submit(resident.advance, run_id, 2, 0, 1, 0, workers=[worker], pure=False).result(timeout=30)
     assert "released" in gone.failure.text
-
-
-def test_the_death_of_a_worker_ends_in_words_and_keeps_the_last_commit(nothing_left: None) -> None:
-    with pk.connect(2) as workers:
-        run = endless(workers, workers=2)
-        wait_for(run, lambda: run.step > 20)
-        pids = {facts["pid"] for facts in workers.client.run(resident.survey).values()}  # type: ignore[attr-defined]
-        began = time.monotonic()
-        os.kill(pids.pop(), signal.SIGKILL)
-        with pytest.raises(RunFailed, match="1 of 2 workers died"):
-            run.wait(LIMIT, progress=False)
-        assert time.monotonic() - began < 15
-        assert run.status == "failed"
-        assert run.model_step == run.step == len(run.history.steps)
-        assert not any(torch.isnan(p).any() for p in run.model.parameters())
-        workers.client.wait_for_workers(2, timeout=60)  # type: ignore[attr-defined]
-        assert brief(workers, workers=2).status == "finished"
 
 
 def test_threads_are_the_same_for_every_worker_and_recorded(nothing_left: None) -> None:

@@ -15,18 +15,23 @@ from parakit.events import (
     EpochEnded,
     Event,
     History,
+    Recovered,
     Resized,
     RunEnd,
     RunStart,
     Said,
     SegmentDone,
+    SlowWorker,
     StepDone,
+    WorkersLost,
 )
 from parakit.progress import progress_line, samples_per_second, sentence
 
 SENTENCES: list[tuple[Event, str]] = [
     (RunStart(0.0, "AllReduce()", ("a", "b"), "inline", 2, 1, 650, 1437, 64, 256, 240, 6, 0),
      "Started with 2 workers: AllReduce(), batch of 256, 240 steps"),
+    (RunStart(0.0, "AllReduce()", ("a",), "inline", 2, 1, 650, 1437, 64, 256, 12_000, 6, 0),
+     "Started with 1 worker: AllReduce(), batch of 256, 12,000 steps"),
     (RunStart(0.0, "AllReduce()", ("a",), "inline", 2, 1, 650, 1437, 64, 256, 1, 6, 0),
      "Started with 1 worker: AllReduce(), batch of 256, 1 step"),
     (Asked(1.0, "resize", 4), "4 workers asked for"),
@@ -49,8 +54,21 @@ SENTENCES: list[tuple[Event, str]] = [
      "plain PyTorch with all 2 cores: 12,300 samples/s (11,900 to 12,600)"),
     (Baseline(1.0, "plain PyTorch", 1, 7.123, 6.5, 99.96, 9),
      "plain PyTorch with 1 core: 7.12 samples/s (6.5 to 100)"),
+    (WorkersLost(1.0, ("worker 1",), 7, "1 of 2 workers died: worker 1."),
+     "Worker 1 lost after step 7: 1 of 2 workers died: worker 1."),
+    (WorkersLost(1.0, (), 7, "no answer"), "The group broke after step 7: no answer"),
+    (Recovered(1.0, ("worker 0",), 7, 0.213, 32, 0),
+     "Going on from step 7 with 1 worker after 0.21 s, 32 chunks loaded again"),
+    (Recovered(1.0, ("a", "b"), 7, 0.2, 0, 3),
+     "Going on from step 7 with 2 workers after 0.20 s, 3 steps to be done again"),
+    (Resized(1.0, 7, 3, ("a", "b"), 31, 0.1, 0.0), "2 workers again since step 7 (31 chunks moved)"),
+    (Resized(1.0, 7, 2, ("a",), 0, 0.1, 0.0), ""),
+    (SlowWorker(1.0, "worker 1", 2.44, False),
+     "worker 1 is slow: it takes 2.4 times as long as the median of the others"),
+    (SlowWorker(1.0, "worker 1", 1.0, True), "worker 1 is as fast as the others again"),
     (Said(1.0, "Zwei Prozesse – ein Modell."), "Zwei Prozesse – ein Modell."),
     (RunEnd(1.0, "finished", 240, ""), "Finished after step 240"),
+    (RunEnd(1.0, "finished", 12_000, ""), "Finished after step 12,000"),
     (RunEnd(1.0, "finished", 100, "stopped"), "Stopped after step 100"),
     (RunEnd(1.0, "failed", 100, "The run failed after step 100: ValueError: no\nLikely cause: a"),
      "Failed after step 100: ValueError: no"),
@@ -79,8 +97,8 @@ def run_with(history: History) -> Any:
     return SimpleNamespace(history=history, step=30, steps=90, world_size=2)
 
 
-def segment(at: float, samples: int, seconds: float) -> SegmentDone:
-    return SegmentDone(at, 0, 1, seconds, 0.0, 0.0, samples, 2, 0)
+def segment(at: float, samples: int, seconds: float, world_size: int = 2) -> SegmentDone:
+    return SegmentDone(at, 0, 1, seconds, 0.0, 0.0, samples, world_size, 0)
 
 
 def test_the_rate_is_that_of_the_last_segments_and_of_no_time_between_them() -> None:
@@ -89,6 +107,25 @@ def test_the_rate_is_that_of_the_last_segments_and_of_no_time_between_them() -> 
     history.append(segment(1.0, 900, 1.0), segment(10.0, 100, 0.5), segment(11.0, 200, 0.5))
     assert samples_per_second(run_with(history)) == 300
     assert samples_per_second(run_with(history), window_seconds=100) == 600
+
+
+def test_the_rate_after_a_resize_is_that_of_the_present_workers() -> None:
+    history = History()
+    history.append(StepDone(1.0, 29, 2, 0.5, 200, 0.5, 0.1, 1, 0, ()), segment(1.0, 9000, 0.5, 1))
+    assert math.isnan(samples_per_second(run_with(history)))
+    assert ", ? samples/s, 2 workers, ? left" in progress_line(run_with(history))
+    history.append(segment(1.5, 200, 0.5))
+    assert samples_per_second(run_with(history)) == 400
+    assert progress_line(run_with(history)).endswith("400 samples/s, 2 workers, 0:30 left")
+
+
+def test_a_rate_has_three_digits_and_a_large_number_has_commas() -> None:
+    history = History()
+    history.append(StepDone(1.0, 4752, 792, 0.0029, 200, 0.5, 0.1, 2, 0, ()), segment(1.0, 30_190, 0.5))
+    run = run_with(history)
+    run.step, run.steps = 4753, 54_000
+    line = progress_line(run)
+    assert line == "epoch 793, step 4,753/54,000, loss 0.0029, 60,400 samples/s, 2 workers, 2:43 left"
 
 
 def test_a_line_of_progress() -> None:

@@ -11,7 +11,7 @@ workers together. Parts are opaque to the text: only the team that made one know
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -23,7 +23,7 @@ from parakit.errors import PoolError, WorkerCountError
 from parakit.evaluation import Tally
 from parakit.replica import Recipe, State, StepRecord
 
-__all__ = ["Crew", "Job", "Part", "Report", "Roster", "RunsOn", "Strategy", "Team", "Workers"]
+__all__ = ["Crew", "Job", "Part", "Remnant", "Report", "Roster", "RunsOn", "Strategy", "Team", "Workers"]
 
 Part = Any
 RunsOn = Literal["workers", "driver"]
@@ -94,6 +94,23 @@ class Job:
 
 
 @dataclass(frozen=True)
+class Remnant:
+    """Who is left of a group after a loss, and what they hold.
+
+    Parameters
+    ----------
+    training, validation : mapping of str to tuple of int
+        The chunks of each member that is left. Where a change was under way, two may hold the same one.
+    intact : tuple of str
+        The members that have the state to go on from.
+    """
+
+    training: Mapping[str, tuple[int, ...]]
+    validation: Mapping[str, tuple[int, ...]]
+    intact: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Roster:
     """Who is active, and holds which chunks.
 
@@ -116,13 +133,31 @@ class Roster:
         """The active workers, in the order of their ranks."""
         return self.training.workers
 
-    def succeed(self, members: Iterable[str]) -> Roster:
-        """The next generation, moving only the chunks that must move."""
+    def succeed(self, members: Iterable[str], generation: int | None = None) -> Roster:
+        """The next generation, or a later one, moving only the chunks that must move."""
         training = self.training.reshard(members)
         validation = self.validation
         if validation is not None:
             validation = validation.reshard(training.workers[: len(validation.sizes)])
-        return Roster(self.generation + 1, training, validation)
+        return Roster(self.generation + 1 if generation is None else generation, training, validation)
+
+    def rally(self, members: Iterable[str], remnant: Remnant, generation: int) -> Roster:
+        """A generation after a loss, which goes by what the members that are left really hold."""
+        training = Ownership(self.training.sizes, _one_owner_each(remnant.training))
+        validation = self.validation
+        if validation is not None:
+            validation = Ownership(validation.sizes, _one_owner_each(remnant.validation))
+        return Roster(self.generation, training, validation).succeed(members, generation)
+
+
+def _one_owner_each(held: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """What each holds, without what somebody before it holds too."""
+    seen: set[int] = set()
+    owned = {}
+    for member, chunks in held.items():
+        owned[member] = tuple(chunk for chunk in chunks if chunk not in seen)
+        seen.update(chunks)
+    return owned
 
 
 @dataclass(frozen=True)
@@ -160,6 +195,12 @@ class Crew(Protocol):
         roster : Roster
         state : State or None
             Where all members are to start from; None to go on from what the members that stay have.
+
+        Raises
+        ------
+        WorkerLost
+            If a member was lost meanwhile. Then, and after the same error from any other verb, the next verbs are
+            `regroup`, `prepare` and `muster`.
         """
 
     def advance(self, first: int, count: int, wish: int, expected_seconds: float) -> Report:
@@ -174,6 +215,20 @@ class Crew(Protocol):
         expected_seconds : float
             What the segment should take.
         """
+
+    def regroup(self, generation: int, step: int) -> Remnant:
+        """After a loss: find out who is left, and let them go back to a step.
+
+        Parameters
+        ----------
+        generation : int
+            Later than any before; orders of older ones are refused from now on.
+        step : int
+            One that all members had finished.
+        """
+
+    def check(self) -> None:
+        """Raise `WorkerLost` if a member is gone; for times in which no order would notice."""
 
     def halt(self, wish: int) -> None:
         """Ask the segment that is going on to end after its present step; returns at once, from any thread."""

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
+import psutil
+
+from parakit.checking import brief, plain
 from parakit.errors import InputError, WorkerCountError
+from parakit.machine import usable_cores
 from parakit.workers.base import Workers
 from parakit.workers.inline import InlineWorkers
 
 __all__ = ["connect"]
+
+_LEAST_BYTES = 100 << 20  # of memory for a local process with torch; it is more like three times that
 
 
 def connect(
@@ -59,16 +65,24 @@ def connect(
     ...     print(workers.size)
     1
     """
+    target, threads, most, timeout = map(plain, (target, threads, most, timeout))
     _check_options(threads, most, timeout)
-    if target == "inline":
+    if isinstance(target, str) and target == "inline":
         return InlineWorkers(threads)
     if isinstance(target, bool) or (isinstance(target, int) and target < 1):
         raise WorkerCountError(
             f"The number of workers is {target!r}; it must be a whole number of at least 1.",
             remedy='connect(2) starts two local processes; connect("inline") needs no process at all',
         )
+    if isinstance(target, int):
+        _check_local(target, most)
+    if isinstance(target, str) and ":" not in target:
+        raise InputError(
+            f"{target!r} is no scheduler's address: it names no port.",
+            remedy='connect("tcp://host:8786") for a scheduler, connect("inline") for this process, or connect(2)',
+        )
     # Dask is imported when it is needed: "inline" starts without it.
-    from parakit.workers.dask.pool import connect_client, connect_cluster, connect_local, what_is
+    from parakit.workers.dask.reaching import connect_client, connect_cluster, connect_local, what_is
 
     kind = what_is(target)
     if kind == "local":
@@ -78,14 +92,30 @@ def connect(
     if kind in ("address", "client"):
         return connect_client(target, threads=threads or 1, most=most, security=security, timeout=timeout)
     raise InputError(
-        f"parakit cannot reach workers through {target!r}.",
+        f"parakit cannot reach workers through {brief(target)}.",
         remedy='give a number, "inline", a scheduler\'s address such as "tcp://host:8786", a Client or a Cluster',
     )
+
+
+def _check_local(count: int, most: int | None) -> None:
+    """Refuse what could not be started here."""
+    memory = psutil.virtual_memory().total
+    if count * _LEAST_BYTES > memory:
+        raise WorkerCountError(
+            f"{count} local processes cannot run here: this machine has {memory >> 20} MB of memory, and each needs "
+            f"at least {_LEAST_BYTES >> 20} MB.",
+            remedy=f"about one process a core is best; this machine has {usable_cores()}",
+        )
+    if most is not None and most < count:
+        raise InputError(
+            f"The pool cannot start with {count} workers and grow to at most {most}.",
+            remedy=f"most={count} or more, or leave it out",
+        )
 
 
 def _check_options(threads: Any, most: Any, timeout: Any) -> None:
     for name, value in (("threads", threads), ("most", most)):
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-            raise InputError(f"{name} is {value!r}; it must be a whole number of at least 1, or None.")
+            raise InputError(f"{name} is {brief(value)}; it must be a whole number of at least 1, or None.")
     if isinstance(timeout, bool) or not isinstance(timeout, int | float) or not timeout > 0:
-        raise InputError(f"timeout is {timeout!r}; it must be a number of seconds above 0.")
+        raise InputError(f"timeout is {brief(timeout)}; it must be a number of seconds above 0.")

@@ -19,7 +19,7 @@ from parakit.evaluation import Tally, tally
 from parakit.gradients import GradientSum
 from parakit.machine import usable_cores
 from parakit.replica import BACKWARD, EXCHANGE, UPDATE, Holding, Replica, State, StepRecord, average_buffers, copy_state
-from parakit.workers.base import Job, Report, Roster, Workers
+from parakit.workers.base import Job, Remnant, Report, Roster, Workers
 
 __all__ = ["InlineWorkers"]
 
@@ -114,6 +114,7 @@ class InlineCrew:
                     self._job.strategy.step(self._team, step)
                     if self._halt > wish:
                         break
+            self._replica.check_parameters()
         except BaseException:
             self._replica.roll_back()
             self._team.take_records()
@@ -121,6 +122,16 @@ class InlineCrew:
         finally:
             torch.set_num_threads(used)
         return Report(self._team.take_records(), committed)
+
+    def regroup(self, generation: int, step: int) -> Remnant:
+        """Nobody is ever lost here."""
+        self._replica.fall_back(step)
+        names = tuple(self._by_name)
+        held = {name: holding.chunks for name, holding in self._by_name.items()}
+        return Remnant(held, {names[0]: self._validation.chunks} if names else {}, names)
+
+    def check(self) -> None:
+        """Nobody is ever lost here."""
 
     def halt(self, wish: int) -> None:
         """End the segment after its present step."""

@@ -13,8 +13,8 @@ import os
 import pickle
 import threading
 import traceback
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from time import perf_counter
 from typing import Any, Concatenate, ParamSpec
 
@@ -22,80 +22,15 @@ import torch
 from torch import Tensor
 
 from parakit.data import Samples, pack, unpack
-from parakit.errors import ParakitError, StaleGeneration
+from parakit.errors import Diverged, ParakitError, StaleGeneration
 from parakit.evaluation import Tally, tally
 from parakit.gradients import GradientSum, unflatten_into
 from parakit.replica import EXCHANGE, Holding, Recipe, Replica, State, StepRecord, copy_state, load_model_state
 from parakit.workers.base import Strategy
 from parakit.workers.group import Board, Group, GroupBroken
-
-__all__ = ["Answer", "Failure", "Orders", "Segment"]
+from parakit.workers.messages import Answer, Failure, Orders, Pulse, Segment, Standing
 
 P = ParamSpec("P")
-
-
-@dataclass(frozen=True)
-class Failure:
-    """Why an order could not be carried out.
-
-    Attributes
-    ----------
-    kind : {"code", "group", "stale"}
-        The model, the loss or the optimizer raised; a partner was lost; or the order was of an older generation.
-    step : int
-        Steps that were done.
-    error, text, trace : str
-        The error's type, its message, and the traceback.
-    """
-
-    kind: str
-    step: int
-    error: str
-    text: str
-    trace: str
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What came of an order: a value, or a failure."""
-
-    value: Any = None
-    failure: Failure | None = None
-
-
-@dataclass(frozen=True)
-class Orders:
-    """One member's part of a roster.
-
-    Parameters
-    ----------
-    generation, rank, size : int
-    host : str
-        Where the member's process group is to listen.
-    limit_seconds : float
-        For each operation of the group.
-    training, validation : tuple of int
-        All chunks the member is to hold.
-    group : bool
-        Whether the members talk to each other.
-    """
-
-    generation: int
-    rank: int
-    size: int
-    host: str
-    limit_seconds: float
-    training: tuple[int, ...]
-    validation: tuple[int, ...]
-    group: bool
-
-
-@dataclass(frozen=True)
-class Segment:
-    """What a worker did in a segment."""
-
-    records: list[StepRecord]
-    commit_seconds: float
 
 
 class Resident:
@@ -116,6 +51,28 @@ class Resident:
         self._heeded = 0
         self._halt = 0
         self._ended = False
+        self._busy = False
+        self._moved = perf_counter()
+        self._waiting = False
+
+    def progress(self, *, waiting: bool = False) -> None:
+        """Note that the work goes on; told to whoever asks for a pulse."""
+        self._moved, self._waiting = perf_counter(), waiting
+
+    @contextmanager
+    def at_work(self) -> Iterator[None]:
+        """Carry out an order."""
+        self.progress()
+        self._busy = True
+        try:
+            yield
+        finally:
+            self._busy = False
+
+    @property
+    def pulse(self) -> Pulse:
+        """A sign of life; may be asked for in any thread."""
+        return Pulse(perf_counter() - self._moved if self._busy else 0.0, self._waiting)
 
     def halt(self, wish: int) -> None:
         """Vote for the end of every segment that was ordered before this wish."""
@@ -135,6 +92,8 @@ class Resident:
         ):
             adopted = {chunk: samples.unpacked() for chunk, samples in brought.items() if chunk in wanted}
             holding.change([c for c in wanted if c in holding.chunks and c not in adopted], adopted)
+            if holding.chunks != tuple(sorted(wanted)):
+                raise ParakitError(f"This worker holds the chunks {holding.chunks} where {wanted} are wanted.")
         if isinstance(state, Answer):  # a newcomer's state comes straight from a member that stays
             if state.failure is not None:
                 raise GroupBroken(f"The state could not be fetched from a member: {state.failure.text}")
@@ -143,22 +102,36 @@ class Resident:
             self.replica.load(unpack(state))
         if orders.group:
             assert board is not None
+            self.progress(waiting=True)
             self.group = Group(board, orders.rank, orders.size, orders.host, orders.limit_seconds)
 
     def segment(self, first: int, count: int, wish: int) -> Segment:
         """Commit, then run the strategy's text for some steps."""
         committed = self.replica.commit()
+        self.progress()
         self._heeded, self._ended = wish, False
         for step in range(first, first + count):
             self.strategy.step(self, step)
             if self._ended:
                 break
+        self.replica.check_parameters()
         self._settle()
         return Segment(self.replica.take_records(), committed)
 
     def _settle(self) -> None:
         if self.group is not None:
+            self.progress(waiting=True)
             self.group.average(self.replica.averaged_buffers)
+            self.progress()
+
+    def fall_back(self, generation: int, step: int) -> Standing:
+        """After a loss: leave the group, refuse older orders from now on, and go back to a step."""
+        if generation <= self.generation:
+            raise StaleGeneration(f"Generation {generation} comes after {self.generation}.")
+        self.generation = generation
+        self.leave_group()
+        self._ended = False
+        return Standing(self.replica.fall_back(step), self.training.chunks, self.validation.chunks)
 
     def gradient(self, step: int) -> GradientSum:
         """The share of this worker; carries its vote for the end of the segment."""
@@ -171,7 +144,9 @@ class Resident:
         """The sum over the group."""
         start = perf_counter()
         assert self.group is not None
+        self.progress(waiting=True)
         self.group.all_reduce(part.vector)
+        self.progress()
         self._ended = self._ended or part.votes > 0
         self.replica.spent[EXCHANGE] += perf_counter() - start
         return part
@@ -217,7 +192,7 @@ def _order(function: Callable[Concatenate[Resident, P], Any]) -> Callable[Concat
 def _answer(resident: Resident, work: Callable[[], Any]) -> Answer:
     # Torch counts threads per thread of Python's, and tasks may run on any of the worker's.
     torch.set_num_threads(resident.threads)
-    with resident.lock:
+    with resident.lock, resident.at_work():
         try:
             return Answer(work())
         except StaleGeneration as error:  # somebody else's order: the present group has nothing to do with it
@@ -225,6 +200,8 @@ def _answer(resident: Resident, work: Callable[[], Any]) -> Answer:
         except GroupBroken as error:
             resident.leave_group()
             return Answer(failure=_failure("group", resident, error))
+        except Diverged as error:  # on all members at once, as they see the same sum
+            return Answer(failure=_failure("diverged", resident, error))
         except Exception as error:
             resident.leave_group()  # the partners need not wait for their limit
             return Answer(failure=_failure("code", resident, error))
@@ -270,6 +247,14 @@ def advance(resident: Resident, first: int, count: int, wish: int) -> Segment:
     if resident.replica.step != first:
         raise ParakitError(f"This worker is at step {resident.replica.step}, but step {first} was ordered.")
     return resident.segment(first, count, wish)
+
+
+def fall_back(run_id: str, generation: int, step: int) -> Answer:
+    """Return to a step after a loss; says where the member stands."""
+    resident = _residents.get(run_id)
+    if resident is None:
+        return Answer(Standing(False, (), ()))
+    return _answer(resident, lambda: resident.fall_back(generation, step))
 
 
 @_order
@@ -334,6 +319,12 @@ def halt(run_id: str, wish: int) -> None:
     resident = _residents.get(run_id)
     if resident is not None:
         resident.halt(wish)
+
+
+def pulse(run_id: str) -> Pulse | None:
+    """A sign of life of a run's member; None where there is none. Callable while it works."""
+    resident = _residents.get(run_id)
+    return None if resident is None else resident.pulse
 
 
 def release(run_id: str) -> None:

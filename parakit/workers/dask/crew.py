@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future as LocalFuture
 from contextlib import suppress
@@ -12,26 +11,32 @@ from typing import TYPE_CHECKING, Any
 import cloudpickle
 from distributed import Future
 
-from parakit.chunks import Ownership
 from parakit.data import Samples, pack, unpack
-from parakit.errors import RunFailed, WorkerLost
+from parakit.errors import Diverged, RunFailed, WorkerLost
 from parakit.evaluation import Tally
 from parakit.machine import in_thread
 from parakit.replica import State, copy_state
 from parakit.workers import resident
-from parakit.workers.base import Job, Report, Roster
+from parakit.workers.base import Job, Remnant, Report, Roster
 from parakit.workers.dask.driver import DriverTeam, settled
 from parakit.workers.dask.rendezvous import WorkerBoard, forget
-from parakit.workers.resident import Answer, Failure, Orders, Segment
+from parakit.workers.dask.watching import Limits, Outcome, watch
+from parakit.workers.messages import Answer, Failure, Orders, Segment, Standing
 
 if TYPE_CHECKING:
     from parakit.workers.dask.pool import DaskWorkers
 
 __all__ = ["DaskCrew"]
 
-_LOOK_SECONDS = 0.5  # how often a wait looks whether everybody is still there
+_Held = tuple[tuple[int, ...], tuple[int, ...]]
+
 _DISMISS_SECONDS = 5.0  # how long a member may take to let go of a run
-_GRACE_SECONDS = 5.0  # survivors raise well within this after a partner died
+# Times the limit for which code may make no progress:
+_SETTING_UP = 3.0  # while data and recipes are unpacked
+_EVALUATING = 10.0  # without a sign from within
+_UNKNOWN = 6.0  # before anybody knows how long a step takes
+_SLOW_STEPS = 10.0  # so many times as long as the last ones may a step take
+_TELLING = ("diverged", "code", "stale", "group")  # which failure explains the others
 
 
 class DaskCrew:
@@ -49,7 +54,13 @@ class DaskCrew:
         self._job = job
         self._resident = job.strategy.runs_on == "workers"
         self._blob = cloudpickle.dumps((job.recipe, job.strategy))
-        self._roster: Roster | None = None
+        #: Addresses of the active workers, in the order of their ranks.
+        self.members: tuple[str, ...] = ()
+        self._generation = -1
+        self._held: dict[str, _Held] = {}  # the chunks that members hold, for training and for validation
+        self._intact: tuple[str, ...] = ()  # members that have the present state
+        self._step_seconds: float | None = None
+        self._halting: set[LocalFuture[None]] = set()
         self._brought: dict[int, dict[str, tuple[Any, Any]]] = {}
         self._touched: set[str] = set()  # workers that hold something of this run
         self._released = False
@@ -63,32 +74,33 @@ class DaskCrew:
         return in_thread(self._bring, roster)
 
     def _bring(self, roster: Roster) -> None:
-        before = self._roster
-        staying = set(before.members) if before else set()
-        newcomers = [member for member in roster.members if member not in staying]
+        newcomers = [member for member in roster.members if member not in self._held]
         try:
             self._pool.make_ready(roster.members)
             order = self._job.run_id, self._blob, self._pool.threads
             made = self._submit(newcomers, resident.prepare, lambda _: order)
-            self._brought[roster.generation] = self._load_for(roster, before)
-            self._answers(made, self._job.limit_seconds)
+            self._brought[roster.generation] = self._load_for(roster)
+            self._answers(made, self.patience(_SETTING_UP))
         finally:
             self._touched.update(newcomers)
             if self._released:  # the run ended meanwhile, so nobody else will tell them
                 self._brought.clear()
                 self._dismiss(newcomers)
 
-    def _load_for(self, roster: Roster, before: Roster | None) -> dict[str, tuple[Any, Any]]:
+    def _load_for(self, roster: Roster) -> dict[str, tuple[Any, Any]]:
         """Place the chunks that each member gains; Dask's copy is let go of once the member has taken them."""
-        training = _gained(before.training if before else None, roster.training)
-        validation = _gained(before.validation if before else None, roster.validation)
-        return {
-            member: (
-                self._place(member, training.get(member, ()), self._job.load),
-                self._place(member, validation.get(member, ()), self._job.load_validation),
+        wanted = _chunks_of(roster)
+        placed = {}
+        for member in roster.members:
+            training, validation = (
+                tuple(chunk for chunk in chunks if chunk not in held)
+                for chunks, held in zip(wanted[member], self._held.get(member, ((), ())), strict=True)
             )
-            for member in roster.members
-        }
+            placed[member] = (
+                self._place(member, training, self._job.load),
+                self._place(member, validation, self._job.load_validation),
+            )
+        return placed
 
     def _place(self, member: str, chunks: Sequence[int], load: Callable[[int], Samples]) -> Any:
         if not chunks:
@@ -98,8 +110,8 @@ class DaskCrew:
 
     def muster(self, roster: Roster, state: State | None) -> None:
         """Make a prepared roster the active one."""
-        before, brought = self._roster, self._brought.pop(roster.generation)
-        staying = [m for m in roster.members if before and m in before.members]
+        brought = self._brought.pop(roster.generation)
+        staying = [m for m in roster.members if m in self._intact]
         given = None if state is None else self.spread(pack(state), roster.members)
         joining = given
         if state is None and len(staying) < len(roster.members):
@@ -110,11 +122,45 @@ class DaskCrew:
             start = given if member in staying else joining
             return self._job.run_id, self._orders(roster, member), training, validation, start, self._board(roster)
 
-        self._roster = roster
-        self._answers(self._submit(roster.members, resident.muster, order), self._job.limit_seconds)
+        self.members, self._generation = roster.members, roster.generation
+        self._answers(self._submit(roster.members, resident.muster, order), self.patience(_SETTING_UP))
         if self._driver is not None and state is not None:
             self._driver.replica.load(state)
+        self._intact, self._held = roster.members, _chunks_of(roster)
         self._dismiss([member for member in self._touched if member not in roster.members])
+
+    def regroup(self, generation: int, step: int) -> Remnant:
+        """After a loss: who is left, each of them back at a step and deaf to older orders."""
+        self._brought.clear()
+        # Those of a change that was under way as well: they may have become members already.
+        reachable = [m for m in {**dict.fromkeys(self.members), **self._held} if m in self._pool.names]
+        orders = self._submit(reachable, resident.fall_back, lambda _: (self._job.run_id, generation, step))
+        standings = self._those_who_answer(orders, self.patience(_SETTING_UP))
+        self._generation, self.members = generation, tuple(standings)
+        self._held = {m: (standing.training, standing.validation) for m, standing in standings.items()}
+        self._intact = tuple(m for m, standing in standings.items() if standing.intact)[:1]
+        if self._driver is not None:
+            self._intact = ()  # the state is the driver's, and everybody gets it anew
+            intact = self.members if self._driver.replica.fall_back(step) else ()
+        else:
+            intact = tuple(m for m, standing in standings.items() if standing.intact)
+        return Remnant(
+            {m: held for m, (held, _) in self._held.items()}, {m: held for m, (_, held) in self._held.items()}, intact
+        )
+
+    def _those_who_answer(self, futures: Mapping[str, Future[Any]], limits: Limits) -> dict[str, Standing]:
+        """What members answer; those that are gone, hang or fail are left out."""
+        outcome = watch(self._pool, self._job.run_id, list(futures.values()), list(futures), limits)
+        self._give_up(outcome)
+        waiting = set(outcome.waiting)
+        answers = self._fetched({m: future for m, future in futures.items() if future not in waiting})
+        return {m: answer.value for m, answer in answers.items() if answer.failure is None}
+
+    def check(self) -> None:
+        """Raise if a member is gone."""
+        gone = set(self.members) - set(self._pool.names)
+        if gone:
+            raise self._lost(gone)
 
     def _state_for_newcomers(self, staying: Sequence[str]) -> Any:
         if self._driver is not None:
@@ -124,7 +170,7 @@ class DaskCrew:
         # Newcomers fetch it from the first of those who stay. It must be there before that one is told to wait for
         # the newcomers: a worker with several threads might do both at once.
         asked = self._submit(staying[:1], resident.state, self.order_for)
-        self.watch(list(asked.values()), staying[:1], self._job.limit_seconds)
+        self.watch(list(asked.values()), staying[:1], self.patience(_SETTING_UP))
         return asked[staying[0]]
 
     def spread(self, value: Any, members: Sequence[str]) -> Any:
@@ -135,17 +181,20 @@ class DaskCrew:
 
         try:
             return in_thread(scatter).result(self._job.limit_seconds)
-        except TimeoutError as error:
+        except Exception as error:
             raise WorkerLost(
-                f"{len(members)} workers did not take a value within {self._job.limit_seconds:g} s.",
-                cause="a worker that hangs, or a very slow network",
+                f"{len(members)} workers did not take a value within {self._job.limit_seconds:g} s "
+                f"({type(error).__name__}).",
+                cause="a worker that is gone or hangs, or a very slow network",
             ) from error
 
     def _orders(self, roster: Roster, member: str) -> Orders:
         validation = roster.validation.chunks_of if roster.validation else {}
         host = member.split("://")[-1].rsplit(":", 1)[0].strip("[]")
+        # Whoever hangs is found by its pulse, and killed where that is possible; otherwise this limit frees the others.
+        limit = self.patience().progress_seconds
         return Orders(
-            roster.generation, roster.members.index(member), len(roster.members), host, self._job.limit_seconds,
+            roster.generation, roster.members.index(member), len(roster.members), host, limit,
             roster.training.chunks_of[member], validation.get(member, ()), self._resident,
         )  # fmt: skip
 
@@ -156,16 +205,6 @@ class DaskCrew:
         """The arguments of an order of the present generation."""
         return self._job.run_id, self._generation, *more
 
-    @property
-    def _generation(self) -> int:
-        assert self._roster is not None
-        return self._roster.generation
-
-    @property
-    def members(self) -> tuple[str, ...]:
-        """Addresses of the active workers, in the order of their ranks."""
-        return self._roster.members if self._roster else ()
-
     def label(self, worker: str) -> str:
         """A short name for people."""
         return self._pool.label(worker)
@@ -174,6 +213,9 @@ class DaskCrew:
         """Let go of everything on the pool."""
         self._released = True
         self._brought.clear()
+        for halting in tuple(self._halting):  # a connection that is cut off while it opens would stay open
+            with suppress(Exception):
+                halting.result(_DISMISS_SECONDS)
         self._dismiss(list(self._touched))
 
     def _dismiss(self, members: Sequence[str]) -> None:
@@ -187,17 +229,27 @@ class DaskCrew:
     # --- segments
 
     def advance(self, first: int, count: int, wish: int, expected_seconds: float) -> Report:
-        """Do a segment; if it fails, the members that can be reached are back at the last commit."""
-        limit = self._job.limit_seconds + 5 * expected_seconds
+        """Do a segment; if a user's code fails in it, all members are back at the last commit."""
+        limits = self.patience(work_seconds=expected_seconds)
         try:
             if self._driver is not None:
-                return self._driver.segment(first, count, wish)
-            answers = self.everyone(resident.advance, first, count, wish, limit_seconds=limit)
-        except (RunFailed, WorkerLost):
+                report = self._driver.segment(first, count, wish)
+            else:
+                segments: list[Segment] = list(
+                    self.everyone(resident.advance, first, count, wish, limits=limits).values()
+                )
+                report = Report(tuple(s.records for s in segments), max(s.commit_seconds for s in segments))
+        except RunFailed:
             self._roll_back()
             raise
-        segments: list[Segment] = list(answers.values())
-        return Report(tuple(s.records for s in segments), max(s.commit_seconds for s in segments))
+        self._step_seconds = max(record.wall_seconds for records in report.records for record in records)
+        return report
+
+    def patience(self, times: float = 1.0, work_seconds: float = 0.0) -> Limits:
+        """How long members may say nothing; longer as long as nobody knows how long a step takes."""
+        limit = self._job.limit_seconds
+        progress = times * max(limit, _SLOW_STEPS * self._step_seconds) if self._step_seconds else _UNKNOWN * limit
+        return Limits(limit, progress, progress + 5 * work_seconds + limit)
 
     def _roll_back(self) -> None:
         if self._driver is not None:
@@ -205,15 +257,17 @@ class DaskCrew:
             return
         present = [m for m in self.members if m in self._pool.names]
         with suppress(RunFailed, WorkerLost):
-            self._answers(self._submit(present, resident.roll_back, self.order_for), self._job.limit_seconds)
+            self._answers(self._submit(present, resident.roll_back, self.order_for), self.patience())
 
     def halt(self, wish: int) -> None:
         """Let one member vote for the end of the segment; one vote ends it for all at the same step."""
         members = self.members
         if self._driver is not None:
             self._driver.halted = max(self._driver.halted, wish)
-        elif members:
-            in_thread(self._halt_one, members[0], wish)
+        elif members and not self._released:
+            halting = in_thread(self._halt_one, members[0], wish)
+            self._halting.add(halting)
+            halting.add_done_callback(self._halting.discard)
 
     def _halt_one(self, member: str, wish: int) -> None:
         with suppress(Exception):  # a member that is gone ends the segment anyhow
@@ -224,31 +278,30 @@ class DaskCrew:
         if self._driver is not None:
             self._driver.replica.set_learning_rate(value)
         else:
-            self.everyone(resident.set_learning_rate, value, limit_seconds=self._job.limit_seconds)
+            self.everyone(resident.set_learning_rate, value, limits=self.patience())
 
     def state(self) -> State:
         """The state after the last segment."""
         if self._driver is not None:
             return dict(copy_state(self._driver.replica.live_state()))
-        present = [m for m in self.members if m in self._pool.names][:1]
+        present = [m for m in self._intact if m in self._pool.names][:1]
         if not present:
             raise WorkerLost("No worker of the run is left to fetch the state from.")
-        answers = self._answers(self._submit(present, resident.state, self.order_for), self._job.limit_seconds)
+        answers = self._answers(self._submit(present, resident.state, self.order_for), self.patience(_SETTING_UP))
         return dict(unpack(answers[present[0]]))
 
     def evaluate(self) -> Tally:
         """Evaluate the present model on the validation chunks."""
         values = None if self._driver is None else self._driver.values()
-        limit = 10 * self._job.limit_seconds
-        tallies = self.everyone(resident.evaluate, values, limit_seconds=limit).values()
+        tallies = self.everyone(resident.evaluate, values, limits=self.patience(_EVALUATING)).values()
         return sum(tallies, Tally())
 
     # --- orders and answers
 
-    def everyone(self, function: Callable[..., Answer], *args: Any, limit_seconds: float) -> dict[str, Any]:
+    def everyone(self, function: Callable[..., Answer], *args: Any, limits: Limits) -> dict[str, Any]:
         """Give all members an order of the present generation; what each answered, in the order of ranks."""
         futures = self._submit(self.members, function, lambda member: self.order_for(member, *args))
-        return self._answers(futures, limit_seconds)
+        return self._answers(futures, limits)
 
     def _submit(
         self, members: Sequence[str], function: Callable[..., Answer], args: Callable[[str], tuple[Any, ...]]
@@ -260,9 +313,9 @@ class DaskCrew:
         key = f"parakit-{function.__name__}-{self._job.run_id}-{next(self._count)}"
         return self._client.submit(function, *args, key=key, pure=False, workers=list(members))
 
-    def _answers(self, futures: Mapping[str, Future[Any]], limit_seconds: float) -> dict[str, Any]:
+    def _answers(self, futures: Mapping[str, Future[Any]], limits: Limits) -> dict[str, Any]:
         """Wait for answers, and return their values; the first failure that explains the others is raised."""
-        self.watch(list(futures.values()), futures.keys(), limit_seconds)
+        self.watch(list(futures.values()), list(futures), limits)
         answers = self._fetched(futures)
         failures = {member: answer.failure for member, answer in answers.items() if answer.failure is not None}
         if failures:
@@ -271,35 +324,36 @@ class DaskCrew:
 
     def _fetched(self, futures: Mapping[str, Future[Any]]) -> dict[str, Answer]:
         """The answers of futures that are done: all in one request, or one by one if any is lost."""
+        fetching = in_thread(self._client.gather, list(futures.values()))
         try:
-            return dict(zip(futures, self._client.gather(list(futures.values())), strict=True))
+            return dict(zip(futures, fetching.result(self._job.limit_seconds), strict=True))
+        except TimeoutError as error:
+            raise WorkerLost(
+                f"{len(futures)} answers could not be fetched within {self._job.limit_seconds:g} s.",
+                cause="a worker that hangs since it answered",
+            ) from error
         except Exception:
-            return {member: settled(future) for member, future in futures.items()}
+            return {member: settled(future, self._job.limit_seconds) for member, future in futures.items()}
 
-    def watch(self, futures: Sequence[Future[Any]], members: Any, limit_seconds: float) -> None:
-        """Wait until futures are done, as long as those who work on them are there."""
-        deadline = time.monotonic() + limit_seconds
-        lost_at = None
-        while True:
-            _, waiting = self._pool.wait(futures, _LOOK_SECONDS)
-            if not waiting:
-                return
-            now = time.monotonic()
-            gone = set(members) - set(self._pool.names)
-            if gone and lost_at is None:
-                lost_at = now
-            if (lost_at is not None and now > lost_at + _GRACE_SECONDS) or now > deadline:
-                break
-            if lost_at is not None and all(f.done() for m, f in zip(members, futures, strict=False) if m not in gone):
-                break
-        self._client.cancel(list(waiting))
-        if gone:
-            raise self._lost(gone)
-        raise WorkerLost(
-            f"{len(waiting)} orders were not answered within {limit_seconds:.1f} s.",
-            cause="a worker that hangs, or is busy with somebody else's tasks",
-            remedy="look at the workers, or allow more: train(..., limit_seconds=...)",
-        )
+    def watch(self, futures: Sequence[Future[Any]], members: Sequence[str], limits: Limits | None = None) -> None:
+        """Wait until futures are done, as long as those who work on them are there and do not hang."""
+        outcome = watch(self._pool, self._job.run_id, futures, members, limits or self.patience())
+        self._give_up(outcome)
+        if outcome.gone:
+            raise self._lost(set(outcome.gone))
+        if outcome.hung:
+            told = "; ".join(f"{self.label(m)} {seen}" for m, seen in outcome.hung.items())
+            raise WorkerLost(
+                f"{len(outcome.hung)} of {len(self.members)} workers hang: {told}.",
+                cause="a stopped process, code that waits for ever, or a worker that is busy with other tasks",
+                remedy="if steps or loading take that long, allow more: train(..., limit_seconds=...)",
+            )
+
+    def _give_up(self, outcome: Outcome) -> None:
+        """Let go of orders that nobody will carry out, and of workers that hang."""
+        if outcome.waiting:
+            self._client.cancel(list(outcome.waiting))
+        self._pool.banish(outcome.hung)
 
     def _lost(self, gone: set[str]) -> WorkerLost:
         names = ", ".join(sorted(self.label(m) for m in gone))
@@ -311,7 +365,9 @@ class DaskCrew:
     def explained(self, failures: Mapping[str, Failure]) -> RunFailed | WorkerLost:
         """The error that a user should see: code that raised explains a lost partner, not the other way round."""
         gone = set(self.members) - set(self._pool.names)
-        member, failure = min(failures.items(), key=lambda item: ("code", "stale", "group").index(item[1].kind))
+        member, failure = min(failures.items(), key=lambda item: _TELLING.index(item[1].kind))
+        if failure.kind == "diverged":
+            return Diverged(failure.text, step=failure.step)
         if failure.kind == "code":
             return RunFailed(
                 f"Step {failure.step} failed on {self.label(member)}: {failure.error}: {failure.text}",
@@ -323,8 +379,7 @@ class DaskCrew:
         return WorkerLost(f"{self.label(member)} cannot go on: {failure.text}")
 
 
-def _gained(before: Ownership | None, after: Ownership | None) -> dict[str, tuple[int, ...]]:
-    """The chunks that each owner must load."""
-    if after is None:
-        return {}
-    return before.gains(after) if before else dict(after.chunks_of)
+def _chunks_of(roster: Roster) -> dict[str, _Held]:
+    """The chunks of each member, for training and for validation."""
+    validation = roster.validation.chunks_of if roster.validation else {}
+    return {member: (chunks, validation.get(member, ())) for member, chunks in roster.training.chunks_of.items()}

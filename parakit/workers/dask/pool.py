@@ -1,133 +1,35 @@
-"""Pools of Dask workers: local processes that parakit starts, and clusters that are somebody else's."""
+"""A pool of Dask workers: who is there, whether they can train, and what may be asked of them."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import importlib.util
 import logging
+import os
+import signal
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import CancelledError
+from concurrent.futures import Future as LocalFuture
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from distributed import Client, LocalCluster, wait
-from distributed.comm import connect
+from distributed import Client, wait
 from distributed.deploy import Cluster
-from distributed.security import Security
 
-from parakit.errors import ConnectError, InputError, WorkerLost
-from parakit.machine import usable_cores
+from parakit.errors import ConnectError, WorkerLost
+from parakit.machine import in_thread
 from parakit.workers.base import Job, Workers
 from parakit.workers.dask import rendezvous
 from parakit.workers.dask.crew import DaskCrew
+from parakit.workers.messages import Pulse
 
-__all__ = ["DaskWorkers", "connect_client", "connect_cluster", "connect_local", "what_is"]
+__all__ = ["DaskWorkers"]
 
-_LOOPBACK = "127.0.0.1"
-_UNLIMITED = 100_000
-_CLOSE_SECONDS = 10.0
+_CLOSE_SECONDS = 20.0
+_FAMILIAR = ("broadcast to", "Removing worker", "Couldn't gather keys")
 _ASK_SECONDS = 30.0
-
-
-def what_is(target: Any) -> str:
-    """How workers are to be reached: "local", "address", "client", "cluster" or ""."""
-    if target is None or isinstance(target, int):
-        return "local"
-    if isinstance(target, str):
-        return "address"
-    if isinstance(target, Client):
-        return "client"
-    return "cluster" if isinstance(target, Cluster) else ""
-
-
-def connect_local(count: int | None, *, threads: int, most: int | None, timeout: float) -> DaskWorkers:
-    """Start processes on this machine, with torch imported, listening on loopback only."""
-    wanted = count or usable_cores()
-    limit = max(wanted, 2 * usable_cores()) if most is None else most
-    if limit < wanted:
-        raise InputError(f"The pool cannot start with {wanted} workers and grow to at most {limit}.")
-    dashboard = f"{_LOOPBACK}:0" if importlib.util.find_spec("bokeh") else None
-    try:
-        cluster = LocalCluster(
-            n_workers=wanted,
-            threads_per_worker=1,
-            processes=True,
-            host=_LOOPBACK,
-            dashboard_address=dashboard,
-            worker_dashboard_address=None,
-            # Dask would pause a worker that holds much, and a paused member would stop the whole group.
-            memory_limit=0,
-            silence_logs=logging.ERROR,
-            preload=["parakit.workers.warm"],
-        )
-    except Exception as error:
-        raise ConnectError(
-            f"{wanted} local workers could not be started: {type(error).__name__}: {error}",
-            cause="too little memory, or a script that starts workers without a guard",
-            remedy='in a script, put the code under: if __name__ == "__main__":',
-        ) from error
-    try:
-        client = Client(cluster, timeout=timeout, set_as_default=False)
-    except BaseException:
-        cluster.close(timeout=_CLOSE_SECONDS)
-        raise
-    many = "process" if wanted == 1 else "processes"
-    return DaskWorkers(
-        client, f"{wanted} local {many}", threads, limit, wanted, timeout, cluster, ours=(client, cluster)
-    )
-
-
-def connect_cluster(cluster: Cluster, *, threads: int, most: int | None, timeout: float) -> DaskWorkers:
-    """Use somebody's cluster; the connection is ours, the cluster is not."""
-    try:
-        client = Client(cluster, timeout=timeout, set_as_default=False)
-    except Exception as error:
-        raise _unreachable(repr(cluster), error) from error
-    kind = f"{type(cluster).__name__} {cluster.scheduler_address}"
-    return DaskWorkers(client, kind, threads, most or _UNLIMITED, 1, timeout, cluster, ours=(client,))
-
-
-def connect_client(
-    target: str | Client, *, threads: int, most: int | None, security: Any, timeout: float
-) -> DaskWorkers:
-    """Use the cluster behind an address or a client."""
-    if isinstance(target, Client):
-        if target.asynchronous or target.status != "running":
-            raise ConnectError(
-                f"This client cannot be used: it is {'asynchronous' if target.asynchronous else target.status}.",
-                remedy="give a running Client that was not made with asynchronous=True",
-            )
-        cluster = target.cluster
-        limit = (most or _UNLIMITED) if cluster is not None else None
-        address = target.scheduler.address if target.scheduler is not None else "?"
-        return DaskWorkers(target, f"Dask at {address}", threads, limit, 1, timeout, cluster, ours=())
-    try:
-        _knock(target, timeout, security)
-        client = Client(target, timeout=timeout, security=security, set_as_default=False)
-    except Exception as error:
-        raise _unreachable(target, error) from error
-    return DaskWorkers(client, f"Dask at {target}", threads, None, 1, timeout, None, ours=(client,))
-
-
-def _knock(address: str, timeout: float, security: Security | None) -> None:
-    """Raise if nobody answers; a client that finds out by itself leaves its event loop running."""
-
-    async def knock() -> None:
-        comm = await connect(address, timeout=timeout, **(security or Security()).get_connection_args("client"))
-        await comm.close()
-
-    # A notebook's own thread has an event loop already.
-    with ThreadPoolExecutor(1) as thread:
-        thread.submit(asyncio.run, knock()).result()
-
-
-def _unreachable(target: str, error: Exception) -> ConnectError:
-    return ConnectError(
-        f"No Dask scheduler answers at {target}: {str(error).splitlines()[0] if str(error) else repr(error)}",
-        cause="a wrong host or port, a scheduler that is not running, a firewall, or TLS on one side only",
-        remedy='check the address that the scheduler printed, such as "tcp://host:8786"; pass security= for TLS',
-    )
+_PARDON_SECONDS = 1.0
+_CANCELLED = (asyncio.CancelledError, CancelledError)
 
 
 class DaskWorkers(Workers):
@@ -163,7 +65,12 @@ class DaskWorkers(Workers):
         self._cluster = cluster
         self._ours = tuple(ours)
         self._ready: set[str] = set()
+        if self._local:
+            for logger in ("distributed.scheduler", "distributed.nanny"):
+                logging.getLogger(logger).addFilter(_of_no_concern)
         self._labels: dict[str, Any] = {}  # of all workers ever seen: a lost one is still named
+        self._pids: dict[str, int] = {}
+        self._banished: set[str] = set()
         try:
             self._await_workers(expected, timeout)
             self.cores = self._survey(self.names)
@@ -173,9 +80,13 @@ class DaskWorkers(Workers):
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Addresses of the workers there are now, in the order of their names."""
-        workers = self._workers()
-        return tuple(sorted(workers, key=lambda address: _natural(workers[address]["name"])))
+        """Addresses of the workers that can work now, in the order of their names."""
+        # A worker that is paused or about to leave takes no orders any more.
+        workers = {
+            address: found["name"] for address, found in self._workers().items()
+            if address not in self._banished and found.get("status", "running") == "running"
+        }  # fmt: skip
+        return tuple(sorted(workers, key=lambda address: _natural(workers[address])))
 
     @property
     def most(self) -> int:
@@ -186,6 +97,21 @@ class DaskWorkers(Workers):
     def dashboard(self) -> str:
         """Address of the Dask dashboard."""
         return str(self.client.dashboard_link)
+
+    @property
+    def _local(self) -> bool:
+        """Whether the workers are processes that were started here."""
+        return any(thing is self._cluster for thing in self._ours)
+
+    @property
+    def pids(self) -> dict[str, int]:
+        """Process ids of the workers there are now, by their short names: for looking at them, or for trials of faults.
+
+        They are those of the machine that a worker runs on.
+        """
+        there = self.names
+        self.make_ready(there)
+        return {self.label(address): self._pids[address] for address in there}
 
     def label(self, address: str) -> str:
         """A short name for a worker, also for one that has gone."""
@@ -204,7 +130,43 @@ class DaskWorkers(Workers):
     def open(self, job: Job) -> DaskCrew:
         """Begin a run."""
         self.check_open()
+        self._pardon()
         return DaskCrew(self, job)
+
+    def banish(self, addresses: Iterable[str]) -> None:
+        """Do without workers that hang.
+
+        A local one is killed, which frees those that wait for it at once, and Dask starts another in its place. One of
+        somebody else's cluster is left alone, and not used before the next run that finds it awake.
+        """
+        for address in addresses:
+            self._banished.add(address)
+            if self._local and address in self._pids:
+                with contextlib.suppress(OSError):
+                    os.kill(self._pids[address], signal.SIGKILL)
+
+    def _pardon(self) -> None:
+        """Take banished workers back that answer by now."""
+        asked = {address: self.ask_pulse(address, "") for address in self._banished & set(self._workers())}
+        for address, answer in asked.items():
+            with contextlib.suppress(Exception):
+                answer.result(_PARDON_SECONDS)
+                self._banished.discard(address)
+
+    def ask_pulse(self, address: str, run_id: str) -> LocalFuture[Pulse]:
+        """Ask a worker for its pulse in a run, without waiting; fails if the worker cannot be asked."""
+        scheduler, loop = self.client.scheduler, self.client.loop
+        assert scheduler is not None
+        assert loop is not None
+
+        async def ask() -> Pulse:
+            message = {"op": rendezvous.PULSE, "run_id": run_id}
+            told = await scheduler.broadcast(msg=message, workers=[address], on_error="ignore")
+            if address not in told:
+                raise WorkerLost(f"{address} cannot be asked.")
+            return Pulse(**told[address]) if told[address] else Pulse(0.0, False)
+
+        return asyncio.run_coroutine_threadsafe(ask(), loop.asyncio_loop)  # type: ignore[attr-defined]
 
     def map(self, function: Callable[[Any], Any], items: Sequence[Any], limit_seconds: float) -> list[Any]:
         """Apply an importable function to items, on the workers."""
@@ -225,18 +187,35 @@ class DaskWorkers(Workers):
     def wait(self, futures: Iterable[Any], limit_seconds: float) -> tuple[set[Any], set[Any]]:
         """Wait for futures up to a limit; which are done, and which are not."""
         every = list(futures)
-        with contextlib.suppress(TimeoutError), self.client.as_current():
+        with contextlib.suppress(TimeoutError, *_CANCELLED), self.client.as_current():
             wait(every, timeout=limit_seconds)
         done = {future for future in every if future.done()}
         return done, set(every) - done
+
+    def wait_for_one(self, futures: Sequence[Any], limit_seconds: float) -> list[Any]:
+        """Wait until one of some futures is done, up to a limit; those that are not."""
+        if not futures:
+            return []
+        # A future that was cancelled, as all are when the scheduler is gone, is done too.
+        with contextlib.suppress(TimeoutError, *_CANCELLED), self.client.as_current():
+            wait(futures, timeout=limit_seconds, return_when="FIRST_COMPLETED")
+        return [future for future in futures if not future.done()]
 
     def make_ready(self, addresses: Iterable[str]) -> None:
         """Check workers that are new to this pool, and teach them to keep boards."""
         fresh = [address for address in addresses if address not in self._ready]
         if fresh:
             self._survey(fresh)
-            self.client.run(rendezvous.install, workers=fresh)
+            self._run(rendezvous.install, fresh)
             self._ready.update(fresh)
+
+    def _run(self, function: Callable[..., Any], addresses: Sequence[str]) -> dict[str, Any]:
+        """Call a function in the event loop of some workers, up to a limit."""
+        try:
+            found: dict[str, Any] = in_thread(self.client.run, function, workers=list(addresses)).result(_ASK_SECONDS)
+        except TimeoutError as error:
+            raise WorkerLost(f"One of {len(addresses)} workers did not answer within {_ASK_SECONDS:g} s.") from error
+        return found
 
     def _workers(self) -> dict[str, dict[str, Any]]:
         # The client's own scheduler_info() shares its answer with a refresh that runs now and then and asks for no
@@ -263,7 +242,7 @@ class DaskWorkers(Workers):
 
     def _survey(self, addresses: Sequence[str]) -> int:
         """Check that workers have what training needs; returns the cores of their machines together."""
-        found = self.client.run(_surveyor(), workers=list(addresses))
+        found = self._run(_surveyor(), addresses)
         ours = _surveyor()()
         wrong = {address: told for address, facts in found.items() if (told := _lacks(facts, ours))}
         if wrong:
@@ -274,13 +253,25 @@ class DaskWorkers(Workers):
                 remedy=f"install there: pip install parakit=={ours['parakit']} torch=={ours['torch']} "
                 f"(Python {ours['python']})",
             )
+        self._pids.update({address: facts["pid"] for address, facts in found.items()})
         hosts = {facts["host"]: facts["cores"] for facts in found.values()}
         return sum(hosts.values())
 
     def _close(self) -> None:
-        for thing in self._ours:
-            with contextlib.suppress(Exception):
-                thing.close(timeout=_CLOSE_SECONDS)
+        with contextlib.ExitStack() as closing:  # whoever interrupts the end of one does not spare the next
+            for thing in reversed(self._ours):
+                closing.callback(_close_quietly, thing)
+
+
+def _close_quietly(thing: Any) -> None:
+    with contextlib.suppress(Exception):
+        thing.close(timeout=_CLOSE_SECONDS)
+
+
+def _of_no_concern(record: logging.LogRecord) -> bool:
+    """Leaves out what Dask logs when a worker dies while it is asked, read or started: a run tells that in words."""
+    cancelled = record.exc_info is not None and isinstance(record.exc_info, tuple) and record.exc_info[0] in _CANCELLED
+    return not cancelled and not str(record.msg).startswith(_FAMILIAR)
 
 
 def _natural(name: Any) -> tuple[int, int, str]:
@@ -291,11 +282,12 @@ def _surveyor() -> Callable[[], dict[str, Any]]:
     """A function that runs also where parakit is missing: being local, it travels by value."""
 
     def survey() -> dict[str, Any]:
+        import os
         import platform
 
         from dask.system import cpu_count
 
-        facts: dict[str, Any] = {"host": platform.node(), "cores": cpu_count()}
+        facts: dict[str, Any] = {"host": platform.node(), "cores": cpu_count(), "pid": os.getpid()}
         facts["python"] = ".".join(platform.python_version_tuple()[:2])
         for package in ("torch", "parakit"):
             try:

@@ -15,11 +15,13 @@ from distributed import Worker, get_worker
 from distributed.utils import sync
 
 from parakit.errors import StaleGeneration
-from parakit.workers.resident import release
+from parakit.workers.resident import pulse, release
 
-__all__ = ["WorkerBoard", "forget", "install"]
+__all__ = ["PULSE", "WorkerBoard", "forget", "install"]
 
 _HANDLER = "parakit_board"
+#: What a worker is asked for a pulse by.
+PULSE = "parakit_pulse"
 _POLL_SECONDS = 0.002
 
 _boards: dict[str, tuple[int, dict[str, bytes]]] = {}
@@ -88,12 +90,18 @@ def _answer(run_id: str, generation: int, key: str, value: bytes | None) -> dict
 
 
 def install(dask_worker: Worker) -> None:
-    """Let a worker keep boards; done once on every worker of a pool."""
+    """Let a worker keep boards and give pulses; done once on every worker of a pool."""
 
     def handle(run_id: str, generation: int, key: str, value: bytes | None) -> dict[str, Any]:
         return _answer(run_id, generation, key, value)
 
+    def give_pulse(run_id: str) -> dict[str, Any]:
+        # On the event loop, beside the thread that carries out orders.
+        found = pulse(run_id)
+        return {} if found is None else {"still_seconds": found.still_seconds, "waiting": found.waiting}
+
     dask_worker.handlers[_HANDLER] = handle
+    dask_worker.handlers[PULSE] = give_pulse
 
 
 def forget(run_id: str) -> None:

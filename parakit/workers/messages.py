@@ -1,0 +1,111 @@
+"""What the driver and the workers say to each other: orders, answers, and signs of life, as frozen records.
+
+All of it travels, so it holds plain values only; nothing here does anything.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from parakit.replica import StepRecord
+
+__all__ = ["Answer", "Failure", "Orders", "Pulse", "Segment", "Standing"]
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why an order could not be carried out.
+
+    Attributes
+    ----------
+    kind : {"diverged", "code", "group", "stale"}
+        The loss or a parameter is not finite; the model, the loss or the optimizer raised; a partner was lost; or the
+        order was of an older generation.
+    step : int
+        Steps that were done.
+    error, text, trace : str
+        The error's type, its message, and the traceback.
+    """
+
+    kind: str
+    step: int
+    error: str
+    text: str
+    trace: str
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What came of an order: a value, or a failure."""
+
+    value: Any = None
+    failure: Failure | None = None
+
+
+@dataclass(frozen=True)
+class Orders:
+    """One member's part of a roster.
+
+    Parameters
+    ----------
+    generation, rank, size : int
+    host : str
+        Where the member's process group is to listen.
+    limit_seconds : float
+        For each operation of the group.
+    training, validation : tuple of int
+        All chunks the member is to hold.
+    group : bool
+        Whether the members talk to each other.
+    """
+
+    generation: int
+    rank: int
+    size: int
+    host: str
+    limit_seconds: float
+    training: tuple[int, ...]
+    validation: tuple[int, ...]
+    group: bool
+
+
+@dataclass(frozen=True)
+class Segment:
+    """What a worker did in a segment."""
+
+    records: list[StepRecord]
+    commit_seconds: float
+
+
+@dataclass(frozen=True)
+class Standing:
+    """Where a member stands after a loss.
+
+    Attributes
+    ----------
+    intact : bool
+        Whether it has the state that was asked for.
+    training, validation : tuple of int
+        The chunks that it holds.
+    """
+
+    intact: bool
+    training: tuple[int, ...]
+    validation: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Pulse:
+    """A sign of life, given beside the work.
+
+    Attributes
+    ----------
+    still_seconds : float
+        Since the last sign of progress; 0 while no order is being carried out.
+    waiting : bool
+        Whether it waits for partners: then it is not the one that holds the others up.
+    """
+
+    still_seconds: float
+    waiting: bool

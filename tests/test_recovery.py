@@ -1,0 +1,412 @@
+"""Losses: whatever is killed, stopped or taken away, and whenever, the run ends as if nothing had happened."""
+
+from __future__ import annotations
+
+import os
+import signal
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from distributed import Client, LocalCluster
+
+import parakit as pk
+from parakit.errors import Diverged, InputError, RunError, RunFailed
+from parakit.events import Recovered, RunEnd, Said, SlowWorker, WorkersLost
+from parakit.workers import resident
+from parakit.workers.dask.crew import DaskCrew
+from tests.mortal import MortalAllReduce, MortalNet, MortalSGD, arm
+from tests.test_exact import wait_for
+
+pytestmark = [pytest.mark.dask, pytest.mark.timeout(180)]
+LIMIT = 90
+STEPS = 240
+DIGITS = pk.datasets.digits()
+
+
+def train(on: pk.Workers, folder: Path, **how: Any) -> pk.Run:
+    how = {"workers": 2, "steps": STEPS, "strategy": MortalAllReduce(folder), "limit_seconds": 3} | how
+    place = str(folder)
+    pause = how.pop("pause_seconds", 0.004)
+    return pk.train(
+        MortalNet(folder, pause), DIGITS.train, on=on, batch_size=256, optimizer=lambda p: MortalSGD(p, place), **how
+    )
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> pk.Run:
+    """The same run, to which nothing happens."""
+    with pk.connect("inline") as workers:
+        folder = tmp_path_factory.mktemp("undisturbed")
+        return train(workers, folder, pause_seconds=0.0, validation=DIGITS.test).wait(LIMIT, progress=False)
+
+
+@pytest.fixture(scope="module")
+def trio() -> Iterator[pk.Workers]:
+    """Three local processes that may die."""
+    with pk.connect(3) as workers:
+        yield workers
+
+
+@pytest.fixture
+def three(trio: pk.Workers) -> pk.Workers:
+    """Three local processes, all of them there again."""
+    until(lambda: trio.size == 3, 60)
+    return trio
+
+
+def until(condition: Callable[[], Any], seconds: float = 30) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"nothing happened in {seconds} s"
+        time.sleep(0.01)
+
+
+def pid_of(on: pk.Workers, address: str) -> int:
+    found: dict[str, Any] = on.client.run(resident.survey, workers=[address])  # type: ignore[attr-defined]
+    return int(found[address]["pid"])
+
+
+def members(run: pk.Run) -> tuple[str, ...]:
+    return run._conductor.members
+
+
+def the_only_loss(run: pk.Run) -> WorkersLost:
+    losses = run.history.of(WorkersLost)
+    assert len(losses) == 1, losses
+    return losses[0]
+
+
+def assert_as_if_nothing_had_happened(run: pk.Run, undisturbed: pk.Run) -> None:
+    assert run.status == "finished"
+    assert [step.step for step in run.history.steps] == list(range(STEPS))
+    torch.testing.assert_close(
+        torch.from_numpy(run.history.losses), torch.from_numpy(undisturbed.history.losses), rtol=0, atol=1e-5
+    )
+    for mine, other in zip(run.model.parameters(), undisturbed.model.parameters(), strict=True):
+        torch.testing.assert_close(mine, other, rtol=0, atol=1e-5)
+
+
+# --- a worker dies
+
+
+@pytest.mark.parametrize("place", ["forward", "backward", "exchange", "update", "commit"])
+def test_a_worker_that_is_killed_in_a_step_costs_nothing_but_time(
+    three: pk.Workers, tmp_path: Path, undisturbed: pk.Run, place: str
+) -> None:
+    run = train(three, tmp_path)
+    wait_for(run, lambda: run.step > 20)
+    armed = arm(tmp_path, place)
+    run.wait(LIMIT, progress=False)
+    assert not armed.exists()
+    lost = the_only_loss(run)
+    (recovered,) = run.history.of(Recovered)
+    assert len(lost.workers) == 1
+    assert 20 < lost.step == recovered.step < STEPS
+    assert recovered.chunks_loaded == 32  # of 64: those of one of two
+    assert recovered.steps_again == 0
+    assert_as_if_nothing_had_happened(run, undisturbed)
+
+
+def test_a_worker_that_is_killed_while_it_evaluates(three: pk.Workers, tmp_path: Path, undisturbed: pk.Run) -> None:
+    run = train(three, tmp_path, validation=DIGITS.test)
+    wait_for(run, lambda: run.step > 20)
+    arm(tmp_path, "evaluate")
+    run.wait(LIMIT, progress=False)
+    assert len(run.history.of(WorkersLost)) == 1
+    assert_as_if_nothing_had_happened(run, undisturbed)
+    mine, other = (
+        [(end.epoch, end.step, end.validation_accuracy) for end in r.history.of(pk.events.EpochEnded)]
+        for r in (run, undisturbed)
+    )
+    assert mine == other
+
+
+@pytest.mark.parametrize("who", ["newcomer", "member"])
+def test_a_worker_that_is_killed_in_a_resize(three: pk.Workers, tmp_path: Path, undisturbed: pk.Run, who: str) -> None:
+    run = train(three, tmp_path, workers=1 if who == "newcomer" else 3)
+    wait_for(run, lambda: run.step > 20)
+    # A newcomer takes over the state; of those who stay, the last to commit before the group changes is struck.
+    arm(tmp_path, "load" if who == "newcomer" else "commit")
+    run.resize(3 if who == "newcomer" else 2)
+    run.wait(LIMIT, progress=False)
+    assert run.history.of(WorkersLost)
+    assert_as_if_nothing_had_happened(run, undisturbed)
+
+
+def test_a_worker_that_is_killed_while_its_chunks_travel(
+    three: pk.Workers, tmp_path: Path, undisturbed: pk.Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = train(three, tmp_path, workers=2)
+    wait_for(run, lambda: run.step > 20)
+    victim = next(name for name in three.names if name not in members(run))
+    pid = pid_of(three, victim)
+    place = DaskCrew._place
+    killed = []
+
+    def deadly(crew: DaskCrew, member: str, chunks: Any, load: Any) -> Any:
+        if chunks and member == victim and not killed:
+            killed.append(member)
+            os.kill(pid, signal.SIGKILL)
+        return place(crew, member, chunks, load)
+
+    monkeypatch.setattr(DaskCrew, "_place", deadly)
+    run.resize(3)
+    run.wait(LIMIT, progress=False)
+    assert killed
+    assert_as_if_nothing_had_happened(run, undisturbed)
+
+
+def test_a_strategy_beside_the_notebook_goes_on_too(three: pk.Workers, tmp_path: Path, undisturbed: pk.Run) -> None:
+    run = train(three, tmp_path, strategy=pk.strategies.MapReduce())
+    wait_for(run, lambda: run.step > 20)
+    arm(tmp_path, "backward")
+    run.wait(LIMIT, progress=False)
+    assert len(run.history.of(WorkersLost)) == 1
+    assert_as_if_nothing_had_happened(run, undisturbed)
+
+
+def test_the_only_active_worker_dies_and_an_idle_one_goes_on_from_the_newest_copy(
+    three: pk.Workers, tmp_path: Path, undisturbed: pk.Run
+) -> None:
+    run = train(three, tmp_path, workers=1)
+    wait_for(run, lambda: run.model_step > 20)
+    arm(tmp_path, "forward")
+    run.wait(LIMIT, progress=False)
+    (recovered,) = run.history.of(Recovered)
+    assert recovered.steps_again >= 0
+    assert recovered.chunks_loaded == 64
+    assert_as_if_nothing_had_happened(run, undisturbed)
+
+
+def test_whoever_comes_in_place_of_the_lost_is_taken_in(three: pk.Workers, tmp_path: Path) -> None:
+    run = train(three, tmp_path, workers=3, steps=100_000)
+    wait_for(run, lambda: run.step > 5)
+    arm(tmp_path, "forward")
+    wait_for(run, lambda: run.history.of(Recovered), 20)
+    assert run.target == 3
+    assert len(run.history.of(Recovered)[0].workers) == 2
+    wait_for(run, lambda: run.world_size == 3, 60)
+    seen = run.step
+    wait_for(run, lambda: run.step > seen + 5)
+    run.stop()
+    run.wait(LIMIT, progress=False)
+
+
+def test_a_paused_run_notices_a_death_and_stays_paused(three: pk.Workers, tmp_path: Path) -> None:
+    run = train(three, tmp_path, steps=100_000)
+    wait_for(run, lambda: run.step > 5)
+    run.pause()
+    wait_for(run, lambda: run.status == "paused")
+    os.kill(pid_of(three, members(run)[0]), signal.SIGKILL)
+    wait_for(run, lambda: run.history.of(Recovered), 20)
+    assert run.status == "paused"
+    held = run.step
+    run.resume()
+    wait_for(run, lambda: run.step > held)
+    run.stop()
+    run.wait(LIMIT, progress=False)
+
+
+def test_recovery_takes_less_than_a_second(three: pk.Workers, tmp_path: Path) -> None:
+    run = train(three, tmp_path, steps=100_000)
+    delays = []
+    for _ in range(5):
+        until(lambda: three.size == 3, 60)
+        wait_for(run, lambda: run.world_size == 2, 60)
+        seen = run.step
+        wait_for(run, lambda seen=seen: run.step > seen + 20)
+        before = len(run.history.of(Recovered))
+        victim = pid_of(three, members(run)[0])
+        struck = run._conductor.now()
+        os.kill(victim, signal.SIGKILL)
+        wait_for(run, lambda before=before: len(run.history.of(Recovered)) > before, 20)
+        ready = run.history.of(Recovered)[-1].at_seconds
+        wait_for(run, lambda ready=ready: run.history.steps[-1].at_seconds > ready)
+        delays.append(next(s.at_seconds for s in run.history.steps if s.at_seconds > ready) - struck)
+    run.stop()
+    run.wait(LIMIT, progress=False)
+    print(f"from SIGKILL to the next step: {[round(d, 2) for d in delays]} s")
+    assert statistics.median(delays) < 1.0
+
+
+# --- a worker is taken away, or hangs
+
+
+@pytest.fixture
+def borrowed() -> Iterator[LocalCluster]:
+    """A cluster that parakit did not start, with three workers."""
+    with LocalCluster(
+        n_workers=3, threads_per_worker=1, host="127.0.0.1", dashboard_address=None, silence_logs=50
+    ) as cluster:
+        yield cluster
+
+
+@pytest.mark.parametrize("how", ["retired", "scaled"])
+def test_a_cluster_that_takes_its_machines_back(
+    borrowed: LocalCluster, tmp_path: Path, undisturbed: pk.Run, how: str
+) -> None:
+    with pk.connect(borrowed) as workers:
+        run = train(workers, tmp_path, workers=3, pause_seconds=0.01)
+        wait_for(run, lambda: run.step > 20)
+        if how == "scaled":
+            borrowed.scale(1)
+        else:
+            with Client(borrowed, set_as_default=False) as other:
+                other.retire_workers([members(run)[0]])
+        run.wait(LIMIT, progress=False)
+        assert run.history.of(WorkersLost)
+        assert run.world_size == (1 if how == "scaled" else 2)  # nobody asked for the machines back
+        assert_as_if_nothing_had_happened(run, undisturbed)
+
+
+@pytest.mark.parametrize("place", ["forward", "exchange", "commit"])
+def test_a_stopped_process_is_treated_as_dead(
+    three: pk.Workers, tmp_path: Path, undisturbed: pk.Run, place: str
+) -> None:
+    run = train(three, tmp_path)
+    wait_for(run, lambda: run.step > 20)
+    arm(tmp_path, place, "stop")
+    began = time.monotonic()
+    wait_for(run, lambda: run.history.of(Recovered), 30)
+    assert time.monotonic() - began < 3 + 5
+    run.wait(LIMIT, progress=False)
+    lost = the_only_loss(run)
+    assert "gave no sign of life for 3." in lost.reason
+    assert_as_if_nothing_had_happened(run, undisturbed)
+
+
+def test_code_that_makes_no_progress_is_found_although_its_process_answers(
+    three: pk.Workers, tmp_path: Path, undisturbed: pk.Run
+) -> None:
+    run = train(three, tmp_path)
+    wait_for(run, lambda: run.step > 20)
+    arm(tmp_path, "forward", "sleep")
+    run.wait(LIMIT, progress=False)
+    lost = the_only_loss(run)
+    assert "made no progress in 3." in lost.reason
+    assert_as_if_nothing_had_happened(run, undisturbed)
+
+
+def test_a_worker_that_wakes_up_later_does_not_disturb(
+    borrowed: LocalCluster, tmp_path: Path, undisturbed: pk.Run
+) -> None:
+    with pk.connect(borrowed) as workers:
+        run = train(workers, tmp_path, limit_seconds=2)
+        wait_for(run, lambda: run.step > 20)
+        sleeper = members(run)[0]
+        pid = pid_of(workers, sleeper)
+        os.kill(pid, signal.SIGSTOP)  # on somebody else's cluster nobody is killed
+        try:
+            wait_for(run, lambda: run.history.of(Recovered), 40)
+        finally:
+            os.kill(pid, signal.SIGCONT)
+        run.wait(LIMIT, progress=False)
+        assert sleeper not in members(run)
+        assert_as_if_nothing_had_happened(run, undisturbed)
+        again = train(workers, tmp_path, workers=1, steps=4)
+        again.wait(LIMIT, progress=False)
+        assert sleeper in workers.names  # awake, it serves the next run
+
+
+# --- nobody is left
+
+
+def test_when_all_die_the_run_fails_in_words_and_another_pool_goes_on(
+    tmp_path: Path, undisturbed: pk.Run, nothing_left: None
+) -> None:
+    with pk.connect(2) as workers:
+        run = train(workers, tmp_path)
+        wait_for(run, lambda: run.model_step > 20)
+        for name in workers.names:
+            os.kill(pid_of(workers, name), signal.SIGKILL)
+        with pytest.raises(RunFailed, match="workers died") as caught:
+            run.wait(30, progress=False)
+        assert "resume=run" in str(caught.value)
+    assert run.status == "failed"
+    assert 20 < run.step == run.model_step == len(run.history.steps)
+    with pk.connect("inline") as inline:
+        rest = train(inline, tmp_path, workers=3, resume=run).wait(LIMIT, progress=False)
+    assert rest.history.steps[0].step == run.step
+    joined = [*run.history.losses, *rest.history.losses]
+    assert joined == pytest.approx(undisturbed.history.losses.tolist(), abs=1e-5)
+    assert any(f"Going on from step {run.step}: failed run" in said.text for said in rest.history.of(Said))
+
+
+def test_when_the_scheduler_goes_the_run_fails_in_words(tmp_path: Path) -> None:
+    cluster = LocalCluster(n_workers=2, threads_per_worker=1, host="127.0.0.1", dashboard_address=None,
+                           silence_logs=60)  # fmt: skip
+    with cluster, pk.connect(cluster) as workers:
+        run = train(workers, tmp_path, steps=100_000)
+        wait_for(run, lambda: run.model_step > 20)
+        cluster.close()
+        with pytest.raises(RunFailed):
+            run.wait(60, progress=False)
+    assert run.step == run.model_step > 20
+
+
+# --- numbers that are none
+
+
+def explosive(on: pk.Workers, rate: float, **how: Any) -> pk.Run:
+    torch.manual_seed(0)
+    return pk.train(
+        torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Linear(64, 10)), DIGITS.train, on=on,
+        loss=torch.nn.MSELoss() if how.pop("regression", False) else None,
+        optimizer=partial(torch.optim.SGD, lr=rate), **{"steps": 400, "batch_size": 256} | how,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["inline", "AllReduce", "MapReduce"])
+def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_last_good_state(
+    pool: pk.Workers, inline: pk.Workers, kind: str
+) -> None:
+    strategy = pk.strategies.MapReduce() if kind == "MapReduce" else pk.strategies.AllReduce()
+    run = explosive(inline if kind == "inline" else pool, 1e4, workers=2, strategy=strategy)
+    with pytest.raises(Diverged, match=r"not finite|is (nan|inf)") as caught:
+        run.wait(LIMIT, progress=False)
+    told = str(caught.value)
+    assert "at learning rate 10000" in told
+    assert f"of step {run.model_step}" in told
+    assert all(torch.isfinite(p).all() for p in run.model.parameters())
+    assert run.status == "failed"
+    assert run.history.of(RunEnd)[0].reason == told
+
+
+def test_told_so_a_run_goes_on_without_numbers(inline: pk.Workers) -> None:
+    run = explosive(inline, 1e4, on_nonfinite="continue", steps=60).wait(LIMIT, progress=False)
+    assert run.status == "finished"
+    assert not torch.isfinite(torch.from_numpy(run.history.losses)).all()
+
+
+def test_after_a_divergence_a_lower_rate_goes_on(inline: pk.Workers) -> None:
+    run = explosive(inline, 1e4)
+    with pytest.raises(Diverged):
+        run.wait(LIMIT, progress=False)
+    rest = explosive(inline, 1e4, resume=run, learning_rate=1e-4, steps=run.step + 5)
+    rest.wait(LIMIT, progress=False)
+    assert [step.learning_rate for step in rest.history.steps] == [1e-4] * 5
+
+
+# --- going on
+
+
+def test_a_run_that_goes_on_cannot_be_resumed_and_neither_can_a_finished_one(inline: pk.Workers) -> None:
+    run = pk.train(torch.nn.Linear(64, 10), DIGITS.train, on=inline, steps=100_000)
+    with pytest.raises(RunError, match="nothing to go on from yet"):
+        run.kept_state()
+    wait_for(run, lambda: run.step > 0)
+    run.stop()
+    run.wait(LIMIT, progress=False)
+    with pytest.raises(InputError, match="steps already"):
+        pk.train(torch.nn.Linear(64, 10), DIGITS.train, on=inline, steps=run.step, resume=run)
+    with pytest.raises(InputError, match="which no run can go on from"):
+        pk.train(torch.nn.Linear(64, 10), DIGITS.train, on=inline, resume=3)
+
+
+assert SlowWorker  # see test_stragglers
