@@ -127,7 +127,8 @@ def train(
         What to do when the loss or a parameter is NaN or infinite: stop the run at that step and keep the last good
         state, or go on all the same.
     checkpoint : str or path, optional
-        A folder, or a URL that fsspec knows, to save the state to: plain tensors and JSON.
+        A folder, or a URL that fsspec knows, to save the state to: plain tensors and JSON. One run at a time saves to
+        a folder.
     checkpoint_seconds : float
         How often to save; the state of the end is saved too.
     checkpoint_keep : int
@@ -249,6 +250,8 @@ def plan(
         lambda chunk: held_out.take(validation_pieces[chunk]) if held_out is not None else _nothing(),
         float(limit_seconds),
     )  # fmt: skip
+    if active > pool.size:  # virtual workers, which come into being when they are needed
+        pool.grow(active)
     members = pool.names[:active]
     roster = _roster(members, order, validation_pieces)
     start = RunStart(

@@ -187,7 +187,7 @@ class Soak:
         deadline = time.monotonic() + seconds
         while not condition():
             if time.monotonic() > deadline:
-                raise TimeoutError(f"Not within {seconds:g} s: {what}.")
+                raise TimeoutError(f"Not within {seconds:g} s: {what}: {self._pool._cluster.workers}")
             time.sleep(0.05)
 
 

@@ -25,7 +25,7 @@ def panel(
     on: Workers | None = None,
     workers: int | None = None,
     baselines: bool = True,
-    tour: bool = False,
+    tour: bool | None = None,
     block: bool = False,
     **options: Any,
 ) -> Panel:
@@ -43,8 +43,8 @@ def panel(
         Whether the panel measures what speed is relative to, as the run begins: plain PyTorch with all cores, for
         about two seconds between two segments; and one worker, by letting the run go on with one for about as long.
         That changes when the run ends, but not what it computes.
-    tour : bool
-        Whether to visit every worker count right after the start.
+    tour : bool, optional
+        Whether to visit every worker count right after the start. Default: only where nobody can press the button.
     block : bool
         For front ends whose widgets do not hear from a thread: start at once, show plain pictures, and return when
         the run has ended. The slider is not shown, because it could not be heard.
@@ -71,7 +71,7 @@ def panel(
     panel that it made before, and stops a run that this one had started, since nobody could reach it.
 
     Where nobody can press a button (nbconvert, papermill), set the environment variable ``PARAKIT_HANDS_FREE=1``:
-    every panel then behaves as with ``block=True, tour=True``.
+    every panel then behaves as with ``block=True``, and with ``tour=True`` unless that is given.
 
     Examples
     --------
@@ -83,15 +83,15 @@ def panel(
     <Panel (closed): <Run finished: step 12 of 12, ...>>
     """
     if os.environ.get(_HANDS_FREE, "") not in ("", "0"):
-        block = tour = True
+        block, tour = True, tour is None or tour
     if isinstance(subject, Run):
         refuse_options({"data": data, "on": on, "workers": workers, **options})
-        made = Panel(subject.pool, subject, None, settings_of(subject), baselines, tour)
+        made = Panel(subject.pool, subject, None, settings_of(subject), baselines, bool(tour))
     else:
         _check_subject(subject, data, on)
         assert on is not None  # as checked
         draft = Draft(subject, data, on, workers, options)
-        made = Panel(on, None, draft, draft.settings, baselines, tour)
+        made = Panel(on, None, draft, draft.settings, baselines, bool(tour))
     made.open(block=block)
     return made
 

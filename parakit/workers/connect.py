@@ -52,7 +52,7 @@ def connect(
     Raises
     ------
     WorkerCountError
-        For a number below 1.
+        For a number below 1, or more processes than fit into this machine's memory.
     InputError
         For something that workers cannot be reached by.
     ConnectError

@@ -46,9 +46,10 @@ class InlineWorkers(Workers):
         return DEFAULT_CHUNKS
 
     def check_count(self, count: Any, *, most: int | None = None) -> int:
-        """As for any pool; but virtual workers come into being when they are asked for."""
+        """As for any pool; but virtual workers come into being when a run asks for more than there are."""
         checked = super().check_count(count, most=max(self.most, most or 0))
-        self.grow(checked)
+        if most is not None:  # a run that goes on: one that is only being planned may still be refused
+            self.grow(checked)
         return checked
 
     def grow(self, count: int) -> None:

@@ -125,7 +125,10 @@ class DaskWorkers(Workers):
                 "This pool cannot grow: it was connected by an address.",
                 remedy="start more workers on the cluster, or connect with its Cluster object",
             )
-        self._cluster.scale(count)
+        # To scale is to shrink where the cluster counts on more: some of them may only be away for a moment.
+        planned = len(getattr(self._cluster, "plan", ()))
+        if count > planned:
+            self._cluster.scale(count)
 
     def open(self, job: Job) -> DaskCrew:
         """Begin a run."""
