@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from parakit.checking import check_rate
+from parakit.checking import check_rate, plain
 from parakit.conducting import Conductor
 from parakit.errors import InputError, RunEnded, RunError, WaitTimeout, WorkerCountError
 from parakit.events import Asked, History, StepDone
@@ -159,7 +159,7 @@ class Run:
             If the run is over.
         """
         self._check_going("resize")
-        count = self._pool.check_count(workers, most=self._pool.most)
+        count = self._pool.check_count(plain(workers), most=self._pool.most)
         check_chunks(count, len(self._plan.roster.training.sizes))
         self._wish("resize", count, lambda wishes: wishes.aim(count))
 
@@ -241,6 +241,7 @@ class Run:
         RunError
             If it is paused and no timeout was given, as nothing would ever end the wait.
         """
+        timeout = plain(timeout)
         if timeout is not None and (isinstance(timeout, bool) or not isinstance(timeout, int | float) or timeout < 0):
             raise InputError(f"timeout is {timeout!r}; it must be a number of seconds, or None.")
         wishes = self._wishes

@@ -78,9 +78,9 @@ class DaskCrew:
         try:
             self._pool.make_ready(roster.members)
             order = self._job.run_id, self._blob, self._pool.threads
-            made = self._submit(newcomers, resident.prepare, lambda _: order)
+            # Who hangs is found by these orders, before data are sent, which nobody watches over.
+            self._answers(self._submit(newcomers, resident.prepare, lambda _: order), self.patience(_SETTING_UP))
             self._brought[roster.generation] = self._load_for(roster)
-            self._answers(made, self.patience(_SETTING_UP))
         finally:
             self._touched.update(newcomers)
             if self._released:  # the run ended meanwhile, so nobody else will tell them
