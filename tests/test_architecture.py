@@ -41,7 +41,7 @@ ROOMS = (
     ),
     ("parakit.strategies", "parakit.workers.inline", "parakit.workers.resident", "parakit.checkpoints.saver"),
     ("parakit.workers.warm", "parakit.workers.dask", "parakit.workers.dask.rendezvous", "parakit.checkpoints"),
-    ("parakit.workers.dask.driver",),
+    ("parakit.workers.dask.driver", "parakit.workers.dask.mapping"),
     ("parakit.workers.dask.crew",),
     ("parakit.workers.dask.pool", "parakit.workers.dask.local"),
     ("parakit.workers.dask.reaching",),

@@ -249,6 +249,19 @@ def test_recovery_takes_less_than_a_second(three: pk.Workers, tmp_path: Path) ->
     assert statistics.median(delays) < 1.0
 
 
+@pytest.mark.parametrize("kind", ["kill", "stop"])
+def test_pk_evaluate_survives_the_loss_of_a_worker(three: pk.Workers, tmp_path: Path, kind: str) -> None:
+    model = MortalNet(tmp_path, 0.1)
+    expected = pk.evaluate(model, DIGITS.test, on=three)
+    armed = arm(tmp_path, "evaluate", kind)
+    began = time.monotonic()
+    found = pk.evaluate(model, DIGITS.test, on=three)
+    assert not armed.exists()
+    assert (found.samples, found.accuracy) == (expected.samples, expected.accuracy)
+    assert found.loss == pytest.approx(expected.loss, rel=1e-6)
+    assert time.monotonic() - began < 25  # ten seconds without a sign of life, where a process is stopped
+
+
 # --- a worker is taken away, or hangs
 
 

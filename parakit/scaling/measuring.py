@@ -21,6 +21,7 @@ __all__ = ["measure_plain", "plain_trial"]
 
 _BATCHES = 4  # enough for rows to come from memory, as they do in training, and little to send
 _LOOK_SECONDS = 0.1
+_PATIENCE = 3  # times the limit of a worker's silence, since nobody knows how long a step takes
 _FAREWELL_SECONDS = 0.5  # a trial in this process ends within a step
 
 
@@ -47,7 +48,7 @@ def measure_plain(pool: Workers, job: Job, now: Callable[[], float], stopping: C
         If it failed.
     """
     trial = plain_trial(job)
-    trying = in_thread(pool.map, plain.measure, [trial], job.limit_seconds + plain.MOST_SECONDS)
+    trying = in_thread(pool.map, plain.measure, [trial], _PATIENCE * job.limit_seconds + plain.MOST_SECONDS)
     while not trying.done():
         if stopping():
             plain.halt(trial.name)

@@ -341,10 +341,11 @@ class DaskCrew:
         self._give_up(outcome)
         if outcome.gone:
             raise self._lost(set(outcome.gone))
-        if outcome.hung:
-            told = "; ".join(f"{self.label(m)} {seen}" for m, seen in outcome.hung.items())
+        hang = {**outcome.late, **outcome.hung}
+        if hang:
+            told = "; ".join(f"{self.label(m)} {seen}" for m, seen in hang.items())
             raise WorkerLost(
-                f"{len(outcome.hung)} of {len(self.members)} workers hang: {told}.",
+                f"{len(hang)} of {len(self.members)} workers hang: {told}.",
                 cause="a stopped process, code that waits for ever, or a worker that is busy with other tasks",
                 remedy="if steps or loading take that long, allow more: train(..., limit_seconds=...)",
             )
@@ -353,7 +354,7 @@ class DaskCrew:
         """Let go of orders that nobody will carry out, and of workers that hang."""
         if outcome.waiting:
             self._client.cancel(list(outcome.waiting))
-        self._pool.banish(outcome.hung)
+        self._pool.banish({**outcome.late, **outcome.hung})
 
     def _lost(self, gone: set[str]) -> WorkerLost:
         names = ", ".join(sorted(self.label(m) for m in gone))

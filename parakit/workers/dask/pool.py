@@ -21,6 +21,7 @@ from parakit.machine import in_thread
 from parakit.workers.base import Job, Workers
 from parakit.workers.dask import rendezvous
 from parakit.workers.dask.crew import DaskCrew
+from parakit.workers.dask.mapping import map_on
 from parakit.workers.messages import Pulse
 
 __all__ = ["DaskWorkers"]
@@ -174,26 +175,7 @@ class DaskWorkers(Workers):
     def map(self, function: Callable[[Any], Any], items: Sequence[Any], limit_seconds: float) -> list[Any]:
         """Apply an importable function to items, on the workers."""
         self.check_open()
-        self.make_ready(self.names)
-        placed = self.client.scatter(list(items), hash=False)
-        futures = self.client.map(function, placed, pure=False, retries=2)
-        _, waiting = self.wait(futures, limit_seconds)
-        if waiting:
-            self.client.cancel(list(waiting))
-            raise WorkerLost(
-                f"{len(waiting)} of {len(futures)} tasks were not done in {limit_seconds:g} s.",
-                cause="workers that are busy, hang, or have gone",
-            )
-        results: list[Any] = self.client.gather(futures)
-        return results
-
-    def wait(self, futures: Iterable[Any], limit_seconds: float) -> tuple[set[Any], set[Any]]:
-        """Wait for futures up to a limit; which are done, and which are not."""
-        every = list(futures)
-        with contextlib.suppress(TimeoutError, *_CANCELLED), self.client.as_current():
-            wait(every, timeout=limit_seconds)
-        done = {future for future in every if future.done()}
-        return done, set(every) - done
+        return map_on(self, function, items, limit_seconds)
 
     def wait_for_one(self, futures: Sequence[Any], limit_seconds: float) -> list[Any]:
         """Wait until one of some futures is done, up to a limit; those that are not."""

@@ -58,11 +58,14 @@ class Outcome:
         Members that the scheduler does not know any more.
     hung : mapping of str to str
         Members that hang, and what was seen.
+    late : mapping of str to str
+        Members that have not carried out their order in the whole time that it may take, whatever they do.
     """
 
     waiting: tuple[Future[Any], ...] = ()
     gone: frozenset[str] = frozenset()
     hung: Mapping[str, str] = field(default_factory=dict)
+    late: Mapping[str, str] = field(default_factory=dict)
 
 
 def watch(
@@ -108,9 +111,9 @@ class _Watch:
             gone = frozenset(self._members) - set(self._pool.names)
             if gone and self._is_settled(gone):
                 return Outcome(tuple(self._waiting), gone=gone)
-            hung = {} if gone else self._hung()
-            if hung:
-                return Outcome(tuple(self._waiting), hung=hung)
+            late, hung = ({}, {}) if gone else (self._late(), self._hung())
+            if late or hung:
+                return Outcome(tuple(self._waiting), hung=hung, late=late)
             look = _CLOSE_LOOK_SECONDS if gone or len(self._waiting) < every else _LOOK_SECONDS
 
     def _excuse(self, late_seconds: float) -> None:
@@ -132,12 +135,17 @@ class _Watch:
     def _workers_on(self, futures: Sequence[Future[Any]]) -> set[str]:
         return {self._owners[future] for future in futures} if self._owners else set(self._members)
 
+    def _late(self) -> dict[str, str]:
+        whole = self._limits.whole_seconds
+        if time.monotonic() < self._began + whole:
+            return {}
+        suspects = sorted(self._workers_on(self._waiting))
+        blamed = [m for m in suspects if not self._pulses.waits(m)] or suspects
+        return dict.fromkeys(blamed, f"did not carry out an order within {whole:.1f} s")
+
     def _hung(self) -> dict[str, str]:
         now, limits = time.monotonic(), self._limits
         suspects = sorted(self._workers_on(self._waiting))
-        if now > self._began + limits.whole_seconds:
-            blamed = [m for m in suspects if not self._pulses.waits(m)] or suspects
-            return dict.fromkeys(blamed, f"did not carry out an order within {limits.whole_seconds:.1f} s")
         if now < self._next_pulse:
             return {}
         self._next_pulse = now + limits.pulse_seconds / _PULSES_IN_LIMIT
