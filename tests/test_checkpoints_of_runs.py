@@ -191,7 +191,7 @@ for line in sys.stdin:
 @pytest.mark.slow
 @pytest.mark.timeout(240)
 def test_after_50_kills_there_is_always_a_checkpoint_as_young_as_promised(tmp_path: Path, inline: pk.Workers) -> None:
-    every, slack = 0.15, 0.75  # seconds; a segment, and what a machine with other work to do may take to write
+    every, slack = 0.1, 0.75  # seconds; a segment, and what a machine with other work to do may take to write
     folder, chance = tmp_path / "saved", random.Random(0)
     folder.mkdir()
     loaded = []
@@ -202,7 +202,7 @@ def test_after_50_kills_there_is_always_a_checkpoint_as_young_as_promised(tmp_pa
         assert process.stdin is not None
         assert process.stdout is not None
         for _ in range(50):
-            process.stdin.write(f"{chance.uniform(0.2, 1.1)}\n")
+            process.stdin.write(f"{chance.uniform(0.1, 0.6)}\n")
             seen: list[tuple[float, int]] = []
             while not (line := process.stdout.readline()).startswith("killed"):
                 at, step = line.split()
@@ -215,7 +215,7 @@ def test_after_50_kills_there_is_always_a_checkpoint_as_young_as_promised(tmp_pa
         process.stdin.close()
         assert process.wait(30) == 0
     assert loaded == sorted(loaded)
-    assert loaded[-1] > 100
+    assert loaded[-1] > 50
     rest = train(inline, steps=loaded[-1] + 3, validation=None, resume=folder).wait(LIMIT, progress=False)
     assert [step.step for step in rest.history.steps] == [loaded[-1] + n for n in range(3)]
     assert json.dumps(rest.plan.identity)

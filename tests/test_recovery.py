@@ -17,9 +17,10 @@ from distributed import Client, LocalCluster
 
 import parakit as pk
 from parakit.errors import Diverged, InputError, RunError, RunFailed
-from parakit.events import Recovered, RunEnd, Said, SlowWorker, WorkersLost
+from parakit.events import Recovered, RunEnd, Said, WorkersLost
 from parakit.workers import resident
 from parakit.workers.dask.crew import DaskCrew
+from tests.conftest import leftovers, standing
 from tests.mortal import MortalAllReduce, MortalNet, MortalSGD, arm
 from tests.test_exact import wait_for
 
@@ -47,17 +48,20 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> pk.Run:
 
 
 @pytest.fixture(scope="module")
-def trio() -> Iterator[pk.Workers]:
-    """Three local processes that may die."""
-    with pk.connect(3) as workers:
+def mortals() -> Iterator[pk.Workers]:
+    """Four local processes that may die."""
+    before = standing()
+    with pk.connect(4) as workers:
         yield workers
+    left = leftovers(before)
+    assert not left, f"the pool left behind: {left}"
 
 
 @pytest.fixture
-def three(trio: pk.Workers) -> pk.Workers:
-    """Three local processes, all of them there again."""
-    until(lambda: trio.size == 3, 60)
-    return trio
+def three(mortals: pk.Workers) -> pk.Workers:
+    """A pool with three local processes at least; another may still be coming back from the test before."""
+    until(lambda: mortals.size >= 3, 60)
+    return mortals
 
 
 def until(condition: Callable[[], Any], seconds: float = 30) -> None:
@@ -144,7 +148,7 @@ def test_a_worker_that_is_killed_while_its_chunks_travel(
 ) -> None:
     run = train(three, tmp_path, workers=2)
     wait_for(run, lambda: run.step > 20)
-    victim = next(name for name in three.names if name not in members(run))
+    victim = next(name for name in three.names if name not in members(run))  # the next one to be taken in
     pid = pid_of(three, victim)
     place = DaskCrew._place
     killed = []
@@ -207,7 +211,7 @@ def test_a_wish_for_more_while_some_are_away_does_not_shrink_the_pool(three: pk.
     until(lambda: three.size == 1)
     run.resize(2)
     wait_for(run, lambda: run.world_size == 2, 60)
-    until(lambda: three.size == 3, 60)
+    until(lambda: three.size == 4, 60)
     run.stop()
     run.wait(LIMIT, progress=False)
 
@@ -230,8 +234,8 @@ def test_a_paused_run_notices_a_death_and_stays_paused(three: pk.Workers, tmp_pa
 def test_recovery_takes_less_than_a_second(three: pk.Workers, tmp_path: Path) -> None:
     run = train(three, tmp_path, steps=100_000)
     delays = []
-    for _ in range(5):
-        until(lambda: three.size == 3, 60)
+    for _ in range(3):
+        until(lambda: three.size >= 3, 60)
         wait_for(run, lambda: run.world_size == 2, 60)
         seen = run.step
         wait_for(run, lambda seen=seen: run.step > seen + 20)
@@ -324,7 +328,7 @@ def test_a_worker_that_wakes_up_later_does_not_disturb(
     borrowed: LocalCluster, tmp_path: Path, undisturbed: pk.Run
 ) -> None:
     with pk.connect(borrowed) as workers:
-        run = train(workers, tmp_path, limit_seconds=2)
+        run = train(workers, tmp_path, limit_seconds=1)
         wait_for(run, lambda: run.step > 20)
         sleeper = members(run)[0]
         pid = pid_of(workers, sleeper)
@@ -365,7 +369,7 @@ def test_when_all_die_the_run_fails_in_words_and_another_pool_goes_on(
     assert any(f"Going on from step {run.step}: failed run" in said.text for said in rest.history.of(Said))
 
 
-def test_when_the_scheduler_goes_the_run_fails_in_words(tmp_path: Path) -> None:
+def test_when_the_scheduler_goes_the_run_fails_in_words(tmp_path: Path, nothing_left: None) -> None:
     cluster = LocalCluster(n_workers=2, threads_per_worker=1, host="127.0.0.1", dashboard_address=None,
                            silence_logs=60)  # fmt: skip
     with cluster, pk.connect(cluster) as workers:
@@ -434,6 +438,3 @@ def test_a_run_that_goes_on_cannot_be_resumed_and_neither_can_a_finished_one(inl
         pk.train(torch.nn.Linear(64, 10), DIGITS.train, on=inline, steps=run.step, resume=run)
     with pytest.raises(InputError, match="which no run can go on from"):
         pk.train(torch.nn.Linear(64, 10), DIGITS.train, on=inline, resume=3)
-
-
-assert SlowWorker  # see test_stragglers

@@ -34,7 +34,7 @@ def test_a_button_kills_a_worker_and_the_run_goes_on(
     notebook.wait_for_text("Training: 2 workers active", cell=cell)
 
     notebook.click_button("Kill a worker", cell=cell)
-    notebook.wait_for_text("worker 0 died", cell=cell)
+    notebook.wait_for_text("1 of 2 workers died: worker 0", cell=cell)
     notebook.wait_for_text("Going on from step", cell=cell)
     notebook.wait_for_text("2 workers again since step", cell=cell)  # the one that stood by has taken the place
     notebook.wait_for_text("Training: 2 workers active", cell=cell)

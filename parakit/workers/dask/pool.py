@@ -251,6 +251,9 @@ class DaskWorkers(Workers):
 def _close_quietly(thing: Any) -> None:
     with contextlib.suppress(Exception):
         thing.close(timeout=_CLOSE_SECONDS)
+    if isinstance(thing, Client):  # one that closed by itself, when its scheduler went, has left its event loop running
+        with contextlib.suppress(Exception):
+            thing._loop_runner.stop()
 
 
 def _of_no_concern(record: logging.LogRecord) -> bool:
