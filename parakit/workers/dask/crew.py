@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future as LocalFuture
 from contextlib import suppress
@@ -30,6 +31,7 @@ __all__ = ["DaskCrew"]
 
 _Held = tuple[tuple[int, ...], tuple[int, ...]]
 
+_FETCH_SECONDS = 0.2  # after which a fetch looks whether everybody is still there
 _DISMISS_SECONDS = 5.0  # how long a member may take to let go of a run
 # Times the limit for which code may make no progress:
 _SETTING_UP = 3.0  # while data and recipes are unpacked
@@ -325,15 +327,24 @@ class DaskCrew:
     def _fetched(self, futures: Mapping[str, Future[Any]]) -> dict[str, Answer]:
         """The answers of futures that are done: all in one request, or one by one if any is lost."""
         fetching = in_thread(self._client.gather, list(futures.values()))
-        try:
-            return dict(zip(futures, fetching.result(self._job.limit_seconds), strict=True))
-        except TimeoutError as error:
+        deadline = time.monotonic() + self._job.limit_seconds
+        while time.monotonic() < deadline:
+            try:
+                return dict(zip(futures, fetching.result(_FETCH_SECONDS), strict=True))
+            except TimeoutError:
+                # Who died after answering took the answer along, and Dask waits for somebody to compute it again.
+                gone = set(futures) - set(self._pool.names)
+                if gone:
+                    self._client.cancel([futures[member] for member in gone])
+                    break
+            except Exception:
+                break
+        else:
             raise WorkerLost(
                 f"{len(futures)} answers could not be fetched within {self._job.limit_seconds:g} s.",
                 cause="a worker that hangs since it answered",
-            ) from error
-        except Exception:
-            return {member: settled(future, self._job.limit_seconds) for member, future in futures.items()}
+            )
+        return {member: settled(future, self._job.limit_seconds) for member, future in futures.items()}
 
     def watch(self, futures: Sequence[Future[Any]], members: Sequence[str], limits: Limits | None = None) -> None:
         """Wait until futures are done, as long as those who work on them are there and do not hang."""
