@@ -202,7 +202,7 @@ def test_after_50_kills_there_is_always_a_checkpoint_as_young_as_promised(tmp_pa
         assert process.stdin is not None
         assert process.stdout is not None
         for _ in range(50):
-            process.stdin.write(f"{chance.uniform(0.1, 0.6)}\n")
+            process.stdin.write(f"{chance.uniform(0.1, 0.45)}\n")
             seen: list[tuple[float, int]] = []
             while not (line := process.stdout.readline()).startswith("killed"):
                 at, step = line.split()

@@ -23,6 +23,9 @@ A_MACHINES_PATH = re.compile(
     r"|site-packages|\.venv"
 )
 
+# These are run from top to bottom in a real browser: tests/browser.
+RUN_IN_A_BROWSER = {"00_start_here", "01_control_room"}
+
 each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 
 
@@ -34,7 +37,9 @@ def test_there_are_notebooks() -> None:
 @pytest.mark.notebook
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-@each_notebook
+@pytest.mark.parametrize(
+    "path", [path for path in NOTEBOOKS if path.stem not in RUN_IN_A_BROWSER], ids=lambda path: path.stem
+)
 def test_runs_from_top_to_bottom(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PARAKIT_SMALL", "1")
     monkeypatch.setenv("PARAKIT_HANDS_FREE", "1")  # nobody presses a panel's buttons

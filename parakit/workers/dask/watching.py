@@ -23,7 +23,7 @@ __all__ = ["Limits", "Outcome", "watch"]
 
 _LOOK_SECONDS = 0.5  # how often a wait looks whether everybody is still there
 _CLOSE_LOOK_SECONDS = 0.05  # once some are done and others are not: a partner may just have died
-_GRACE_SECONDS = 5.0  # survivors raise well within this after a partner died
+_GRACE_SECONDS = 3.0  # survivors raise well within this after a partner died
 _PULSES_IN_LIMIT = 8
 
 
