@@ -14,6 +14,7 @@ import argparse
 import os
 import platform
 import random
+import shutil
 import signal
 import statistics
 import sys
@@ -72,16 +73,16 @@ class Soak:
     def __init__(self, pool: Any, seed: int) -> None:
         self._pool = pool
         self._random = random.Random(seed)
-        self._folder = Path(tempfile.mkdtemp(prefix="parakit-soak-"))
+        self.folder = Path(tempfile.mkdtemp(prefix="parakit-soak-"))
         self._asleep: set[int] = set()
         self.tally = Tally()
         with pk.connect("inline") as inline:
             self._reference = self._train(inline, 2, pause_seconds=0.0).wait(RUN_SECONDS, progress=False)
 
     def _train(self, on: Any, workers: int, pause_seconds: float = 0.003) -> pk.Run:
-        folder = str(self._folder)
+        folder = str(self.folder)
         return pk.train(
-            MortalNet(self._folder, pause_seconds), pk.datasets.digits().train, on=on, workers=workers, steps=STEPS,
+            MortalNet(self.folder, pause_seconds), pk.datasets.digits().train, on=on, workers=workers, steps=STEPS,
             batch_size=256, optimizer=lambda p: MortalSGD(p, folder), limit_seconds=LIMIT_SECONDS,
         )  # fmt: skip
 
@@ -208,6 +209,7 @@ def soak(faults: int, seed: int, seconds: float) -> Tally:
         tally = soaking.tally
         while sum(tally.faults.values()) < faults and time.monotonic() < deadline and not tally.wrong:
             soaking.one_run(min(10, faults))
+    shutil.rmtree(soaking.folder)
     left = leftovers(before)
     if left:
         soaking.tally.wrong.append(f"left behind: {left}")
