@@ -9,7 +9,7 @@ import re
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -43,6 +43,7 @@ from parakit.plots import live
 from tests.test_course import followed, segments, started
 from tests.test_exact import Slowed, wait_for
 from tests.test_run import FailsLate
+from tests.waiting import until
 
 LIMIT = 30
 PANEL = importlib.import_module("parakit.control_room.panel")  # the package has a function of that name
@@ -56,13 +57,6 @@ def net() -> nn.Module:
 
 def endless(on: pk.Workers, **how: Any) -> pk.Run:
     return pk.train(net(), DIGITS, on=on, **{"steps": 100_000} | how)
-
-
-def until(condition: Callable[[], Any], seconds: float = 15) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, f"nothing happened in {seconds} s"
-        time.sleep(0.01)
 
 
 @contextmanager

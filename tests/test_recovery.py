@@ -6,7 +6,7 @@ import os
 import signal
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from parakit.workers.dask import mapping
 from parakit.workers.dask.crew import DaskCrew
 from tests.mortal import MortalAllReduce, MortalNet, MortalSGD, arm
 from tests.test_exact import wait_for
+from tests.waiting import until
 
 pytestmark = [pytest.mark.dask, pytest.mark.timeout(180)]
 LIMIT = 90
@@ -59,13 +60,6 @@ def three(mortals: pk.Workers) -> pk.Workers:
     """A pool with three local processes at least; another may still be coming back from the test before."""
     until(lambda: mortals.size >= 3, 60)
     return mortals
-
-
-def until(condition: Callable[[], Any], seconds: float = 30) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, f"nothing happened in {seconds} s"
-        time.sleep(0.01)
 
 
 def pid_of(on: pk.Workers, address: str) -> int:
@@ -205,7 +199,7 @@ def test_a_wish_for_more_while_some_are_away_does_not_shrink_the_pool(three: pk.
     for name in three.names:
         if name not in members(run):
             os.kill(pid_of(three, name), signal.SIGKILL)
-    until(lambda: three.size == 1)
+    until(lambda: three.size == 1, 30)
     run.resize(2)
     wait_for(run, lambda: run.world_size == 2, 60)
     until(lambda: three.size == 4, 60)

@@ -140,12 +140,12 @@ class DaskCrew:
         standings = self._those_who_answer(orders, self.patience(_SETTING_UP))
         self._generation, self.members = generation, tuple(standings)
         self._held = {m: (standing.training, standing.validation) for m, standing in standings.items()}
-        self._intact = tuple(m for m, standing in standings.items() if standing.intact)[:1]
         if self._driver is not None:
-            self._intact = ()  # the state is the driver's, and everybody gets it anew
             intact = self.members if self._driver.replica.fall_back(step) else ()
+            self._intact = ()  # the state is the driver's, and everybody gets it anew
         else:
             intact = tuple(m for m, standing in standings.items() if standing.intact)
+            self._intact = intact[:1]  # from whom all others get it
         return Remnant(
             {m: held for m, (held, _) in self._held.items()}, {m: held for m, (_, held) in self._held.items()}, intact
         )
@@ -191,13 +191,13 @@ class DaskCrew:
             ) from error
 
     def _orders(self, roster: Roster, member: str) -> Orders:
-        validation = roster.validation.chunks_of if roster.validation else {}
+        training, validation = _chunks_of(roster)[member]
         host = member.split("://")[-1].rsplit(":", 1)[0].strip("[]")
         # Whoever hangs is found by its pulse, and killed where that is possible; otherwise this limit frees the others.
         limit = self.patience().progress_seconds
         return Orders(
             roster.generation, roster.members.index(member), len(roster.members), host, limit,
-            roster.training.chunks_of[member], validation.get(member, ()), self._resident,
+            training, validation, self._resident,
         )  # fmt: skip
 
     def _board(self, roster: Roster) -> WorkerBoard:
