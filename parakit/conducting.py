@@ -16,12 +16,13 @@ from torch import nn
 
 from parakit.accounts import steps_done
 from parakit.checkpoints import Saver
+from parakit.commits import State, copy_state
 from parakit.errors import Diverged, ParakitError, RunError, RunFailed, WorkerLost
 from parakit.events import EpochEnded, History, RunEnd, Said, SegmentDone, StepDone
 from parakit.keeping import Keeper
 from parakit.membership import Membership
 from parakit.plans import Plan, Resumption
-from parakit.replica import Replica, State, copy_state
+from parakit.replica import Replica
 from parakit.scaling.measuring import measure_plain
 from parakit.stragglers import Stragglers
 from parakit.wishes import Wishes
@@ -132,12 +133,15 @@ class Conductor:
         return self._membership.form(resumption.step, resumption.state)
 
     def _recover(self, loss: WorkerLost) -> None:
-        """Go back to the last commit, or else to the newest copy on this side."""
-        self.step = self._membership.recover(loss, self.step, self._kept)
+        """Go back to the last commit, or else to the newest state that is left."""
+        self.step = self._membership.recover(loss, self.step, self._newest_left)
         self._epochs = min(self._epochs, self.step // self._plan.job.recipe.order.steps_per_epoch)
 
-    def _kept(self) -> State:
-        """The newest state on this side."""
+    def _newest_left(self) -> State:
+        """The newest state that is left although nobody is who has it: lost workers', or the copy on this side."""
+        state = self._membership.salvage(self.step)
+        if state is not None and int(state["step"]) >= self._keeper.step:
+            self._keeper.take(state)
         return self._keeper.state or self._first()
 
     def _first(self) -> State:
@@ -250,10 +254,11 @@ class Conductor:
         self._keeper.keep(self._membership.crew, self.step, self.now(), final=final)
 
     def _rescue(self, error: Exception) -> None:
-        """After a failure: fetch the last commit, if a worker is left that has it; a state that diverged is none."""
+        """After a failure: fetch the last commit, or what is left of it; a state that diverged is none."""
         try:
             self._keeper.take(self._membership.crew.state())
         except Exception:
+            self._newest_left()
             if self._keeper.step < self.step:
                 kept = self._keeper.step
                 self._say(f"With the workers, the state of step {self.step} is lost; that of step {kept} is kept.")

@@ -10,7 +10,8 @@ from collections.abc import Callable
 from torch import nn
 
 from parakit.checkpoints import Saver
-from parakit.replica import State, load_model_state
+from parakit.commits import State
+from parakit.replica import load_model_state
 from parakit.workers.base import Crew
 
 __all__ = ["Keeper"]

@@ -14,10 +14,10 @@ from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
 
+from parakit.commits import State
 from parakit.errors import WorkerLost
 from parakit.events import History, Recovered, Resized, Said, WorkersLost
 from parakit.plans import Plan
-from parakit.replica import State
 from parakit.wishes import Wishes
 from parakit.workers.base import Crew, Remnant, Roster, Workers
 
@@ -96,6 +96,10 @@ class Membership:
         if self._opened is not None:
             self._opened.release()
 
+    def salvage(self, step: int) -> State | None:
+        """The newest state, of at most a step, that is left although its workers are not; None if there is none."""
+        return None if self._opened is None else self._opened.salvage(step)
+
     def form(self, step: int, state: State | None) -> bool:
         """Form the first group, from a state or the beginning; says whether the run was not stopped before that."""
         if not self._await(self.crew.prepare(self.roster), self.roster, lambda: self._wishes.stopping):
@@ -147,12 +151,12 @@ class Membership:
         step : int
             Committed steps.
         kept : callable
-            Gives the newest state on the notebook's side, for when no worker is left that has the last commit.
+            Gives the newest state that is left elsewhere, for when no worker is left that has the last commit.
 
         Returns
         -------
         int
-            The step from which the run goes on: an earlier one, if the state had to be taken from the notebook's side.
+            The step from which the run goes on: an earlier one, if that state is older.
 
         Raises
         ------

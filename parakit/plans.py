@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from parakit.checkpoints import Checkpoints
+from parakit.commits import State
 from parakit.events import RunStart
-from parakit.replica import State
 from parakit.workers.base import Job, Roster
 
 __all__ = ["Plan", "Resumption", "Saving"]

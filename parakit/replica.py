@@ -14,13 +14,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from time import perf_counter
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from parakit.chunks import EpochOrder
+from parakit.commits import Commits, PrivateCommits, State, copy_state
 from parakit.data import Samples
 from parakit.errors import Diverged
 from parakit.events import PHASES
@@ -32,16 +32,11 @@ __all__ = [
     "Holding",
     "Recipe",
     "Replica",
-    "State",
     "StepRecord",
     "average_buffers",
-    "copy_state",
     "load_model_state",
     "needs_closure",
 ]
-
-#: Named tensors and plain values: everything a run needs to go on from a step.
-State = dict[str, Any]
 
 OptimizerFactory = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 SchedulerFactory = Callable[[torch.optim.Optimizer], torch.optim.lr_scheduler.LRScheduler]
@@ -169,7 +164,8 @@ class Replica:
         self.records: list[StepRecord] = []
         self.spent = [0.0] * (len(PHASES) - 1)
         self.share_rows = 0
-        self._committed: State = {}
+        self._commits: Commits = PrivateCommits()
+        self._changed = True  # since the last commit
         self.commit()
 
     @property
@@ -221,6 +217,7 @@ class Replica:
         before = sum(self.spent)
         rate = learning_rate(self.optimizer)
         losses: list[float] = []
+        self._changed = True
 
         def evaluate() -> float:
             losses.append(self.buffer.load(summed()))
@@ -276,6 +273,7 @@ class Replica:
     def set_learning_rate(self, value: float) -> None:
         """Go on at another learning rate; the next commit keeps it."""
         set_learning_rate(self.optimizer, value, self.scheduler)
+        self._changed = True
 
     def take_records(self) -> list[StepRecord]:
         """The accounts of the steps since the last call."""
@@ -295,31 +293,42 @@ class Replica:
     def commit(self) -> float:
         """Keep the present state, to which a roll-back returns; says how many seconds that took."""
         began = perf_counter()
-        self._committed = copy_state(self.live_state(), self._committed)
+        if self._changed:
+            self._commits.keep(self.live_state())
+            self._changed = False
         return perf_counter() - began
+
+    def commit_to(self, commits: Commits) -> None:
+        """Keep commits elsewhere from now on; the present state must be there already."""
+        self._commits, self._changed = commits, False
 
     @property
     def committed_step(self) -> int:
         """Steps done at the last commit."""
-        return int(self._committed["step"])
+        return self._commits.step
 
     def roll_back(self) -> None:
         """Return to the last commit."""
-        self.load(self._committed)
+        self._return_to(self._commits.step)
+
+    def _return_to(self, step: int) -> bool:
+        """Return to the commit of a step; says whether there is one."""
+        state = self._commits.of_step(step)
+        if state is not None:
+            self.load(state)
+        return state is not None
 
     def fall_back(self, step: int) -> bool:
         """Go back to a step that every member of the group has finished; says whether that state is here.
 
-        It is the last commit; or the present state, of a member that finished a segment and was never told to begin
-        the next one.
+        It is a commit; or the present state, of a member that finished a segment and was never told to begin the next.
         """
-        if self.committed_step == step:
-            self.roll_back()
-        elif self.step == step:
-            self._forget_accounts()
-            self.commit()
-        else:
+        if self._return_to(step):
+            return True
+        if self.step != step:
             return False
+        self._forget_accounts()
+        self.commit()
         return True
 
     def _forget_accounts(self) -> None:
@@ -333,6 +342,7 @@ class Replica:
             self.scheduler.load_state_dict(copy_state(state["scheduler"]))
         self.step = int(state["step"])
         self._forget_accounts()
+        self._changed = True
         self.commit()
 
 
@@ -365,21 +375,6 @@ def average_buffers(model: nn.Module, every: Sequence[Mapping[str, Tensor]]) -> 
         values = [buffers[name] for buffers in every]
         # In doubles, because a sum of numbers at the edge of a type's range lies outside it.
         buffer.copy_(torch.stack(values).double().mean(0) if buffer.is_floating_point() else values[0])
-
-
-def copy_state(tree: Any, into: Any = None) -> Any:
-    """A copy of a state, written into an older copy's memory where that has the same shape."""
-    if isinstance(tree, Tensor):
-        if isinstance(into, Tensor) and into.shape == tree.shape and into.dtype == tree.dtype:
-            return into.copy_(tree)
-        return tree.detach().clone()
-    if isinstance(tree, dict):
-        old = into if isinstance(into, dict) else {}
-        return {key: copy_state(value, old.get(key)) for key, value in tree.items()}
-    if isinstance(tree, list | tuple):
-        olds = into if isinstance(into, list | tuple) and len(into) == len(tree) else [None] * len(tree)
-        return type(tree)(copy_state(value, old) for value, old in zip(tree, olds, strict=True))
-    return copy.deepcopy(tree)
 
 
 def needs_closure(optimizer: torch.optim.Optimizer) -> bool:

@@ -9,13 +9,13 @@ from typing import Any
 from torch import nn
 
 from parakit.checking import check_rate, plain
+from parakit.commits import State
 from parakit.conducting import Conductor
 from parakit.errors import InputError, RunEnded, RunError, WaitTimeout, WorkerCountError
 from parakit.events import Asked, History, StepDone
 from parakit.machine import quick_thread_switches
 from parakit.plans import Plan
 from parakit.progress import in_a_notebook, progress_line, show_progress
-from parakit.replica import State
 from parakit.wishes import Wishes
 from parakit.workers.base import Workers
 

@@ -23,10 +23,10 @@ ROOT = Path(__file__).resolve().parents[1]
 ROOMS = (
     ("parakit.errors", "parakit.machine", "parakit.workers.dask.janitor"),
     (
-        "parakit.events", "parakit.chunks", "parakit.rates",
+        "parakit.commits", "parakit.events", "parakit.chunks", "parakit.rates",
         "parakit.checkpoints.fitting", "parakit.checkpoints.places",
     ),
-    ("parakit.data", "parakit.stragglers"),
+    ("parakit.data", "parakit.stragglers", "parakit.vault"),
     ("parakit.losses",),
     ("parakit.gradients",),
     ("parakit.datasets", "parakit.evaluation", "parakit.replica"),

@@ -15,10 +15,10 @@ from torch import nn
 from torch.optim import lr_scheduler as schedules
 
 import parakit as pk
+from parakit.commits import copy_state
 from parakit.errors import InputError, ModelError, RunEnded
 from parakit.events import Asked
 from parakit.rates import AtRate, learning_rate, set_learning_rate
-from parakit.replica import copy_state
 from tests.serial import batches, train_serially
 from tests.test_exact import BATCH, CHUNKS, LIMIT, SAMPLES, SEED, Slowed, assert_same, problem, trained, wait_for
 

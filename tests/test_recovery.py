@@ -166,15 +166,18 @@ def test_a_strategy_beside_the_notebook_goes_on_too(three: pk.Workers, tmp_path:
     assert_as_if_nothing_had_happened(run, undisturbed)
 
 
-def test_the_only_active_worker_dies_and_an_idle_one_goes_on_from_the_newest_copy(
-    three: pk.Workers, tmp_path: Path, undisturbed: pk.Run
+@pytest.mark.parametrize("place", ["forward", "update", "commit"])
+def test_the_only_active_worker_dies_and_an_idle_one_goes_on_from_its_last_commit(
+    three: pk.Workers, tmp_path: Path, undisturbed: pk.Run, place: str
 ) -> None:
     run = train(three, tmp_path, workers=1)
-    wait_for(run, lambda: run.model_step > 20)
-    arm(tmp_path, "forward")
+    wait_for(run, lambda: run.step > 20)
+    armed = arm(tmp_path, place)
     run.wait(LIMIT, progress=False)
+    assert not armed.exists()
     (recovered,) = run.history.of(Recovered)
-    assert recovered.steps_again >= 0
+    assert 20 < recovered.step < STEPS
+    assert recovered.steps_again == 0
     assert recovered.chunks_loaded == 64
     assert_as_if_nothing_had_happened(run, undisturbed)
 
@@ -347,9 +350,9 @@ def test_when_all_die_the_run_fails_in_words_and_another_pool_goes_on(
 ) -> None:
     with pk.connect(2) as workers:
         run = train(workers, tmp_path)
-        wait_for(run, lambda: run.model_step > 20)
-        for name in workers.names:
-            os.kill(pid_of(workers, name), signal.SIGKILL)
+        wait_for(run, lambda: run.step > 20)
+        for pid in workers.pids.values():  # type: ignore[attr-defined]
+            os.kill(pid, signal.SIGKILL)
         with pytest.raises(RunFailed, match="workers died") as caught:
             run.wait(30, progress=False)
         assert "resume=run" in str(caught.value)

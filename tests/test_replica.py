@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from torch.optim import lr_scheduler as schedules
 
 from parakit.chunks import EpochOrder
+from parakit.commits import copy_state
 from parakit.data import Samples, leaves
 from parakit.losses import summed
-from parakit.replica import Holding, Recipe, Replica, copy_state, learning_rate, needs_closure
+from parakit.replica import Holding, Recipe, Replica, learning_rate, needs_closure
 
 SIZES = (5, 3, 7, 4)
 ORDER = EpochOrder(SIZES, batch_size=6, seed=3)  # 4 steps an epoch, the last of one row
@@ -154,14 +155,14 @@ def test_committing_again_reuses_the_memory() -> None:
     replica, held = Replica(recipe(SGD)), holding(0, 1, 2, 3)
     train(replica, held, 1)
     replica.commit()
-    kept = [tensor.data_ptr() for tensor in tensors(replica._committed)]
+    kept = [tensor.data_ptr() for tensor in tensors(replica._commits.of_step(replica.committed_step))]
     live = {tensor.data_ptr() for tensor in tensors(replica.live_state())}
     assert not live & set(kept)
     train(replica, held, 2)
     replica.commit()
-    assert [tensor.data_ptr() for tensor in tensors(replica._committed)] == kept
+    assert [tensor.data_ptr() for tensor in tensors(replica._commits.of_step(replica.committed_step))] == kept
     replica.roll_back()
-    assert [tensor.data_ptr() for tensor in tensors(replica._committed)] == kept
+    assert [tensor.data_ptr() for tensor in tensors(replica._commits.of_step(replica.committed_step))] == kept
 
 
 def test_a_roll_back_forgets_the_accounts_of_the_steps_undone() -> None:
@@ -283,21 +284,6 @@ def test_adopting_one_chunk_keeps_no_hold_on_what_it_was_cut_from() -> None:
     held.change([], {0: whole.slice(0, 10)})
     assert held.samples is not None
     assert held.samples.inputs.untyped_storage().nbytes() == 10 * 4 * 4
-
-
-def test_a_state_is_copied_into_an_older_copy_where_it_fits() -> None:
-    state = {"a": torch.ones(3), "b": [torch.ones(2), 1], "c": (None, "x")}
-    old = copy_state(state)
-    assert old["a"].data_ptr() != state["a"].data_ptr()
-    state["a"] += 1
-    new = copy_state(state, old)
-    assert new["a"] is old["a"]
-    assert new["a"].tolist() == [2, 2, 2]
-    wider = copy_state({"a": torch.ones(4), "b": [torch.ones(2).double(), 2], "d": {}}, old)
-    assert wider["a"].shape == (4,)
-    assert wider["b"][0].dtype == torch.float64
-    assert wider["b"][1] == 2
-    assert set(wider) == {"a", "b", "d"}
 
 
 def test_only_lbfgs_evaluates_its_step_several_times() -> None:

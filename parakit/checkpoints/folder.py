@@ -27,8 +27,8 @@ from parakit.checking import check_whole
 from parakit.checkpoints.fitting import Identity
 from parakit.checkpoints.format import Bytes, Checkpoint, Damaged, packed, unpacked
 from parakit.checkpoints.places import Place, Store, store_at
+from parakit.commits import State
 from parakit.errors import CheckpointError, InputError
-from parakit.replica import State
 
 __all__ = ["Checkpoints", "load"]
 

@@ -25,8 +25,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from parakit.commits import State
 from parakit.errors import CheckpointError
-from parakit.replica import State
 
 __all__ = ["Bytes", "Checkpoint", "Damaged", "check_plain", "packed", "unpacked"]
 

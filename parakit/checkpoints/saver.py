@@ -14,7 +14,7 @@ import threading
 from parakit.checking import check_positive
 from parakit.checkpoints.fitting import Identity
 from parakit.checkpoints.folder import Checkpoints
-from parakit.replica import State
+from parakit.commits import State
 
 __all__ = ["Saver"]
 

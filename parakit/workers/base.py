@@ -18,10 +18,11 @@ from types import TracebackType
 from typing import Any, Literal, Protocol, Self
 
 from parakit.chunks import Ownership
+from parakit.commits import State
 from parakit.data import Samples
 from parakit.errors import PoolError, WorkerCountError
 from parakit.evaluation import Tally
-from parakit.replica import Recipe, State, StepRecord
+from parakit.replica import Recipe, StepRecord
 
 __all__ = ["Crew", "Job", "Part", "Remnant", "Report", "Roster", "RunsOn", "Strategy", "Team", "Workers"]
 
@@ -238,6 +239,9 @@ class Crew(Protocol):
 
     def state(self) -> State:
         """The state after the last segment."""
+
+    def salvage(self, step: int) -> State | None:
+        """The newest state, of at most a step, that is left although its workers are not; None if there is none."""
 
     def evaluate(self) -> Tally:
         """Evaluate the present model on the validation chunks."""

@@ -15,10 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from parakit.chunks import DEFAULT_CHUNKS
+from parakit.commits import State, copy_state
 from parakit.evaluation import Tally, tally
 from parakit.gradients import GradientSum
 from parakit.machine import usable_cores
-from parakit.replica import BACKWARD, EXCHANGE, UPDATE, Holding, Replica, State, StepRecord, average_buffers, copy_state
+from parakit.replica import BACKWARD, EXCHANGE, UPDATE, Holding, Replica, StepRecord, average_buffers
 from parakit.workers.base import Job, Remnant, Report, Roster, Workers
 
 __all__ = ["InlineWorkers"]
@@ -145,6 +146,10 @@ class InlineCrew:
     def state(self) -> State:
         """The state after the last segment."""
         return dict(copy_state(self._replica.live_state()))
+
+    def salvage(self, step: int) -> State | None:
+        """Nobody is ever lost here."""
+        return None
 
     def evaluate(self) -> Tally:
         """Evaluate the present model on the validation chunks."""

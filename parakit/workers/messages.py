@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from parakit.replica import StepRecord
+from parakit.vault import VaultKey
 
 __all__ = ["Answer", "Failure", "Orders", "Pulse", "Segment", "Standing"]
 
@@ -58,6 +59,8 @@ class Orders:
         All chunks the member is to hold.
     group : bool
         Whether the members talk to each other.
+    vault : bool
+        Whether to keep commits where the notebook's process can hold on to them.
     """
 
     generation: int
@@ -68,14 +71,16 @@ class Orders:
     training: tuple[int, ...]
     validation: tuple[int, ...]
     group: bool
+    vault: bool
 
 
 @dataclass(frozen=True)
 class Segment:
-    """What a worker did in a segment."""
+    """What a worker did in a segment, and where its commits can be found, if they can."""
 
     records: list[StepRecord]
     commit_seconds: float
+    vault: VaultKey | None = None
 
 
 @dataclass(frozen=True)

@@ -14,18 +14,20 @@ import pickle
 import threading
 import traceback
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from time import perf_counter
 from typing import Any, Concatenate, ParamSpec
 
 import torch
 from torch import Tensor
 
+from parakit.commits import PrivateCommits, State, copy_state
 from parakit.data import Samples, pack, unpack
 from parakit.errors import Diverged, ParakitError, StaleGeneration
 from parakit.evaluation import Tally, tally
 from parakit.gradients import GradientSum, unflatten_into
-from parakit.replica import EXCHANGE, Holding, Recipe, Replica, State, StepRecord, copy_state, load_model_state
+from parakit.replica import EXCHANGE, Holding, Recipe, Replica, StepRecord, load_model_state
+from parakit.vault import Vault, VaultKey
 from parakit.workers.base import Strategy
 from parakit.workers.group import Board, Group, GroupBroken
 from parakit.workers.messages import Answer, Failure, Orders, Pulse, Segment, Standing
@@ -47,6 +49,8 @@ class Resident:
         self.validation = Holding()
         self.rank = 0
         self.group: Group | None = None
+        self._vault: Vault | None = None
+        self._alone = True
         self.lock = threading.Lock()
         self._heeded = 0
         self._halt = 0
@@ -80,8 +84,8 @@ class Resident:
 
     def follow(
         self, orders: Orders, training: Any, validation: Any, state: State | Answer | None, board: Board | None
-    ) -> None:
-        """Become what a roster says."""
+    ) -> VaultKey | None:
+        """Become what a roster says; tells where the commits can be found, if others can reach them."""
         if orders.generation <= self.generation:
             raise StaleGeneration(f"Generation {orders.generation} comes after {self.generation}.")
         self.generation, self.rank = orders.generation, orders.rank
@@ -104,9 +108,38 @@ class Resident:
             assert board is not None
             self.progress(waiting=True)
             self.group = Group(board, orders.rank, orders.size, orders.host, orders.limit_seconds)
+        self._alone = orders.size == 1
+        self._commit_to_vault(orders.vault)
+        return self._vault_key
+
+    def _commit_to_vault(self, wanted: bool) -> None:
+        """Keep commits in a vault from now on, or in this process's own memory."""
+        if wanted and self._vault is None:
+            with suppress(OSError):
+                self._vault = Vault(self.replica.live_state())
+                self.replica.commit_to(self._vault)
+        elif not wanted and self._vault is not None:
+            own = PrivateCommits()
+            own.keep(self.replica.live_state())
+            self.replica.commit_to(own)
+            self.close_vault()
+
+    @property
+    def _vault_key(self) -> VaultKey | None:
+        return None if self._vault is None else self._vault.key
+
+    def close_vault(self) -> None:
+        """Let nobody open the vault any more."""
+        vault, self._vault = self._vault, None
+        if vault is not None:
+            vault.close()
 
     def segment(self, first: int, count: int, wish: int) -> Segment:
-        """Commit, then run the strategy's text for some steps."""
+        """Commit, then run the strategy's text for some steps.
+
+        A group commits as a segment begins, when all of its members are known to have come that far. A member alone
+        knows that as the segment ends, and nobody else has what it did: it commits then, where it has a vault.
+        """
         committed = self.replica.commit()
         self.progress()
         self._heeded, self._ended = wish, False
@@ -116,7 +149,9 @@ class Resident:
                 break
         self.replica.check_parameters()
         self._settle()
-        return Segment(self.replica.take_records(), committed)
+        if self._alone and self._vault is not None:
+            committed += self.replica.commit()
+        return Segment(self.replica.take_records(), committed, self._vault_key)
 
     def _settle(self) -> None:
         if self.group is not None:
@@ -132,6 +167,12 @@ class Resident:
         self.leave_group()
         self._ended = False
         return Standing(self.replica.fall_back(step), self.training.chunks, self.validation.chunks)
+
+    def set_learning_rate(self, value: float) -> None:
+        """Go on at another learning rate."""
+        self.replica.set_learning_rate(value)
+        if self._alone and self._vault is not None:
+            self.replica.commit()
 
     def gradient(self, step: int) -> GradientSum:
         """The share of this worker; carries its vote for the end of the segment."""
@@ -267,7 +308,7 @@ def roll_back(resident: Resident) -> int:
 @_order
 def set_learning_rate(resident: Resident, value: float) -> None:
     """Go on at another learning rate."""
-    resident.replica.set_learning_rate(value)
+    resident.set_learning_rate(value)
 
 
 @_order
@@ -332,6 +373,7 @@ def release(run_id: str) -> None:
     resident = _residents.pop(run_id, None)
     if resident is not None:
         resident.leave_group()
+        resident.close_vault()
 
 
 def survey() -> dict[str, Any]:

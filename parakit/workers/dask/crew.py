@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any
 import cloudpickle
 from distributed import Future
 
+from parakit.commits import State, copy_state
 from parakit.data import Samples, pack, unpack
 from parakit.errors import Diverged, RunFailed, WorkerLost
 from parakit.evaluation import Tally
 from parakit.machine import in_thread
-from parakit.replica import State, copy_state
+from parakit.vault import OpenVault, open_vault
 from parakit.workers import resident
 from parakit.workers.base import Job, Remnant, Report, Roster
 from parakit.workers.dask.driver import DriverTeam, settled
@@ -38,6 +39,7 @@ _SETTING_UP = 3.0  # while data and recipes are unpacked
 _EVALUATING = 10.0  # without a sign from within
 _UNKNOWN = 6.0  # before anybody knows how long a step takes
 _SLOW_STEPS = 10.0  # so many times as long as the last ones may a step take
+_HERE = ("127.0.0.1", "::1", "localhost")  # hosts whose memory this process can share
 _TELLING = ("diverged", "code", "stale", "group")  # which failure explains the others
 
 
@@ -61,6 +63,7 @@ class DaskCrew:
         self._generation = -1
         self._held: dict[str, _Held] = {}  # the chunks that members hold, for training and for validation
         self._intact: tuple[str, ...] = ()  # members that have the present state
+        self._vault: OpenVault | None = None  # of the member of rank 0, if it can be reached
         self._step_seconds: float | None = None
         self._halting: set[LocalFuture[None]] = set()
         self._brought: dict[int, dict[str, tuple[Any, Any]]] = {}
@@ -125,7 +128,8 @@ class DaskCrew:
             return self._job.run_id, self._orders(roster, member), training, validation, start, self._board(roster)
 
         self.members, self._generation = roster.members, roster.generation
-        self._answers(self._submit(roster.members, resident.muster, order), self.patience(_SETTING_UP))
+        answers = self._answers(self._submit(roster.members, resident.muster, order), self.patience(_SETTING_UP))
+        self._vault = open_vault(answers[roster.members[0]], self._vault)
         if self._driver is not None and state is not None:
             self._driver.replica.load(state)
         self._intact, self._held = roster.members, _chunks_of(roster)
@@ -197,7 +201,7 @@ class DaskCrew:
         limit = self.patience().progress_seconds
         return Orders(
             roster.generation, roster.members.index(member), len(roster.members), host, limit,
-            training, validation, self._resident,
+            training, validation, self._resident, self._resident and member == roster.members[0] and host in _HERE,
         )  # fmt: skip
 
     def _board(self, roster: Roster) -> WorkerBoard:
@@ -215,6 +219,7 @@ class DaskCrew:
         """Let go of everything on the pool."""
         self._released = True
         self._brought.clear()
+        self._vault = None
         for halting in tuple(self._halting):  # a connection that is cut off while it opens would stay open
             with suppress(Exception):
                 halting.result(_DISMISS_SECONDS)
@@ -241,6 +246,7 @@ class DaskCrew:
                     self.everyone(resident.advance, first, count, wish, limits=limits).values()
                 )
                 report = Report(tuple(s.records for s in segments), max(s.commit_seconds for s in segments))
+                self._vault = open_vault(segments[0].vault, self._vault)
         except RunFailed:
             self._roll_back()
             raise
@@ -291,6 +297,10 @@ class DaskCrew:
             raise WorkerLost("No worker of the run is left to fetch the state from.")
         answers = self._answers(self._submit(present, resident.state, self.order_for), self.patience(_SETTING_UP))
         return dict(unpack(answers[present[0]]))
+
+    def salvage(self, step: int) -> State | None:
+        """The newest state of at most a step that a lost worker left on this machine."""
+        return None if self._vault is None else self._vault.newest(step)
 
     def evaluate(self) -> Tally:
         """Evaluate the present model on the validation chunks."""

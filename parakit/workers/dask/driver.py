@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 from distributed import Future
 
+from parakit.commits import State
 from parakit.data import pack
 from parakit.gradients import GradientSum, flatten
-from parakit.replica import EXCHANGE, UPDATE, Replica, State, StepRecord, average_buffers
+from parakit.replica import EXCHANGE, UPDATE, Replica, StepRecord, average_buffers
 from parakit.workers import resident
 from parakit.workers.base import Job, Report
 from parakit.workers.messages import Answer, Failure

@@ -15,6 +15,7 @@ from distributed import Worker, get_worker
 from distributed.utils import sync
 
 from parakit.errors import StaleGeneration
+from parakit.workers.group import GroupBroken
 from parakit.workers.resident import pulse, release
 
 __all__ = ["PULSE", "WorkerBoard", "forget", "install"]
@@ -23,6 +24,7 @@ _HANDLER = "parakit_board"
 #: What a worker is asked for a pulse by.
 PULSE = "parakit_pulse"
 _POLL_SECONDS = 0.002
+_ASK_SECONDS = 10.0
 
 _boards: dict[str, tuple[int, dict[str, bytes]]] = {}
 _lock = threading.Lock()
@@ -62,7 +64,13 @@ class WorkerBoard:
         if worker.address == self.keeper:
             found = _answer(self.run_id, self.generation, key, value)
         else:
-            found = sync(worker.loop, self._ask_keeper, worker, key, value, callback_timeout=10)
+            try:
+                found = sync(worker.loop, self._ask_keeper, worker, key, value, callback_timeout=_ASK_SECONDS)
+            except (OSError, TimeoutError) as error:
+                raise GroupBroken(
+                    f"The member that keeps the board cannot be reached: {type(error).__name__}: {error}",
+                    cause="it died while the group was formed",
+                ) from error
         if found.get("stale"):
             raise StaleGeneration(f"Generation {self.generation} of run {self.run_id} was replaced by a newer one.")
         answer: bytes | None = found["value"]

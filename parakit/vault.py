@@ -1,0 +1,239 @@
+"""A vault: commits in shared memory, which outlive the process that makes them.
+
+The memory has no name: it is a file that nothing but open descriptors keeps (memfd_create(2)). So nothing of it is left
+when the last process that holds it has gone, and nothing in it is lost while one is left. The owner alone writes.
+Linux only: elsewhere `Vault` raises, and commits are private.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import pickle
+import struct
+import uuid
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from parakit.commits import State
+
+__all__ = ["OpenVault", "Vault", "VaultKey", "open_vault"]
+
+_LINE = 64  # bytes; tensors begin at a multiple
+_PLAIN_BYTES = 1 << 16  # room for what is not tensors, beyond what there is of it at first
+_TITLE = struct.Struct("16sqq")  # the vault's name; bytes of a place, and of its room for plain values
+_HEAD = struct.Struct("qqq")  # of a place: number of the state in it (0 while it is written), its step, plain bytes
+_MACHINE = Path("/proc/sys/kernel/random/boot_id")
+
+
+class VaultKey(NamedTuple):
+    """By what another process of the same machine and user opens a vault.
+
+    The name is unique and stands in the vault too: the numbers of a process and of a descriptor may have been given to
+    another one since.
+    """
+
+    machine: str
+    pid: int
+    descriptor: int
+    name: bytes
+    nbytes: int
+
+
+class Vault:
+    """The two newest states of this process, in memory that others can hold on to.
+
+    A state is written in place of the older of the two, and counts from the moment when its number is set: whoever dies
+    in between leaves the newer one as it was.
+
+    Parameters
+    ----------
+    state : State
+        The first to keep. A later one that needs more room gets new memory.
+
+    Raises
+    ------
+    OSError
+        If this system has no such memory, or not enough.
+    """
+
+    def __init__(self, state: State) -> None:
+        if not hasattr(os, "memfd_create"):
+            raise OSError("This system has no shared memory without a name.")
+        self._machine = _MACHINE.read_text()
+        self._number = 0
+        self._descriptor = -1
+        self._room = 0, 0
+        self.keep(state)
+
+    @property
+    def key(self) -> VaultKey:
+        """Changes when a state needs more room than there was."""
+        return VaultKey(self._machine, os.getpid(), self._descriptor, self._name, len(self._memory))
+
+    @property
+    def step(self) -> int:
+        """Steps of the newest state."""
+        return self._step
+
+    def keep(self, state: State) -> None:
+        """Keep a copy of a state, in place of the older of two."""
+        tensors: list[tuple[int, Tensor]] = []
+        plain = pickle.dumps(_with_holes(state, tensors))
+        if len(plain) > self._room[0] or _end(tensors) > self._room[1]:
+            self._move(len(plain) + _PLAIN_BYTES, _end(tensors))
+        self._number += 1
+        at = _LINE + self._number % 2 * _place_size(*self._room)
+        struct.pack_into("q", self._memory, at, 0)
+        self._memory[at + _LINE : at + _LINE + len(plain)] = plain
+        first = _first_tensor(at, self._room[0])
+        for offset, tensor in tensors:
+            if tensor.numel():
+                place = torch.frombuffer(self._memory, dtype=tensor.dtype, count=tensor.numel(), offset=first + offset)
+                place.view(tensor.shape).copy_(tensor)
+        self._step = int(state["step"])
+        _HEAD.pack_into(self._memory, at, 0, self._step, len(plain))
+        struct.pack_into("q", self._memory, at, self._number)
+
+    def _move(self, plain: int, tensors: int) -> None:
+        """Go on in new memory; whoever has opened the old one still holds that."""
+        self.close()
+        self._room = plain, tensors
+        nbytes = _LINE + 2 * _place_size(plain, tensors)
+        self._name = uuid.uuid4().bytes
+        self._descriptor = os.memfd_create("parakit-vault", os.MFD_CLOEXEC)
+        os.ftruncate(self._descriptor, nbytes)
+        self._memory = mmap.mmap(self._descriptor, nbytes)
+        _TITLE.pack_into(self._memory, 0, self._name, _place_size(plain, tensors), plain)
+
+    def of_step(self, step: int) -> State | None:
+        """A copy of the state of a step, if it is one of the two."""
+        return _newest(self._memory, lambda kept: kept == step)
+
+    def close(self) -> None:
+        """Let others open it no more; those who have hold it still."""
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+
+class OpenVault:
+    """Another process's vault; what is in it stays when that process has gone.
+
+    Parameters
+    ----------
+    key : VaultKey
+
+    Raises
+    ------
+    OSError
+        If it is on another machine, or gone.
+    """
+
+    def __init__(self, key: VaultKey) -> None:
+        if _MACHINE.read_text() != key.machine:
+            raise OSError("This vault is on another machine.")
+        descriptor = os.open(f"/proc/{key.pid}/fd/{key.descriptor}", os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            if os.fstat(descriptor).st_size != key.nbytes:
+                raise OSError("This vault is gone.")
+            self._memory = mmap.mmap(descriptor, key.nbytes, access=mmap.ACCESS_READ)
+        finally:
+            os.close(descriptor)
+        if _TITLE.unpack_from(self._memory)[0] != key.name:
+            raise OSError("This vault is gone.")
+        self.key = key
+
+    def newest(self, step: int) -> State | None:
+        """A copy of the newest state of at most a step; None if there is none. Only while nobody writes."""
+        return _newest(self._memory, lambda kept: kept <= step)
+
+
+def open_vault(key: VaultKey | None, known: OpenVault | None) -> OpenVault | None:
+    """The vault of a key: the one that is known, if it is that; None where it cannot be reached."""
+    if known is not None and known.key == key:
+        return known
+    with suppress(OSError):
+        return None if key is None else OpenVault(key)
+    return None
+
+
+@dataclass(frozen=True)
+class _Hole:
+    """Stands for a tensor among plain values."""
+
+    offset: int
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+
+def _with_holes(tree: Any, tensors: list[tuple[int, Tensor]]) -> Any:
+    """A state with holes in it; the tensors, and where they go, are added to a list."""
+    if isinstance(tree, Tensor):
+        offset = _end(tensors)
+        tensors.append((offset, tree))
+        return _Hole(offset, tuple(tree.shape), tree.dtype)
+    if isinstance(tree, dict):
+        return {key: _with_holes(value, tensors) for key, value in tree.items()}
+    if isinstance(tree, list | tuple):
+        return type(tree)([_with_holes(value, tensors) for value in tree])
+    return tree
+
+
+def _filled(tree: Any, tensor_of: Callable[[_Hole], Tensor]) -> Any:
+    """A state again."""
+    if isinstance(tree, _Hole):
+        return tensor_of(tree)
+    if isinstance(tree, dict):
+        return {key: _filled(value, tensor_of) for key, value in tree.items()}
+    if isinstance(tree, list | tuple):
+        return type(tree)([_filled(value, tensor_of) for value in tree])
+    return tree
+
+
+def _newest(memory: mmap.mmap, fits: Callable[[int], bool]) -> State | None:
+    """A copy of the newest state in a memory whose step fits."""
+    _, size, plain_room = _TITLE.unpack_from(memory)
+    heads = [(*_HEAD.unpack_from(memory, at), at) for at in (_LINE, _LINE + size)]
+    number, _, nbytes, at = max(head if head[0] and fits(head[1]) else (0, 0, 0, 0) for head in heads)
+    if not number:
+        return None
+
+    def tensor_of(hole: _Hole) -> Tensor:
+        if not hole.nbytes:
+            return torch.empty(hole.shape, dtype=hole.dtype)
+        start = _first_tensor(at, plain_room) + hole.offset
+        copied = bytearray(memory[start : start + hole.nbytes])
+        return torch.frombuffer(copied, dtype=hole.dtype).view(hole.shape)
+
+    state: State = _filled(pickle.loads(memory[at + _LINE : at + _LINE + nbytes]), tensor_of)
+    return state
+
+
+def _end(tensors: list[tuple[int, Tensor]]) -> int:
+    if not tensors:
+        return 0
+    offset, last = tensors[-1]
+    return _rounded(offset + last.numel() * last.element_size())
+
+
+def _place_size(plain: int, tensors: int) -> int:
+    return _first_tensor(0, plain) + tensors
+
+
+def _first_tensor(at: int, plain: int) -> int:
+    return at + _rounded(_LINE + plain)
+
+
+def _rounded(nbytes: int) -> int:
+    return -(-nbytes // _LINE) * _LINE
