@@ -8,14 +8,16 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
-from typing import Any
+from typing import Any, TypeVar
 
 from dask.system import cpu_count
 
-__all__ = ["in_thread", "quick_thread_switches", "usable_cores", "yield_to_others"]
+__all__ = ["in_thread", "quick_thread_switches", "uninterrupted", "usable_cores", "yield_to_others"]
 
 _QUICK_SECONDS = 0.0005
 _NICE = 10
+
+T = TypeVar("T")
 
 _lock = threading.Lock()
 _users = 0
@@ -72,3 +74,23 @@ def in_thread(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Future
 
     threading.Thread(target=work, name=f"parakit-{function.__name__}", daemon=True).start()
     return future
+
+
+def uninterrupted(make: Callable[[], T], undo: Callable[[T], object], limit_seconds: float) -> T:
+    """Make something that an interrupt in the middle would leave half made.
+
+    An interrupt reaches the main thread alone, so the work is done in another. After an interrupt, what comes of it is
+    undone, and the interrupt raised when that is done, or after a limit.
+    """
+    making = in_thread(make)
+    try:
+        return making.result()
+    except BaseException:
+        if making.done():  # it is the work's own error, or an interrupt that came with its end
+            if making.exception() is None:
+                undo(making.result())
+            raise
+        undone = in_thread(lambda: undo(making.result()))
+        with suppress(Exception):
+            undone.result(limit_seconds)
+        raise

@@ -166,13 +166,16 @@ class Soak:
         tally.runs += 1
         tally.steps += run.step
         tally.recoveries += len(run.history.of(WorkersLost))
-        tally.steps_again += sum(event.steps_again for event in run.history.of(Recovered))
         tally.wrong += [f"run {number}: {told}" for told in self._wrong(run)]
 
     def _wrong(self, run: pk.Run) -> Iterator[str]:
         if run.status != "finished":
             yield f"it is {run.status}"
         done = [step.step for step in run.history.steps]
+        again = sum(event.steps_again for event in run.history.of(Recovered))
+        self.tally.steps_again += again
+        if again:
+            yield f"{again} committed steps were done twice"
         if done != list(range(STEPS)):
             yield f"{len(done)} steps are recorded, {len(set(done))} of them different, of {STEPS}"
             return
@@ -229,7 +232,7 @@ def table(tally: Tally, seed: int) -> str:
         lines.append(f"{kind:10} {tally.faults[kind]:6} {middle:>26} {longest:>9}")
     lines += [
         f"{sum(tally.faults.values())} faults in {tally.runs} runs of {STEPS} steps; {tally.recoveries} losses seen, "
-        f"{tally.steps_again} steps taken back and done again",
+        f"{tally.steps_again} committed steps done twice",
         f"largest difference from the undisturbed run in losses and parameters: {tally.furthest:.1e}",
         *(f"WRONG: {told}" for told in tally.wrong),
     ]

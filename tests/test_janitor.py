@@ -258,8 +258,10 @@ def test_nothing_stays_of_a_worker_that_is_stopped_as_it_starts(owner: Owner) ->
 
 
 @pytest.mark.slow
-def test_an_interrupt_while_the_pool_starts_leaves_an_owner_without_one(owner: Owner) -> None:
+@pytest.mark.parametrize("wait_seconds", [0.0, 1.5])
+def test_an_interrupt_while_the_pool_starts_leaves_an_owner_without_one(wait_seconds: float, owner: Owner) -> None:
     owner.worker()
+    time.sleep(wait_seconds)
     left = owner.traces()
     os.kill(owner.process.pid, signal.SIGINT)
     assert owner.told("left") == []  # not even a zombie

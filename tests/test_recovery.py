@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import statistics
 import time
@@ -134,27 +135,52 @@ def test_a_worker_that_is_killed_in_a_resize(three: pk.Workers, tmp_path: Path, 
     assert_as_if_nothing_had_happened(run, undisturbed)
 
 
+def strike_as_chunks_travel(
+    on: pk.Workers, victim: str, number: signal.Signals, monkeypatch: pytest.MonkeyPatch
+) -> list[str]:
+    """Send a signal to a worker at the moment when chunks are about to be sent to it; the list then names it."""
+    pid = pid_of(on, victim)
+    place, struck = DaskCrew._place, list[str]()
+
+    def deadly(crew: DaskCrew, member: str, chunks: Any, load: Any) -> Any:
+        if chunks and member == victim and not struck:
+            struck.append(member)
+            os.kill(pid, number)
+        return place(crew, member, chunks, load)
+
+    monkeypatch.setattr(DaskCrew, "_place", deadly)
+    return struck
+
+
 def test_a_worker_that_is_killed_while_its_chunks_travel(
     three: pk.Workers, tmp_path: Path, undisturbed: pk.Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = train(three, tmp_path, workers=2)
     wait_for(run, lambda: run.step > 20)
     victim = next(name for name in three.names if name not in members(run))  # the next one to be taken in
-    pid = pid_of(three, victim)
-    place = DaskCrew._place
-    killed = []
-
-    def deadly(crew: DaskCrew, member: str, chunks: Any, load: Any) -> Any:
-        if chunks and member == victim and not killed:
-            killed.append(member)
-            os.kill(pid, signal.SIGKILL)
-        return place(crew, member, chunks, load)
-
-    monkeypatch.setattr(DaskCrew, "_place", deadly)
+    struck = strike_as_chunks_travel(three, victim, signal.SIGKILL, monkeypatch)
     run.resize(3)
     run.wait(LIMIT, progress=False)
-    assert killed
+    assert struck
     assert_as_if_nothing_had_happened(run, undisturbed)
+
+
+def test_a_newcomer_that_is_stopped_while_its_chunks_travel_is_replaced_within_the_limit(
+    three: pk.Workers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    until(lambda: three.size == 4, 60)
+    run = train(three, tmp_path, workers=2, steps=100_000)
+    wait_for(run, lambda: run.step > 20)
+    victim = next(name for name in three.names if name not in members(run))
+    struck = strike_as_chunks_travel(three, victim, signal.SIGSTOP, monkeypatch)
+    run.resize(3)
+    began = time.monotonic()
+    wait_for(run, lambda: run.world_size == 3, 30)
+    assert struck
+    assert victim not in members(run)
+    assert time.monotonic() - began < 3 + 5
+    run.stop()
+    run.wait(LIMIT, progress=False)
 
 
 def test_a_strategy_beside_the_notebook_goes_on_too(three: pk.Workers, tmp_path: Path, undisturbed: pk.Run) -> None:
@@ -317,7 +343,7 @@ def test_code_that_makes_no_progress_is_found_although_its_process_answers(
     arm(tmp_path, "forward", "sleep")
     run.wait(LIMIT, progress=False)
     lost = the_only_loss(run)
-    assert "made no progress in 3." in lost.reason
+    assert re.search(r"made no progress in \d+\.\d s", lost.reason)  # 3 s, or ten steps on a busy machine
     assert_as_if_nothing_had_happened(run, undisturbed)
 
 

@@ -22,6 +22,7 @@ from parakit.workers import resident
 from parakit.workers.base import Job, Remnant, Report, Roster
 from parakit.workers.dask.driver import DriverTeam, settled
 from parakit.workers.dask.rendezvous import WorkerBoard, forget
+from parakit.workers.dask.sending import send
 from parakit.workers.dask.watching import Limits, Outcome, watch
 from parakit.workers.messages import Answer, Failure, Orders, Segment, Standing
 
@@ -83,7 +84,6 @@ class DaskCrew:
         try:
             self._pool.make_ready(roster.members)
             order = self._job.run_id, self._blob, self._pool.threads
-            # Who hangs is found by these orders, before data are sent, which nobody watches over.
             self._answers(self._submit(newcomers, resident.prepare, lambda _: order), self.patience(_SETTING_UP))
             self._brought[roster.generation] = self._load_for(roster)
         finally:
@@ -111,7 +111,7 @@ class DaskCrew:
         if not chunks:
             return {}
         packed = {chunk: load(chunk).packed() for chunk in chunks}
-        return self._client.scatter([packed], workers=[member], hash=False)[0]
+        return send(self._pool, self._job.run_id, packed, member, self._job.limit_seconds)
 
     def muster(self, roster: Roster, state: State | None) -> None:
         """Make a prepared roster the active one."""

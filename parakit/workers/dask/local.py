@@ -25,7 +25,7 @@ _TELL_SECONDS = 0.01
 
 
 class WatchedCluster(LocalCluster):
-    """Dask's local cluster, but one that a janitor watches, and that an interrupt does not leave half started."""
+    """Dask's local cluster, but one that a janitor watches, and that a failure does not leave half started."""
 
     def __init__(self, count: int, janitor: Janitor) -> None:
         folder = str(janitor.folder)

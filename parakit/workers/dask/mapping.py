@@ -13,8 +13,8 @@ from distributed import Future
 from distributed.scheduler import KilledWorker
 
 from parakit.errors import WorkerLost
-from parakit.machine import in_thread
-from parakit.workers.dask.watching import Limits, Pulses, watch
+from parakit.workers.dask.sending import send
+from parakit.workers.dask.watching import Limits, watch
 
 if TYPE_CHECKING:
     from parakit.workers.dask.pool import DaskWorkers
@@ -23,7 +23,6 @@ __all__ = ["map_on"]
 
 _ROUNDS = 5  # each of which loses a worker
 _SILENT_SECONDS = 10.0  # without a sign of life
-_LOOK_SECONDS = 0.25
 _NOBODY = "no run"
 
 
@@ -76,7 +75,7 @@ def _do_some(
     owners = {number: names[place % len(names)] for place, number in enumerate(items)}
     futures: dict[int, Future[Any]] = {}
     for number, item in items.items():
-        placed = _sent(pool, item, owners[number])
+        placed = send(pool, _NOBODY, item, owners[number], _SILENT_SECONDS)
         futures[number] = pool.client.submit(function, placed, workers=[owners[number]], pure=False)
     left = max(0.1, deadline - time.monotonic())
     outcome = watch(pool, _NOBODY, list(futures.values()), list(owners.values()), Limits(_SILENT_SECONDS, left, left))
@@ -86,26 +85,6 @@ def _do_some(
     for number, future in futures.items():
         if future not in outcome.waiting and _is_an_answer(future):
             results[number] = future.result(timeout=_SILENT_SECONDS)
-
-
-def _sent(pool: DaskWorkers, item: Any, name: str) -> Any:
-    """An item in the memory of a worker, sent as long as the worker gives signs of life."""
-    began = time.monotonic()
-    sending = in_thread(pool.client.scatter, [item], workers=[name], hash=False)
-    pulses = Pulses(pool, _NOBODY, began)
-    while not sending.done():
-        try:
-            sending.exception(_LOOK_SECONDS)
-        except TimeoutError:
-            now = time.monotonic()
-            pulses.take([name], now)
-            if now - pulses.heard_at(name) > _SILENT_SECONDS:
-                pool.banish([name])
-                raise WorkerLost(f"{pool.label(name)} gave no sign of life for {_SILENT_SECONDS:g} s.") from None
-    error = sending.exception()
-    if error is not None:
-        raise WorkerLost(f"{pool.label(name)} could not be sent its part: {type(error).__name__}.") from error
-    return sending.result()[0]
 
 
 def _is_an_answer(future: Future[Any]) -> bool:

@@ -13,7 +13,7 @@ from distributed.deploy import Cluster
 from distributed.security import Security
 
 from parakit.errors import ConnectError, InputError
-from parakit.machine import usable_cores
+from parakit.machine import uninterrupted, usable_cores
 from parakit.workers.dask.janitor import Janitor
 from parakit.workers.dask.local import WatchedCluster
 from parakit.workers.dask.pool import DaskWorkers
@@ -41,23 +41,29 @@ def connect_local(count: int | None, *, threads: int, most: int | None, timeout:
     limit = max(wanted, 2 * usable_cores()) if most is None else most
     if limit < wanted:
         raise InputError(f"The pool cannot start with {wanted} workers and grow to at most {limit}.")
+    return uninterrupted(
+        lambda: _start_local(wanted, threads, limit, timeout), DaskWorkers.close, timeout + 2 * _CLOSE_SECONDS
+    )
+
+
+def _start_local(count: int, threads: int, most: int, timeout: float) -> DaskWorkers:
     with contextlib.ExitStack() as undo:
         try:
             janitor = Janitor()
             undo.callback(janitor.close)
-            cluster = WatchedCluster(wanted, janitor)
+            cluster = WatchedCluster(count, janitor)
             undo.callback(cluster.close, timeout=_CLOSE_SECONDS)
         except Exception as error:
             raise ConnectError(
-                f"{wanted} local workers could not be started: {type(error).__name__}: {error}",
+                f"{count} local workers could not be started: {type(error).__name__}: {error}",
                 cause="too little memory, or a script that starts workers without a guard",
                 remedy='in a script, put the code under: if __name__ == "__main__":',
             ) from error
         client = Client(cluster, timeout=timeout, set_as_default=False)
         undo.pop_all()
-    many = "process" if wanted == 1 else "processes"
+    many = "process" if count == 1 else "processes"
     ours = (client, cluster, janitor)
-    return DaskWorkers(client, f"{wanted} local {many}", threads, limit, wanted, timeout, cluster, ours=ours)
+    return DaskWorkers(client, f"{count} local {many}", threads, most, count, timeout, cluster, ours=ours)
 
 
 def connect_cluster(cluster: Cluster, *, threads: int, most: int | None, timeout: float) -> DaskWorkers:

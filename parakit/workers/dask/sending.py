@@ -1,0 +1,55 @@
+"""Sending values to workers, as long as they give signs of life: Dask itself would wait for a stopped one for ever."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any
+
+from parakit.errors import WorkerLost
+from parakit.machine import in_thread
+from parakit.workers.dask.watching import Pulses
+
+if TYPE_CHECKING:
+    from parakit.workers.dask.pool import DaskWorkers
+
+__all__ = ["send"]
+
+_LOOK_SECONDS = 0.25
+
+
+def send(pool: DaskWorkers, run_id: str, value: Any, name: str, silent_seconds: float) -> Any:
+    """A value in the memory of a worker, as a future.
+
+    Parameters
+    ----------
+    pool : DaskWorkers
+    run_id : str
+        In which the worker is asked for its pulse.
+    value : object
+    name : str
+        The worker.
+    silent_seconds : float
+        How long it may give no sign of life. However long the value travels, it goes on while there are some.
+
+    Raises
+    ------
+    WorkerLost
+        If it gives none, and is done without from then on; or if it is gone.
+    """
+    sending = in_thread(pool.client.scatter, [value], workers=[name], hash=False)
+    pulses = Pulses(pool, run_id, time.monotonic())
+    while not sending.done():
+        try:
+            sending.exception(_LOOK_SECONDS)
+        except TimeoutError:
+            now = time.monotonic()
+            pulses.take([name], now)
+            if now - pulses.heard_at(name) > silent_seconds:
+                pool.banish([name])
+                raise WorkerLost(
+                    f"{pool.label(name)} gave no sign of life for {silent_seconds:g} s while data were sent to it."
+                ) from None
+    error = sending.exception()
+    if error is not None:
+        raise WorkerLost(f"{pool.label(name)} could not be sent its data: {type(error).__name__}.") from error
+    return sending.result()[0]
