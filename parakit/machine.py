@@ -84,7 +84,8 @@ def uninterrupted(make: Callable[[], T], undo: Callable[[T], object], limit_seco
     """
     making = in_thread(make)
     try:
-        return making.result()
+        made: T = making.result()
+        return made
     except BaseException:
         if making.done():  # it is the work's own error, or an interrupt that came with its end
             if making.exception() is None:

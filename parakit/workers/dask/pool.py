@@ -7,6 +7,7 @@ import contextlib
 import logging
 import os
 import signal
+import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import CancelledError
 from concurrent.futures import Future as LocalFuture
@@ -29,6 +30,7 @@ __all__ = ["DaskWorkers"]
 _CLOSE_SECONDS = 20.0
 _FAMILIAR = ("broadcast to", "Removing worker", "Couldn't gather keys")
 _ASK_SECONDS = 30.0
+_LOOK_SECONDS = 0.25
 _PARDON_SECONDS = 1.0
 _CANCELLED = (asyncio.CancelledError, CancelledError)
 
@@ -195,12 +197,19 @@ class DaskWorkers(Workers):
             self._ready.update(fresh)
 
     def _run(self, function: Callable[..., Any], addresses: Sequence[str]) -> dict[str, Any]:
-        """Call a function in the event loop of some workers, up to a limit."""
-        try:
-            found: dict[str, Any] = in_thread(self.client.run, function, workers=list(addresses)).result(_ASK_SECONDS)
-        except TimeoutError as error:
-            raise WorkerLost(f"One of {len(addresses)} workers did not answer within {_ASK_SECONDS:g} s.") from error
-        return found
+        """Call a function in the event loop of some workers, up to a limit, and as long as they are there."""
+        calling = in_thread(self.client.run, function, workers=list(addresses))
+        deadline = time.monotonic() + _ASK_SECONDS
+        while time.monotonic() < deadline:
+            try:
+                found: dict[str, Any] = calling.result(_LOOK_SECONDS)
+                return found
+            except TimeoutError as error:
+                if calling.done():
+                    raise WorkerLost(f"One of {len(addresses)} workers did not answer in time.") from error
+                if set(addresses) - set(self._workers()):  # Dask would try to reach it for many seconds
+                    raise WorkerLost(f"One of {len(addresses)} workers died before it was asked.") from None
+        raise WorkerLost(f"One of {len(addresses)} workers did not answer within {_ASK_SECONDS:g} s.")
 
     def _workers(self) -> dict[str, dict[str, Any]]:
         # The client's own scheduler_info() shares its answer with a refresh that runs now and then and asks for no
