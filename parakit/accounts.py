@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from parakit.chunks import EpochOrder
-from parakit.events import StepDone, WorkerStep
+from parakit.events import GradientNorms, StepDone, WorkerStep
 from parakit.replica import EXCHANGE, StepRecord
 from parakit.workers.base import Report
 
-__all__ = ["steps_done"]
+__all__ = ["gradient_norms", "steps_done"]
 
 
 def steps_done(
@@ -37,6 +37,18 @@ def steps_done(
             )
         )
     return steps
+
+
+def gradient_norms(report: Report, at_seconds: float) -> list[GradientNorms]:
+    """What the steps of a segment tell of how much the workers' gradients differ; nothing of one worker alone."""
+    found = []
+    for records in zip(*report.records, strict=True):
+        measured = [(record.norms, record.samples) for record in records if record.norms is not None]
+        if len(records) > 1 and len(measured) == len(records):
+            norms, samples = zip(*measured, strict=True)
+            mine, everybodys = zip(*norms, strict=True)
+            found.append(GradientNorms(at_seconds, records[0].step, mine, samples, everybodys[0]))
+    return found
 
 
 def _shares(labels: Sequence[str], records: Sequence[StepRecord]) -> tuple[WorkerStep, ...]:

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from parakit.accounts import steps_done
+from parakit.accounts import gradient_norms, steps_done
 from parakit.checkpoints import Saver
 from parakit.commits import State, copy_state
 from parakit.errors import Diverged, ParakitError, RunError, RunFailed, WorkerLost
@@ -169,7 +169,8 @@ class Conductor:
         ended = self.now()
         steps = steps_done(report, group.labels, order, group.roster.generation, began, ended)
         self._pace.learn(report.steps, sum(step.seconds for step in steps))
-        self._history.append(*steps, self._finished(steps, began, ended, report.commit_seconds))
+        self._history.append(*steps, *gradient_norms(report, ended))
+        self._history.append(self._finished(steps, began, ended, report.commit_seconds))
         self._history.append(*self._stragglers.look(steps))
         self.step += report.steps
         group.progress()

@@ -38,6 +38,7 @@ __all__ = [
     "Baseline",
     "EpochEnded",
     "Event",
+    "GradientNorms",
     "History",
     "Recovered",
     "Resized",
@@ -149,6 +150,27 @@ class StepDone(Event):
     world_size: int
     generation: int
     workers: tuple[WorkerStep, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class GradientNorms(Event):
+    """How much the workers' gradients differ, measured in the first step of a segment with several workers.
+
+    Attributes
+    ----------
+    step : int
+    norms_squared : tuple of float
+        Squared 2-norm of each worker's mean gradient over its own samples.
+    samples : tuple of int
+        Of each.
+    global_norm_squared : float
+        Of the mean gradient over all of them, before clipping.
+    """
+
+    step: int
+    norms_squared: tuple[float, ...]
+    samples: tuple[int, ...]
+    global_norm_squared: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -300,6 +322,7 @@ _KINDS: dict[str, type[Event]] = {
     for kind in (
         RunStart,
         StepDone,
+        GradientNorms,
         SegmentDone,
         Asked,
         Resized,
@@ -405,6 +428,7 @@ class History:
         """Take back the records of a step and all after it, because they will be done again."""
         with self._lock:
             self._kept[StepDone] = [done for done in self._kept[StepDone] if done.step < step]
+            self._kept[GradientNorms] = [norms for norms in self._kept[GradientNorms] if norms.step < step]
             self._kept[SegmentDone] = [s for s in self._kept[SegmentDone] if s.first_step + s.steps <= step]
 
     @property

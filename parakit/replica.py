@@ -80,7 +80,11 @@ class Recipe:
 
 @dataclass(slots=True)
 class StepRecord:
-    """One worker's account of one step; `seconds` has a place for each of `PHASES` but the last."""
+    """One worker's account of one step; `seconds` has a place for each of `PHASES` but the last.
+
+    ``norms`` are the squared 2-norms of the mean gradient over this worker's samples, and of that over all of them, in
+    a step that measured them.
+    """
 
     step: int
     loss: float
@@ -88,6 +92,7 @@ class StepRecord:
     seconds: list[float]
     wall_seconds: float
     samples: int
+    norms: tuple[float, float] | None = None
 
 
 class Holding:
@@ -164,6 +169,9 @@ class Replica:
         self.records: list[StepRecord] = []
         self.spent = [0.0] * (len(PHASES) - 1)
         self.share_rows = 0
+        #: Squared norm of the share's mean gradient; None in a step that does not measure it.
+        self.share_norm: float | None = None
+        self._measuring = False
         self._commits: Commits = PrivateCommits()
         self._changed = True  # since the last commit
         self.commit()
@@ -202,7 +210,12 @@ class Replica:
             self.spent[FORWARD] += forwarded - loaded
             self.spent[BACKWARD] += perf_counter() - forwarded
         self.share_rows = len(share) if share is not None else 0
+        self.share_norm = _mean_norm(self.buffer.sum) if self._measuring else None
         return self.buffer.sum
+
+    def measure_norms(self) -> None:
+        """Measure the norms of gradients in the next step: now and then, for each costs a pass over the gradient."""
+        self._measuring = True
 
     def update(self, summed: Callable[[], GradientSum]) -> None:
         """Do one step of the optimizer, by the gradient over the whole batch.
@@ -217,12 +230,15 @@ class Replica:
         before = sum(self.spent)
         rate = learning_rate(self.optimizer)
         losses: list[float] = []
+        norms: tuple[float, float] | None = None
         self._changed = True
 
         def evaluate() -> float:
+            nonlocal norms
             losses.append(self.buffer.load(summed()))
             if len(losses) == 1:  # a line search may well try what is not finite
                 self._check_loss(losses[0], rate)
+                norms = self._norms()
             if self.recipe.clip_norm is not None:
                 nn.utils.clip_grad_norm_(self.buffer.parameters, self.recipe.clip_norm)
             return losses[-1]
@@ -235,9 +251,16 @@ class Replica:
         self._schedule()
         wall = perf_counter() - began
         self.spent[UPDATE] += wall - (sum(self.spent) - before)
-        self.records.append(StepRecord(self.step, losses[0], rate, self.spent, wall, self.share_rows))
+        self.records.append(StepRecord(self.step, losses[0], rate, self.spent, wall, self.share_rows, norms))
         self.spent = [0.0] * len(self.spent)
         self.step += 1
+        self._measuring = False
+
+    def _norms(self) -> tuple[float, float] | None:
+        if self.share_norm is None:
+            return None
+        gradient = self.buffer.sum.total
+        return self.share_norm, float(torch.dot(gradient, gradient))
 
     def _check_loss(self, loss: float, rate: float) -> None:
         if self.recipe.stop_on_nonfinite and not math.isfinite(loss):
@@ -344,6 +367,11 @@ class Replica:
         self._forget_accounts()
         self._changed = True
         self.commit()
+
+
+def _mean_norm(part: GradientSum) -> float:
+    """Squared 2-norm of a mean gradient."""
+    return float(torch.dot(part.total, part.total)) / part.count**2 if part.count else 0.0
 
 
 @contextmanager

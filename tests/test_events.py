@@ -24,6 +24,7 @@ from parakit.events import (
     Baseline,
     EpochEnded,
     Event,
+    GradientNorms,
     History,
     Recovered,
     Resized,
@@ -51,6 +52,7 @@ EVENTS = [
     RunStart(0.0, "AllReduce()", ("w0", "w1"), "inline", 2, 1, 650, 1437, 64, 256, 12, 6, 0),
     Resized(0.1, 0, 0, ("w0", "w1"), 64, 0.05, 0.0),
     StepDone(0.2, 0, 0, 2.3, 256, 0.01, 0.1, 2, 0, (part("w0", 128), part("w1", 128))),
+    GradientNorms(0.3, 0, (2.5, 0.5), (130, 126), 1.25),
     SegmentDone(0.3, 0, 1, 0.02, 0.01, 0.001, 256, 2, 0),
     Asked(0.4, "pause", None),
     Asked(0.5, "resize", 4),
@@ -231,8 +233,8 @@ def test_events_are_found_by_their_kind() -> None:
     assert history.latest(Resized) is None
     assert history.of(StepDone) == ()
     history.append(*EVENTS)
-    assert history.of(Asked) == tuple(EVENTS[4:7])
-    assert history.latest(Asked) == EVENTS[6]
+    assert history.of(Asked) == tuple(EVENTS[5:8])
+    assert history.latest(Asked) == EVENTS[7]
     assert history.of(StepDone) == history.steps == (EVENTS[2],)
     assert len(history) == len(EVENTS)
 

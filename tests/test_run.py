@@ -18,8 +18,10 @@ import torch
 from torch import nn
 
 import parakit as pk
+from parakit.data import Samples
 from parakit.errors import PoolError, RunEnded, RunError, RunFailed, WaitTimeout, WorkerCountError
-from parakit.events import PHASES, Asked, EpochEnded, History, Resized, RunEnd, RunStart, SegmentDone
+from parakit.events import PHASES, Asked, EpochEnded, GradientNorms, History, Resized, RunEnd, RunStart, SegmentDone
+from parakit.replica import Holding
 from parakit.workers import resident
 from tests.test_exact import Slowed, problem, wait_for
 
@@ -382,3 +384,36 @@ def test_the_wait_for_tasks_is_exchange_and_no_update(pool: pk.Workers) -> None:
     ), strict=True))  # fmt: skip
     assert update < 0.25 * wall
     assert exchange > 0.5 * wall
+
+
+@pytest.mark.dask
+@pytest.mark.parametrize("kind", ["inline", "dask"])
+def test_the_first_step_of_a_segment_tells_how_much_gradients_differ(
+    pool: pk.Workers, inline: pk.Workers, kind: str
+) -> None:
+    on, model = (inline if kind == "inline" else pool), small_net().double()
+    digits = pk.datasets.digits().train
+    data = digits.tensors[0].double(), digits.tensors[1]
+    run = pk.train(model, data, on=on, workers=2, steps=40, clip_norm=1e-3).wait(LIMIT, progress=False)
+    norms = run.history.of(GradientNorms)
+    assert [found.step for found in norms] == [segment.first_step for segment in run.history.of(SegmentDone)]
+
+    def gradient(rows: Samples) -> torch.Tensor:
+        model.zero_grad()
+        nn.functional.cross_entropy(model(rows.inputs), rows.targets).backward()
+        return torch.cat([p.grad.flatten() for p in model.parameters()])  # type: ignore[union-attr]
+
+    job, ownership = run.plan.job, run.plan.roster.training
+    shares = []
+    for member in ownership.workers:
+        holding = Holding(job.recipe.order)
+        holding.change([], {chunk: job.load(chunk) for chunk in ownership.chunks_of[member]})
+        share = holding.share(0)
+        assert share is not None
+        shares.append(share)
+    assert norms[0].samples == tuple(len(share) for share in shares)
+    assert norms[0].norms_squared == pytest.approx([float(gradient(share).square().sum()) for share in shares])
+    everything = Samples.join(shares)
+    assert norms[0].global_norm_squared == pytest.approx(float(gradient(everything).square().sum()))
+    alone = pk.train(model, data, on=on, workers=1, steps=4).wait(LIMIT, progress=False)
+    assert alone.history.of(GradientNorms) == ()

@@ -112,6 +112,7 @@ class InlineCrew:
         torch.set_num_threads(self._threads)
         try:
             with torch.random.fork_rng(devices=[]):
+                self._replica.measure_norms()
                 for step in range(first, first + count):
                     self._job.strategy.step(self._team, step)
                     if self._halt > wish:
@@ -175,7 +176,7 @@ class InlineTeam:
         self._replica = replica
         self._holdings = holdings
         self._records: list[list[StepRecord]] = []
-        self._own: list[tuple[list[float], int]] = []
+        self._own: list[tuple[list[float], int, float | None]] = []
 
     def gradient(self, step: int) -> list[GradientSum]:
         """Every worker's gradient sum."""
@@ -185,15 +186,15 @@ class InlineTeam:
         """Every worker's gradient sum, rank by rank."""
         replica, parts = self._replica, []
         buffers = _Averaging(replica.model)
-        own = self._own or [([0.0] * (BACKWARD + 1), 0) for _ in self._holdings]
+        own = self._own or [([0.0] * (BACKWARD + 1), 0, None) for _ in self._holdings]
         self._own = []
-        for rank, (holding, (seconds, _)) in enumerate(zip(self._holdings, own, strict=True)):
+        for rank, (holding, (seconds, _, norm)) in enumerate(zip(self._holdings, own, strict=True)):
             before = list(replica.spent)
             buffers.begin()
             parts.append(replica.gradient(step, holding, rank).clone())
             buffers.end()
             grown = [s + now - then for s, now, then in zip(seconds, replica.spent, before, strict=False)]
-            self._own.append((grown, replica.share_rows))
+            self._own.append((grown, replica.share_rows, replica.share_norm if norm is None else norm))
         buffers.settle()
         return parts
 
@@ -219,7 +220,7 @@ class InlineTeam:
         if len(self._records) != len(self._own):
             self._records = [[] for _ in self._own]
         shared = together.seconds[EXCHANGE], together.seconds[UPDATE]
-        for records, (seconds, rows) in zip(self._records, self._own, strict=True):
+        for records, (seconds, rows, norm) in zip(self._records, self._own, strict=True):
             records.append(
                 StepRecord(
                     together.step,
@@ -228,6 +229,7 @@ class InlineTeam:
                     [*seconds, *shared],
                     together.wall_seconds,
                     rows,
+                    None if norm is None or together.norms is None else (norm, together.norms[1]),
                 )
             )
 

@@ -143,6 +143,7 @@ class Resident:
         committed = self.replica.commit()
         self.progress()
         self._heeded, self._ended = wish, False
+        self.replica.measure_norms()
         for step in range(first, first + count):
             self.strategy.step(self, step)
             if self._ended:
