@@ -7,7 +7,7 @@ from parakit.errors import ParakitError
 from parakit.events import History
 from parakit.run import Run
 from parakit.training import evaluate, train
-from parakit.workers import Workers, connect
+from parakit.workers import Workers, connect, simulated
 
 if TYPE_CHECKING:
     from parakit import plots
@@ -25,6 +25,7 @@ __all__ = [
     "evaluate",
     "panel",
     "plots",
+    "simulated",
     "strategies",
     "train",
 ]

@@ -16,9 +16,12 @@ def steps_done(
     report: Report, labels: Sequence[str], order: EpochOrder, generation: int, began: float, ended: float
 ) -> list[StepDone]:
     """The steps of a segment that lasted from one moment to another, seconds since the start of the run."""
+    excerpt = report.excerpt
+    if excerpt is not None:
+        labels = [labels[rank] for rank in excerpt.ranks]
     steps = []
     at = began + report.commit_seconds
-    for records in zip(*report.records, strict=True):
+    for place, records in enumerate(zip(*report.records, strict=True)):
         first = records[0]
         seconds = max(record.wall_seconds for record in records)
         at += seconds
@@ -31,9 +34,9 @@ def steps_done(
                 order.batch_rows(first.step),
                 seconds,
                 first.learning_rate,
-                len(records),
+                len(records) if excerpt is None else excerpt.world_size,
                 generation,
-                _shares(labels, records),
+                _shares(labels, records, excerpt.exchange_seconds[place] if excerpt else None),
             )
         )
     return steps
@@ -51,9 +54,10 @@ def gradient_norms(report: Report, at_seconds: float) -> list[GradientNorms]:
     return found
 
 
-def _shares(labels: Sequence[str], records: Sequence[StepRecord]) -> tuple[WorkerStep, ...]:
+def _shares(labels: Sequence[str], records: Sequence[StepRecord], exchange: float | None) -> tuple[WorkerStep, ...]:
     """Every worker's account, with the wait for slower ones told apart from the exchange."""
-    exchange = min(record.seconds[EXCHANGE] for record in records)
+    if exchange is None:
+        exchange = min(record.seconds[EXCHANGE] for record in records)
     shares = []
     for label, record in zip(labels, records, strict=True):
         data, forward, backward, waited, update = record.seconds

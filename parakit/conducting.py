@@ -9,7 +9,6 @@ from its last commit with the group that `Membership` makes of the others.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 
 from torch import nn
@@ -50,7 +49,7 @@ class Conductor:
         saving = plan.saving
         saver = Saver(saving.checkpoints, saving.every_seconds, plan.identity) if saving else None
         self._keeper = Keeper(plan.job.recipe.model, saver, self._say)
-        self._began = time.perf_counter()
+        self._began = pool.clock()
         self.status = "running"
         self.step = 0
         self.error: RunError | None = None
@@ -65,7 +64,7 @@ class Conductor:
 
     def now(self) -> float:
         """Seconds since the start of the run."""
-        return time.perf_counter() - self._began
+        return self._pool.clock() - self._began
 
     @property
     def world_size(self) -> int:
@@ -240,6 +239,8 @@ class Conductor:
     def _measure(self) -> None:
         """Time plain PyTorch while the run stands still; whatever comes of it, the run goes on."""
         try:
+            if self._pool.simulated:
+                raise ParakitError("these workers are simulated, and a real time beside theirs would mean nothing.")
             found = measure_plain(self._pool, self._plan.job, self.now, lambda: self._wishes.stopping)
             if found is not None:
                 self._history.append(found)

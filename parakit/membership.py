@@ -8,7 +8,6 @@ resize. Nobody else speaks of generations, so that orders of an older group can 
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import suppress
@@ -163,7 +162,7 @@ class Membership:
         WorkerLost
             If nobody is left, or the group breaks again and again.
         """
-        began, self._lost_at = self._now(), time.perf_counter()
+        began, self._lost_at = self._now(), self._pool.clock()
         while True:
             self._fruitless += 1
             if self._fruitless > _FRUITLESS:
@@ -276,11 +275,11 @@ class Membership:
                 self._wishes.target = self.world_size
 
     def _muster(self, roster: Roster, step: int, state: State | None, moved: int, *, wished: bool) -> None:
-        began = time.perf_counter()
+        began = self._pool.clock()
         self._generation = max(self._generation, roster.generation)
         self.crew.muster(roster, state)
         self.roster, self.formed = roster, True
-        ended = time.perf_counter()
+        ended = self._pool.clock()
         waited = ended - self._wishes.asked_at if wished else 0.0
         self._history.append(
             Resized(self._now(), step, roster.generation, self.labels, moved, ended - began, waited)

@@ -35,7 +35,7 @@ class Run:
         self._plan = plan
         self._pool = pool
         self._history = history
-        self._wishes = Wishes(plan.workers)
+        self._wishes = Wishes(plan.workers, pool.clock)
         self._conductor = Conductor(plan, pool, history, self._wishes)
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._conduct, name=f"parakit-run-{plan.job.run_id}", daemon=True)

@@ -67,7 +67,7 @@ def train(
     steps: int | None = None,
     validation: Any = None,
     seed: int = 0,
-    chunks: int = DEFAULT_CHUNKS,
+    chunks: int | None = None,
     limit_seconds: float = 10.0,
     on_nonfinite: str = "stop",
     checkpoint: str | os.PathLike[str] | None = None,
@@ -117,8 +117,9 @@ def train(
         Evaluated by the workers at the end of each epoch.
     seed : int
         Fixes the shuffle, the order of each epoch, and what the model draws at random.
-    chunks : int
-        The most pieces to cut the data into; fewer for small batches. Workers share them.
+    chunks : int, optional
+        The most pieces to cut the data into; fewer for small batches. Workers share them. Default: 64; as many as there
+        are workers, where more are simulated.
     limit_seconds : float
         How long a worker may give no sign of life before it is treated as dead; also how long its code may make no
         progress, or ten times a step where that is longer. Lost workers are replaced by those that are left, and by
@@ -192,7 +193,7 @@ def plan(
     steps: int | None = None,
     validation: Any = None,
     seed: int = 0,
-    chunks: int = DEFAULT_CHUNKS,
+    chunks: int | None = None,
     limit_seconds: float = 10.0,
     on_nonfinite: str = "stop",
     checkpoint: str | os.PathLike[str] | None = None,
@@ -217,6 +218,7 @@ def plan(
     check_positive("limit_seconds", limit_seconds)
     check_choice("on_nonfinite", on_nonfinite, ("stop", "continue"))
     check_whole("seed", seed, 0)
+    chunks = pool.chunks if chunks is None else chunks
     check_whole("chunks", chunks, 1)
     check_strategy(strategy)
     pieces = cut(len(samples), chunk_count(len(samples), batch, chunks), seed)

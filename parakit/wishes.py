@@ -17,9 +17,12 @@ class Wishes:
     ----------
     target : int
         Workers wanted.
+    clock : callable
+        Tells the time of the run's pool.
     """
 
-    def __init__(self, target: int) -> None:
+    def __init__(self, target: int, clock: Callable[[], float] = time.perf_counter) -> None:
+        self._clock = clock
         self.changed = threading.Condition()
         self.target = target
         self.paused = False
@@ -30,8 +33,8 @@ class Wishes:
         self.measuring = False
         #: Counts wishes; a segment ordered under a number is ended by a higher one.
         self.number = 0
-        #: When the target was last asked for, by `time.perf_counter`.
-        self.asked_at = time.perf_counter()
+        #: When the target was last asked for, by the clock.
+        self.asked_at = clock()
         self.interrupt: Callable[[int], None] = lambda _: None
 
     def express(self, change: Callable[[Wishes], Any]) -> None:
@@ -42,7 +45,7 @@ class Wishes:
 
     def aim(self, target: int) -> None:
         """Want a number of workers from now on."""
-        self.target, self.asked_at = target, time.perf_counter()
+        self.target, self.asked_at = target, self._clock()
 
     def nudge(self) -> None:
         """End the present segment, so that the conductor looks here."""

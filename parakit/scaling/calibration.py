@@ -1,0 +1,321 @@
+"""Calibration: the terms of a step's cost, read off the events of runs.
+
+Owns the way from accounts of steps to a few numbers, and says in words what had to be assumed; refuses to predict.
+What is usual is a mean over all but the steps that took more than twice the median: a median alone would leave out
+that most disturbances make steps longer, and predict too much. Workers that share a core
+take longer in proportion, which is taken out again, so that the numbers are those of a worker with a core of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from parakit.errors import InputError
+from parakit.events import History, RunStart, SegmentDone, StepDone, WorkerStep
+from parakit.scaling.exchange import Link, algorithm_named, all_reduce_seconds
+from parakit.scaling.networks import NETWORKS, Network
+
+__all__ = ["Calibration", "calibrate"]
+
+Floats = npt.NDArray[np.float64]
+
+_WARM_UP_STEPS = 3  # of a group: memory is filled, caches are cold
+_FEWEST_STEPS = 5
+_TELLS_APART = 100.0  # condition of a fit beyond which noise decides which cause is blamed
+_STRAGGLES = 2.0  # times the usual time of a worker's part
+_BYTES = 4  # of a float32
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What runs say about the cost of a step; seconds are of a worker with a core of its own.
+
+    Attributes
+    ----------
+    sample_seconds, fixed_seconds : float
+        Of computing, for each sample and for each step.
+    contention : float
+        What every other busy core of a machine adds to the former, as a share of it.
+    spread : float
+        Relative standard deviation of a worker's computing, from worker to worker and step to step.
+    phases : tuple of three floats
+        Shares of data, forward and backward in computing.
+    stragglers, straggler_times : float
+        How often a worker takes more than twice its usual time, and how many times as long it takes then.
+    update_seconds, control_seconds : float
+        Of the optimizer, for each step; of orders, commit and report, for each segment.
+    nbytes, batch_size, cores, threads : int
+        Of the exchange in bytes; of the runs.
+    algorithm : str
+    network : Network
+    remarks : tuple of str
+        What was assumed, and why.
+    """
+
+    sample_seconds: float
+    fixed_seconds: float
+    contention: float
+    spread: float
+    phases: tuple[float, float, float]
+    stragglers: float
+    straggler_times: float
+    update_seconds: float
+    control_seconds: float
+    nbytes: int
+    batch_size: int
+    cores: int
+    threads: int
+    algorithm: str
+    network: Network
+    remarks: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class _Group:
+    """The steps at one worker count of one run; arrays are (steps, workers)."""
+
+    workers: int
+    crowding: float
+    others: float  # threads of other workers that are busy meanwhile
+    samples: Floats
+    phases: Floats  # (steps, workers, 3)
+    exchange: Floats  # (steps,)
+    update: Floats
+
+    @property
+    def computing(self) -> Floats:
+        total: Floats = self.phases.sum(axis=2) / self.crowding
+        return total
+
+
+def calibrate(histories: History | Iterable[History], *, algorithm: str | None = None) -> Calibration:
+    """The cost of a step, from what happened in one or several runs of the same model.
+
+    Parameters
+    ----------
+    histories : History, or several
+        With steps at several worker counts if the exchange is to be measured, not assumed.
+    algorithm : str, optional
+        Of the exchange. Default: shared memory where the pool says so, else a ring.
+
+    Returns
+    -------
+    Calibration
+
+    Raises
+    ------
+    InputError
+        If there are too few steps, or the runs are of models of different sizes.
+    """
+    every = [histories] if isinstance(histories, History) else list(histories)
+    starts = [_start(history) for history in every]
+    groups = [group for history, start in zip(every, starts, strict=True) for group in _groups(history, start)]
+    if not groups:
+        raise InputError(
+            f"There are no {_WARM_UP_STEPS + _FEWEST_STEPS} steps at any one worker count in this history.",
+            cause="the run was too short, or resized all the time",
+            remedy="train for more steps before calibrating a cost model",
+        )
+    start = starts[0]
+    remarks: list[str] = []
+    sample_seconds, fixed_seconds, contention = _computing(groups, remarks)
+    spread, stragglers, times = _variation(groups, remarks)
+    chosen = algorithm_named(algorithm or ("shared memory" if "shared memory" in start.pool else "ring"))
+    nbytes = _BYTES * start.parameters
+    network = _network(groups, start, chosen, nbytes, remarks)
+    control = [segment.control_seconds for history in every for segment in history.of(SegmentDone)]
+    return Calibration(
+        sample_seconds, fixed_seconds, contention, spread, _phase_shares(groups), stragglers, times,
+        _usual(np.concatenate([(g.update / g.crowding).ravel() for g in groups])),
+        _usual(np.array(control)) if control else 0.0,
+        nbytes, start.batch_size, start.cores, start.threads_per_worker, chosen, network, tuple(remarks),
+    )  # fmt: skip
+
+
+def _start(history: Any) -> RunStart:
+    if not isinstance(history, History):
+        raise InputError(
+            f"A cost model is calibrated from the history of a run, not from {type(history).__name__}.",
+            remedy="CostModel.from_history(run.history)",
+        )
+    start = history.latest(RunStart)
+    if start is None:
+        raise InputError("This history has no start of a run.", cause="the run has not begun, or failed at once")
+    return start
+
+
+def _groups(history: History, start: RunStart) -> list[_Group]:
+    """The settled steps by worker count; those that account for all of their workers alike."""
+    by_count: dict[int, list[StepDone]] = {}
+    seen: dict[int, int] = {}
+    for step in history.steps:
+        seen[step.generation] = seen.get(step.generation, 0) + 1
+        if seen[step.generation] > _WARM_UP_STEPS and any(part.samples for part in step.workers):
+            by_count.setdefault(step.world_size, []).append(step)
+    return [
+        _group(count, steps, start) for count, steps in sorted(by_count.items()) if len(steps) >= _FEWEST_STEPS
+    ]  # fmt: skip
+
+
+def _group(count: int, steps: Sequence[StepDone], start: RunStart) -> _Group:
+    shown = min(len(step.workers) for step in steps)
+    parts = [step.workers[:shown] for step in steps]
+    # In one process workers take turns: whoever computes has the machine alone.
+    in_turns = start.pool.startswith("inline")
+    crowding = 1.0 if in_turns else max(1.0, count * start.threads_per_worker / start.cores)
+    others = (
+        0.0 if in_turns else max(0.0, min(count * start.threads_per_worker, start.cores) - start.threads_per_worker)
+    )
+    return _Group(
+        count, crowding, others,
+        np.array([[part.samples for part in row] for row in parts], np.float64),
+        np.array([[_computing_of(part) for part in row] for row in parts], np.float64),
+        np.array([min(part.exchange_seconds for part in row) for row in parts], np.float64),
+        np.array([[part.update_seconds for part in row] for row in parts], np.float64),
+    )  # fmt: skip
+
+
+def _computing_of(part: WorkerStep) -> tuple[float, float, float]:
+    return part.data_seconds, part.forward_seconds, part.backward_seconds
+
+
+def _computing(groups: Sequence[_Group], remarks: list[str]) -> tuple[float, float, float]:
+    """Seconds a sample, seconds a step, and what every other busy core adds to the former, as a share of it."""
+    points = np.array([point for group in groups for point in _points(group)])
+    rows, others, usual, counts = points.T
+    if rows.max() < 1.25 * rows.min():
+        remarks.append(
+            f"All shares have about {np.median(rows):.0f} samples, so the fixed cost of a step cannot be told from "
+            "that of its samples: it is taken to be nothing."
+        )
+        return float(np.average(usual / rows, weights=counts)), 0.0, 0.0
+    columns = np.stack([rows, np.ones_like(rows), rows * others], axis=1)
+    if others.max() == others.min() or np.linalg.cond(columns / np.linalg.norm(columns, axis=0)) > _TELLS_APART:
+        # With a batch of one size, samples times workers is the same everywhere, and so these two costs look alike.
+        if others.max() > others.min():
+            remarks.append("What busy cores cost each other cannot be told from the fixed cost of a step.")
+        columns = columns[:, :2]
+    slope, fixed, *slowdown = _nonnegative(columns, usual, np.sqrt(counts) / usual)
+    return slope, fixed, slowdown[0] / slope if slowdown and slope > 0 else 0.0
+
+
+def _points(group: _Group) -> list[tuple[float, float, float, float]]:
+    """Samples, other busy threads, usual seconds and how often, for every size of share."""
+    sizes, times = np.unique(group.samples[group.samples > 0], return_counts=True)
+    computing = group.computing
+    usual = [_usual(computing[group.samples == size]) for size in sizes]
+    return [
+        (float(size), group.others, seconds, float(count))
+        for size, seconds, count in zip(sizes, usual, times, strict=True)
+        if seconds > 0
+    ]
+
+
+def _nonnegative(columns: Floats, values: Floats, weights: Floats) -> list[float]:
+    """The best weights of some columns, none of them negative."""
+    from scipy.optimize import nnls
+
+    scale = np.abs(columns * weights[:, None]).max(axis=0)
+    found, _ = nnls(columns * weights[:, None] / scale, values * weights)
+    return [float(value) for value in found / scale]
+
+
+def _variation(groups: Sequence[_Group], remarks: list[str]) -> tuple[float, float, float]:
+    """Relative spread, how often workers straggle, and how many times as long that takes."""
+    several = [group for group in groups if group.samples.shape[1] > 1]
+    if not several:
+        remarks.append("One worker only: the spread between workers is taken to be that between its steps.")
+    ratios = [_relative(group) for group in several or groups]
+    every = np.concatenate([ratio.ravel() for ratio in ratios])
+    every = every[np.isfinite(every)]
+    slow = every > _STRAGGLES
+    variances = [_variance(ratio) for ratio in ratios]
+    times = float(np.median(every[slow])) if slow.any() else 3.0
+    return float(np.sqrt(np.mean(variances))), float(slow.mean()), times
+
+
+def _relative(group: _Group) -> Floats:
+    """Computing, relative to what is usual for shares of that size in this group; NaN where there was no share."""
+    relative: Floats = np.full_like(group.samples, np.nan)
+    for size in np.unique(group.samples[group.samples > 0]):
+        same = group.samples == size
+        relative[same] = group.computing[same] / _usual(group.computing[same])
+    return relative
+
+
+def _usual(seconds: Floats) -> float:
+    """The mean of all that took at most twice the median."""
+    return float(seconds[seconds <= _STRAGGLES * np.median(seconds)].mean())
+
+
+def _variance(relative: Floats) -> float:
+    """Between the workers of a step, where there are several; what slows all of them at once is no spread."""
+    kept = np.where(np.isfinite(relative) & (relative <= _STRAGGLES), relative, np.nan)
+    if kept.shape[1] == 1:
+        usual = kept[np.isfinite(kept)]
+        return float(usual.var(ddof=1)) if len(usual) > 1 else 0.0
+    counts = np.isfinite(kept).sum(axis=1)
+    rows = kept[counts > 1]
+    if not len(rows):
+        return 0.0
+    return float(np.nanvar(rows, axis=1, ddof=1).mean())
+
+
+def _phase_shares(groups: Sequence[_Group]) -> tuple[float, float, float]:
+    totals = np.sum([np.median(group.phases, axis=(0, 1)) for group in groups], axis=0)
+    whole = totals.sum()
+    data, forward, backward = totals / whole if whole > 0 else (0.0, 1 / 3, 2 / 3)
+    return float(data), float(forward), float(backward)
+
+
+def _network(groups: Sequence[_Group], start: RunStart, algorithm: str, nbytes: int, remarks: list[str]) -> Network:
+    """Latency and bandwidth from the exchange at several worker counts; what cannot be told is assumed."""
+    assumed = NETWORKS["shared memory" if algorithm == "shared memory" else "loopback"]
+    exchanging = [group for group in groups if group.workers > 1]
+    if start.pool.startswith("inline"):
+        exchanging = []
+    alone = [group for group in exchanging if group.crowding == 1.0]
+    if exchanging and not alone:
+        remarks.append("Workers shared cores in every exchange, so its time holds waiting for a core too.")
+    exchanging = alone or exchanging
+    if not exchanging:
+        remarks.append(f"No exchange between processes was seen: that of {assumed} is assumed.")
+        return assumed
+    counts = np.array([group.workers for group in exchanging], np.float64)
+    seconds = np.array([_usual(group.exchange) for group in exchanging])
+    per_latency = np.asarray(all_reduce_seconds(algorithm, counts, 0.0, Link(1.0, 0.0)))
+    per_byte_time = np.asarray(all_reduce_seconds(algorithm, counts, float(nbytes), Link(0.0, 1.0)))
+    if len(np.unique(counts)) < 2:
+        return _bandwidth_only(assumed, float(counts[0]), per_latency[0], per_byte_time[0], seconds[0], remarks)
+    return _fitted(assumed, per_latency, per_byte_time, seconds, remarks)
+
+
+def _bandwidth_only(
+    assumed: Network, count: float, per_latency: float, per_byte_time: float, seconds: float, remarks: list[str]
+) -> Network:
+    """One worker count gives one number: the latency is assumed, as far as it leaves room for the bytes."""
+    latency = min(assumed.latency_seconds, 0.5 * seconds / per_latency)
+    pace = (seconds - latency * per_latency) / per_byte_time
+    remarks.append(
+        f"The exchange was seen at {count:.0f} workers only: a latency of {1e6 * latency:.3g} µs is assumed, and the "
+        "rest of its time taken for bandwidth."
+    )
+    return Network("calibrated", latency, 1 / max(pace, 1e-15), "measured at one worker count")
+
+
+def _fitted(
+    assumed: Network, per_latency: Floats, per_byte_time: Floats, seconds: Floats, remarks: list[str]
+) -> Network:
+    columns = np.stack([per_latency, per_byte_time], axis=1)
+    latency, pace = _nonnegative(columns, seconds, 1 / np.maximum(seconds, 1e-9))
+    if latency == 0:
+        remarks.append("The exchange grows with workers as bandwidth alone explains: its latency comes out as nothing.")
+    if pace == 0:
+        remarks.append(f"The exchange costs latency alone; the bandwidth is taken to be that of {assumed}.")
+        pace = 1 / assumed.bytes_per_second
+    return Network("calibrated", float(latency), float(1 / pace), "measured at several worker counts")
