@@ -135,10 +135,16 @@ def call_model(model: nn.Module, inputs: Any) -> Any:
 class _Mark:
     """Notes that a parameter had a gradient; called by torch after each accumulation."""
 
-    def __init__(self, reached: Tensor, place: int) -> None:
-        self._mark = reached[place : place + 1]
+    def __init__(self, place: int) -> None:
+        self._place = place
+        self._mark: Tensor | None = None
+
+    def write_to(self, reached: Tensor) -> None:
+        """Note it there from now on."""
+        self._mark = reached[self._place : self._place + 1]
 
     def __call__(self, _: Tensor) -> None:
+        assert self._mark is not None
         self._mark.fill_(1.0)
 
 
@@ -164,16 +170,29 @@ class GradientBuffer:
         kinds = {parameter.dtype for parameter in self.parameters}
         self.dtype = torch.float64 if torch.float64 in kinds else torch.float32
         self._direct = kinds == {self.dtype}
-        size = sum(parameter.numel() for parameter in self.parameters)
-        flags = len(self.parameters)
-        self.sum = GradientSum.around(torch.zeros(size + flags + _TAIL, dtype=self.dtype), flags)
+        #: Elements of the flat vector.
+        self.numel = sum(parameter.numel() for parameter in self.parameters) + len(self.parameters) + _TAIL
+        self._marks = [_Mark(place) for place in range(len(self.parameters))]
+        for parameter, mark in zip(self.parameters, self._marks, strict=True):
+            parameter.register_post_accumulate_grad_hook(mark)
+        self.live_in(torch.zeros(self.numel, dtype=self.dtype))
+
+    def live_in(self, vector: Tensor) -> None:
+        """Keep the gradient in a vector from now on.
+
+        Parameters
+        ----------
+        vector : tensor, (numel,)
+            Of the buffer's `dtype`. What is in it counts as a gradient, so let it be zero.
+        """
+        self.sum = GradientSum.around(vector, len(self.parameters))
         pieces = self.sum.total.split([parameter.numel() for parameter in self.parameters])
         self._views = [piece.view_as(p) for p, piece in zip(self.parameters, pieces, strict=True)]
         self._grads = self._views if self._direct else [torch.zeros_like(p) for p in self.parameters]
+        for mark in self._marks:
+            mark.write_to(self.sum.reached)
         self._all_set = False
         self._set_all()
-        for place, parameter in enumerate(self.parameters):
-            parameter.register_post_accumulate_grad_hook(_Mark(self.sum.reached, place))
 
     def _set_all(self) -> None:
         if not self._all_set:

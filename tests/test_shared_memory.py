@@ -159,7 +159,7 @@ def add_both_ways(kept: dict[str, Any], rank: int, numel: int) -> float:
 
 def test_sums_are_those_of_gloo_within_rounding(team: list[Member], boards: Callable[[], str]) -> None:
     part = team[:3]
-    same(ask(part, form, 3, boards(), {"piece_bytes": None}))
+    same(ask(part, form, 3, boards(), {"piece_bytes": 1 << 21}))
     errors = [answer.good for answer in ask(part, add_both_ways, 1_300_003)]
     same(ask(part, leave))
     assert max(errors) <= 2 * torch.finfo(torch.float32).eps
@@ -237,11 +237,28 @@ def add_what_differs(kept: dict[str, Any], rank: int) -> None:
     kept["group"].all_reduce(torch.zeros(10 + rank // 2))
 
 
-def test_vectors_that_differ_are_refused_everywhere(team: list[Member], boards: Callable[[], str]) -> None:
+def add_in_ways_that_differ(kept: dict[str, Any], rank: int) -> None:
+    group: SharedGroup = kept["group"]
+    if rank:
+        group.all_reduce(torch.zeros(10))
+    else:
+        group.sum_slice(group.buffer(10, torch.float32))
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        (add_what_differs, "10 of torch.float32, 10 of torch.float32, 11 of torch.float32, 11"),
+        (add_in_ways_that_differ, "10 of torch.float32 in slices, 10 of torch.float32, 10 of"),
+    ],
+)
+def test_what_does_not_fit_together_is_refused_everywhere(
+    team: list[Member], boards: Callable[[], str], function: Callable[..., None], message: str
+) -> None:
     same(ask(team, form, 4, boards(), {}))
-    for answer in ask(team, add_what_differs):
-        assert answer.error.startswith("GroupBroken")
-        assert "10 of torch.float32, 10 of torch.float32, 11" in answer.error or "left" in answer.error
+    for answer in ask(team, function):
+        assert answer.error.startswith("GroupBroken: The members add vectors that differ")
+        assert message in answer.error
     same(ask(team, leave))
 
 
@@ -358,7 +375,7 @@ def test_a_wait_ends_when_another_thread_closes_the_group(team: list[Member], bo
     part = team[:2]
     same(ask(part, form, 2, boards(), {}))
     team[0].tell(close_in_another_thread, 0)
-    assert 0.1 <= team[0].answer().good < SOON_SECONDS
+    assert 0.05 < team[0].answer().good < SOON_SECONDS
     part[1].tell(leave, 1)
     assert part[1].answer().error == ""
 
@@ -410,7 +427,7 @@ def test_a_silent_member_is_given_up_at_the_limit(team: list[Member], boards: Ca
     part[1].tell(add_forever, 1, 10)
     part[1].answer()
     same(ask(part, leave))
-    assert 0.3 <= waited < SOON_SECONDS
+    assert 0.29 < waited < SOON_SECONDS
 
 
 def test_a_stopped_member_that_wakes_disturbs_nobody(team: list[Member], boards: Callable[[], str]) -> None:

@@ -14,20 +14,38 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from time import perf_counter
 from types import TracebackType
 from typing import Any, Literal, Protocol, Self
 
-from parakit.chunks import Ownership
+from parakit.chunks import DEFAULT_CHUNKS, Ownership
 from parakit.commits import State
 from parakit.data import Samples
 from parakit.errors import PoolError, WorkerCountError
 from parakit.evaluation import Tally
 from parakit.replica import Recipe, StepRecord
 
-__all__ = ["Crew", "Job", "Part", "Remnant", "Report", "Roster", "RunsOn", "Strategy", "Team", "Workers"]
+__all__ = [
+    "EXCHANGES",
+    "Crew",
+    "Excerpt",
+    "Exchange",
+    "Job",
+    "Part",
+    "Remnant",
+    "Report",
+    "Roster",
+    "RunsOn",
+    "Strategy",
+    "Team",
+    "Workers",
+]
 
 Part = Any
 RunsOn = Literal["workers", "driver"]
+#: How resident workers add their gradients up.
+Exchange = Literal["auto", "shared memory", "gloo"]
+EXCHANGES: tuple[Exchange, ...] = ("auto", "shared memory", "gloo")
 
 
 class Team(Protocol):
@@ -162,6 +180,25 @@ def _one_owner_each(held: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int,
 
 
 @dataclass(frozen=True)
+class Excerpt:
+    """Of which members there are records, where there are too many for all to have them.
+
+    Parameters
+    ----------
+    ranks : tuple of int
+        Of those that have, ascending.
+    world_size : int
+        Of the group.
+    exchange_seconds : tuple of float
+        Of each step: the smallest time that any member of the group spent in it, waiting included.
+    """
+
+    ranks: tuple[int, ...]
+    world_size: int
+    exchange_seconds: tuple[float, ...]
+
+
+@dataclass(frozen=True)
 class Report:
     """What the members did in a segment.
 
@@ -171,10 +208,13 @@ class Report:
         One list a member, by rank; all of the same length.
     commit_seconds : float
         The longest that a member took to keep its state.
+    excerpt : Excerpt or None
+        Whose records they are, if not everybody's.
     """
 
     records: tuple[list[StepRecord], ...]
     commit_seconds: float
+    excerpt: Excerpt | None = None
 
     @property
     def steps(self) -> int:
@@ -271,6 +311,12 @@ class Workers(ABC):
     threads: int
     #: Cores that this pool's workers can use at once.
     cores: int
+    #: Tells the time of runs on this pool, in seconds; virtual where the workers are simulated.
+    clock: Callable[[], float] = perf_counter
+    #: Whether the workers, and all times, are only simulated.
+    simulated: bool = False
+    #: Pieces to cut data into, unless a run asks for another number.
+    chunks: int = DEFAULT_CHUNKS
 
     def __init__(self) -> None:
         self._hold: _Hold | None = None

@@ -29,7 +29,8 @@ from parakit.gradients import GradientSum, unflatten_into
 from parakit.replica import EXCHANGE, Holding, Recipe, Replica, StepRecord, load_model_state
 from parakit.vault import Vault, VaultKey
 from parakit.workers.base import Strategy
-from parakit.workers.group import Board, Group, GroupBroken
+from parakit.workers.group import Board, GroupBroken
+from parakit.workers.meeting import Adders, meet
 from parakit.workers.messages import Answer, Failure, Orders, Pulse, Segment, Standing
 
 P = ParamSpec("P")
@@ -48,7 +49,7 @@ class Resident:
         self.training = Holding(recipe.order)
         self.validation = Holding()
         self.rank = 0
-        self.group: Group | None = None
+        self.group: Adders | None = None
         self._vault: Vault | None = None
         self._alone = True
         self.lock = threading.Lock()
@@ -107,10 +108,19 @@ class Resident:
         if orders.group:
             assert board is not None
             self.progress(waiting=True)
-            self.group = Group(board, orders.rank, orders.size, orders.host, orders.limit_seconds)
+            self._meet(orders, board)
         self._alone = orders.size == 1
         self._commit_to_vault(orders.vault)
         return self._vault_key
+
+    def _meet(self, orders: Orders, board: Board) -> None:
+        """Form the group, and let the gradient live where the group adds it from."""
+        buffer = self.replica.buffer
+        self.group, place = meet(
+            board, orders.rank, orders.size, orders.host, orders.limit_seconds,
+            exchange=getattr(self.strategy, "exchange", "auto"), numel=buffer.numel, dtype=buffer.dtype,
+        )  # fmt: skip
+        buffer.live_in(torch.zeros(buffer.numel, dtype=buffer.dtype) if place is None else place)
 
     def _commit_to_vault(self, wanted: bool) -> None:
         """Keep commits in a vault from now on, or in this process's own memory."""

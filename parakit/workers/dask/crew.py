@@ -83,8 +83,14 @@ class DaskCrew:
         newcomers = [member for member in roster.members if member not in self._held]
         try:
             self._pool.make_ready(roster.members)
-            order = self._job.run_id, self._blob, self._pool.threads
-            self._answers(self._submit(newcomers, resident.prepare, lambda _: order), self.patience(_SETTING_UP))
+            self._answers(
+                self._submit(
+                    newcomers,
+                    resident.prepare,
+                    lambda m: (self._job.run_id, self._sent(self._blob, m), self._pool.threads),
+                ),
+                self.patience(_SETTING_UP),
+            )
             self._brought[roster.generation] = self._load_for(roster)
         finally:
             self._touched.update(newcomers)
@@ -110,8 +116,10 @@ class DaskCrew:
     def _place(self, member: str, chunks: Sequence[int], load: Callable[[int], Samples]) -> Any:
         if not chunks:
             return {}
-        packed = {chunk: load(chunk).packed() for chunk in chunks}
-        return send(self._pool, self._job.run_id, packed, member, self._job.limit_seconds)
+        return self._sent({chunk: load(chunk).packed() for chunk in chunks}, member)
+
+    def _sent(self, value: Any, member: str) -> Any:
+        return send(self._pool, self._job.run_id, value, member, self._job.limit_seconds)
 
     def muster(self, roster: Roster, state: State | None) -> None:
         """Make a prepared roster the active one."""

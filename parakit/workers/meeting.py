@@ -1,0 +1,80 @@
+"""How the members of a generation come to talk to each other: through shared memory on one host, or by connections."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from parakit.workers.base import Exchange
+from parakit.workers.group import Board, Group
+from parakit.workers.shared import CannotShare, SharedGroup
+
+__all__ = ["Adders", "meet"]
+
+
+class Adders(Protocol):
+    """Members that add vectors together."""
+
+    def all_reduce(self, vector: Tensor) -> None:
+        """Replace a vector by the sum of every member's, in place."""
+
+    def average(self, tensors: Sequence[Tensor]) -> None:
+        """Replace tensors by their means over the members, in place."""
+
+    def close(self) -> None:
+        """Leave the group."""
+
+
+def meet(
+    board: Board,
+    rank: int,
+    size: int,
+    host: str,
+    limit_seconds: float,
+    *,
+    exchange: Exchange,
+    numel: int,
+    dtype: torch.dtype,
+) -> tuple[Adders, Tensor | None]:
+    """Form a group.
+
+    Parameters
+    ----------
+    board : Board
+        Of this generation alone.
+    rank, size : int
+    host : str
+        Of the interface to listen on, where connections are needed.
+    limit_seconds : float
+        The longest that any operation may wait for a member.
+    exchange : {"auto", "shared memory", "gloo"}
+        "auto" shares memory where all members can, and makes connections otherwise.
+    numel : int
+    dtype : torch.dtype
+        Of the vector that is to be added most often.
+
+    Returns
+    -------
+    Adders
+        The group.
+    tensor or None
+        A vector, zero, from which the group adds without a copy; None if any place is as good.
+
+    Raises
+    ------
+    CannotShare
+        If shared memory is wanted, and one of the members cannot reach the others'.
+    GroupBroken
+        If the others do not come in time.
+    """
+    if exchange != "gloo" and size > 1:
+        try:
+            group = SharedGroup(board, rank, size, limit_seconds=limit_seconds, capacity=numel * dtype.itemsize)
+            return group, group.buffer(numel, dtype)
+        except CannotShare:
+            if exchange == "shared memory":
+                raise
+    return Group(board, rank, size, host, limit_seconds), None
