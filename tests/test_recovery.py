@@ -377,6 +377,7 @@ def test_when_all_die_the_run_fails_in_words_and_another_pool_goes_on(
     with pk.connect(2) as workers:
         run = train(workers, tmp_path)
         wait_for(run, lambda: run.step > 20)
+        time.sleep(0.1)  # until the next segment has begun, with a commit
         for pid in workers.pids.values():  # type: ignore[attr-defined]
             os.kill(pid, signal.SIGKILL)
         with pytest.raises(RunFailed, match="workers died") as caught:
