@@ -11,7 +11,7 @@ from parakit.workers import Workers, connect, simulated
 
 if TYPE_CHECKING:
     from parakit import plots
-    from parakit.control_room import panel
+    from parakit.control_room import panel, what_if
 
 __version__ = "0.1.0"
 
@@ -28,12 +28,13 @@ __all__ = [
     "simulated",
     "strategies",
     "train",
+    "what_if",
 ]
 
 
 def __getattr__(name: str) -> Any:
     """Pictures and panels are loaded when they are first asked for: matplotlib and ipywidgets take their time."""
-    if name not in ("panel", "plots"):
+    if name not in ("panel", "plots", "what_if"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     import importlib
 
@@ -42,7 +43,7 @@ def __getattr__(name: str) -> Any:
     try:
         if name == "plots":
             return importlib.import_module("parakit.plots")
-        return importlib.import_module("parakit.control_room").panel
+        return getattr(importlib.import_module("parakit.control_room"), name)
     except ModuleNotFoundError as error:
         raise ParakitError(
             f"parakit.{name} needs {error.name}, which is not installed here.",

@@ -64,10 +64,13 @@ ROOMS = (
     ("parakit.run",),
     ("parakit.training", "parakit.course"),
     ("parakit.plots.style",),
-    ("parakit.plots.curves", "parakit.plots.phases", "parakit.plots.speedups"),
+    ("parakit.plots.costs", "parakit.plots.curves", "parakit.plots.phases", "parakit.plots.speedups"),
     ("parakit.plots", "parakit.plots.live"),
     ("parakit.control_room.controls", "parakit.control_room.place"),
-    ("parakit.control_room.draft", "parakit.control_room.report", "parakit.control_room.steering"),
+    (
+        "parakit.control_room.draft", "parakit.control_room.report", "parakit.control_room.steering",
+        "parakit.control_room.what_if",
+    ),
     ("parakit.control_room.panel",),
     ("parakit.control_room.opening",),
     ("parakit.control_room",),
@@ -154,7 +157,7 @@ def test_only_the_plots_import_matplotlib() -> None:
 
 
 def test_only_the_controls_import_ipywidgets() -> None:
-    assert importers_of("ipywidgets") == {"parakit.control_room.controls"}
+    assert importers_of("ipywidgets") == {"parakit.control_room.controls", "parakit.control_room.what_if"}
 
 
 def test_importing_parakit_loads_nothing_that_training_inline_does_not_need() -> None:

@@ -6,17 +6,24 @@ pyplot, which a notebook shows below the cell. This package is the only importer
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from parakit.checking import check_choice, check_whole
 from parakit.course import Course
+from parakit.errors import InputError
+from parakit.plots import costs as _costs
 from parakit.plots import curves, phases, speedups
 from parakit.plots.style import axes_or_new
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["breakdown", "loss", "speedup", "throughput", "timeline"]
+    from parakit.scaling.costs import CostModel
+
+__all__ = ["breakdown", "costs", "loss", "speedup", "throughput", "timeline", "what_if"]
+
+_COUNTS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 
 
 def loss(data: Any, ax: Axes | None = None, *, against: str = "seconds") -> Axes:
@@ -112,3 +119,62 @@ def timeline(data: Any, ax: Axes | None = None, *, steps: int = 6) -> Axes:
     """
     check_whole("steps", steps, 1)
     return phases.draw_timeline(Course.of(data), axes_or_new(ax, height=3.0), steps)
+
+
+def costs(model: Any, ax: Axes | None = None, *, workers: Sequence[int] = _COUNTS) -> Axes:
+    """Where the time of a step would go by a cost model, against the number of workers: nothing here is measured.
+
+    Parameters
+    ----------
+    model : CostModel or Scaling
+    ax : matplotlib Axes, optional
+    workers : sequence of int
+
+    Returns
+    -------
+    Axes
+        Stacked shares of a step; above them the time of the step.
+    """
+    return _costs.draw_costs(_model(model), _counts(workers), axes_or_new(ax))
+
+
+def what_if(models: Mapping[str, Any], ax: Axes | None = None, *, workers: int = 1024) -> Axes:
+    """Speedup relative to one worker by several cost models, such as of networks or strategies: nothing is measured.
+
+    Parameters
+    ----------
+    models : mapping of str to CostModel or Scaling
+        By the names that the legend shows.
+    ax : matplotlib Axes, optional
+    workers : int
+        How far the axis reaches.
+
+    Returns
+    -------
+    Axes
+        Each speedup is relative to one worker of the same model.
+    """
+    check_whole("workers", workers, 2)
+    if not isinstance(models, Mapping) or not models:
+        raise InputError("what_if compares cost models by their names.", remedy='plots.what_if({"as it is": costs})')
+    return _costs.draw_what_if({str(name): _model(m) for name, m in models.items()}, [workers], axes_or_new(ax))
+
+
+def _model(given: Any) -> CostModel:
+    from parakit.scaling.costs import CostModel
+
+    found = given if isinstance(given, CostModel) else getattr(given, "costs", None)
+    if not isinstance(found, CostModel):
+        raise InputError(
+            f"{type(given).__name__} is no cost model.",
+            remedy="give a CostModel, or a study of pk.sweep; CostModel.from_history makes one of a run's history",
+        )
+    return found
+
+
+def _counts(workers: Sequence[int]) -> list[int]:
+    for count in workers:
+        check_whole("workers", count, 1)
+    if not len(workers):
+        raise InputError("There are no worker counts to draw.")
+    return sorted(set(workers))
