@@ -6,6 +6,8 @@ from parakit import datasets, strategies
 from parakit.errors import ParakitError
 from parakit.events import History
 from parakit.run import Run
+from parakit.scaling.study import Scaling
+from parakit.scaling.sweep import sweep
 from parakit.training import evaluate, train
 from parakit.workers import Workers, connect, simulated
 
@@ -19,6 +21,7 @@ __all__ = [
     "History",
     "ParakitError",
     "Run",
+    "Scaling",
     "Workers",
     "connect",
     "datasets",
@@ -27,6 +30,7 @@ __all__ = [
     "plots",
     "simulated",
     "strategies",
+    "sweep",
     "train",
     "what_if",
 ]

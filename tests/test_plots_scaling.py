@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from parakit.errors import InputError
-from parakit.plots.scaling import cost_breakdown, picture, scaling_efficiency, scaling_speedup, what_if
+from parakit.plots.scaling import picture, scaling_efficiency, scaling_speedup
 from parakit.scaling.costs import CostModel
 from parakit.scaling.records import About, Measurement
 from parakit.scaling.study import Scaling
@@ -190,46 +190,6 @@ def test_the_picture_is_a_png_of_both() -> None:
 def test_wrong_numbers_are_refused(wrong: Any) -> None:
     with pytest.raises(InputError, match="most is"):
         scaling_speedup(study(), axes(), most=wrong)
-    for draw in (lambda: cost_breakdown(COSTS, [1, wrong], axes()), lambda: what_if({"": COSTS}, [wrong], axes())):
-        with pytest.raises(InputError, match="counts is"):
-            draw()
-
-
-# --- cost models
-
-
-def test_bars_are_as_high_as_the_terms_of_a_step() -> None:
-    counts = [1, 2, 8, 64]
-    ax = drawn(cost_breakdown(COSTS, [64, 1, 2, 8, 8], axes()))
-    heights = np.array([patch.get_height() for patch in ax.patches]).reshape(5, 4)
-    np.testing.assert_allclose(heights.sum(axis=0), 1e3 * np.asarray(COSTS.step_seconds(np.array(counts))))
-    np.testing.assert_allclose(heights[2], 1e3 * np.asarray(COSTS.exchange_seconds(np.array(counts))))
-    assert legend(ax) == ["compute", "waiting", "exchange", "update", "control"]
-    assert [text.get_text() for text in ax.get_xticklabels()] == ["1", "2", "8", "64"]
-    assert [text.get_text() for text in ax.texts] == [f"{COSTS.speedup(n):.3g}×" for n in counts]
-
-
-def test_what_if_curves_are_relative_to_one_worker_of_the_first() -> None:
-    models = {"now": COSTS, "10GbE": COSTS.with_(network="10GbE"), "cost $2": COSTS.with_(relative_speed=2.0)}
-    ax = drawn(what_if(models, [1, 2, 4, 64], axes()))
-    for name, model in models.items():
-        line = named(ax, name.replace("$", r"\$"))
-        expected = [model.throughput(n) / COSTS.throughput(1) for n in (1, 2, 4, 64)]
-        np.testing.assert_allclose(np.asarray(line.get_ydata(), float), expected)
-    assert np.asarray(named(ax, r"cost \$2").get_ydata())[0] > 1.5
-    assert ax.get_xscale() == "log"
-    assert drawn(what_if(models, [1, 2, 3], axes())).get_xscale() == "linear"
-
-
-def test_what_is_no_cost_model_is_refused() -> None:
-    with pytest.raises(InputError, match="no breakdown"):
-        cost_breakdown(3, [1], axes())
-    with pytest.raises(InputError, match="dict of names"):
-        what_if({}, [1], axes())
-    with pytest.raises(InputError, match="dict of names"):
-        what_if(COSTS, [1], axes())  # type: ignore[arg-type]
-    with pytest.raises(InputError, match="nothing to draw"):
-        what_if({"now": COSTS}, [], axes())
 
 
 @pytest.mark.parametrize(
@@ -237,8 +197,6 @@ def test_what_is_no_cost_model_is_refused() -> None:
     [
         lambda: scaling_speedup(3),
         lambda: scaling_efficiency(study(), fits={"usl": 3}),
-        lambda: cost_breakdown(3, [1]),
-        lambda: what_if({"now": COSTS, "then": 3}, [1]),
     ],
 )
 def test_what_cannot_be_drawn_leaves_no_empty_figure(draw: Any) -> None:
@@ -253,7 +211,6 @@ def test_what_cannot_be_drawn_leaves_no_empty_figure(draw: Any) -> None:
 def test_without_axes_a_figure_is_made() -> None:
     from matplotlib import pyplot
 
-    for draw in (lambda: scaling_speedup(study()), lambda: cost_breakdown(COSTS, [1, 2])):
-        ax = draw()
-        assert ax.figure.number in pyplot.get_fignums()
-        pyplot.close(ax.figure)
+    ax = scaling_speedup(study())
+    assert ax.figure.number in pyplot.get_fignums()
+    pyplot.close(ax.figure)

@@ -13,15 +13,15 @@ from parakit.checking import check_choice, check_whole
 from parakit.course import Course
 from parakit.errors import InputError
 from parakit.plots import costs as _costs
-from parakit.plots import curves, phases, speedups
+from parakit.plots import curves, phases, scaling, speedups
 from parakit.plots.style import axes_or_new
+from parakit.scaling.costs import CostModel
+from parakit.scaling.study import Scaling
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from parakit.scaling.costs import CostModel
-
-__all__ = ["breakdown", "costs", "loss", "speedup", "throughput", "timeline", "what_if"]
+__all__ = ["breakdown", "costs", "efficiency", "loss", "speedup", "throughput", "timeline", "what_if"]
 
 _COUNTS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 
@@ -65,11 +65,11 @@ def throughput(data: Any, ax: Axes | None = None) -> Axes:
 
 
 def speedup(data: Any, ax: Axes | None = None, *, most: int | None = None) -> Axes:
-    """Speedup relative to one worker against the number of workers, for every number that the run had.
+    """Speedup relative to one worker against the number of workers, for every number that the run or study had.
 
     Parameters
     ----------
-    data : Run or History
+    data : Run, History or Scaling
     ax : matplotlib Axes, optional
     most : int, optional
         How far the axis of workers reaches.
@@ -79,10 +79,31 @@ def speedup(data: Any, ax: Axes | None = None, *, most: int | None = None) -> Ax
     Axes
         Points are medians over segments, bars reach from the lower to the upper quartile; both are relative to the
         median with one worker of the same run, without which there is no point. Plain PyTorch on all cores is a
-        line, if it was measured (`Run.measure_baseline`).
+        line, if it was measured (`Run.measure_baseline`). Of a study, spreads are those of ratios within a block, and
+        what was fitted is drawn with its band.
     """
     check_whole("most", most, 1, none=True)
+    if isinstance(data, Scaling):
+        return scaling.scaling_speedup(data, ax, most=most)
     return speedups.draw(Course.of(data), axes_or_new(ax), most)
+
+
+def efficiency(study: Scaling, ax: Axes | None = None, *, most: int | None = None) -> Axes:
+    """Speedup per worker against the number of workers, of a study.
+
+    Parameters
+    ----------
+    study : Scaling
+        From `parakit.sweep`.
+    ax : matplotlib Axes, optional
+    most : int, optional
+        How far the axis of workers reaches.
+
+    Returns
+    -------
+    Axes
+    """
+    return scaling.scaling_efficiency(study, ax, most=most)
 
 
 def breakdown(data: Any, ax: Axes | None = None) -> Axes:
@@ -161,8 +182,6 @@ def what_if(models: Mapping[str, Any], ax: Axes | None = None, *, workers: int =
 
 
 def _model(given: Any) -> CostModel:
-    from parakit.scaling.costs import CostModel
-
     found = given if isinstance(given, CostModel) else getattr(given, "costs", None)
     if not isinstance(found, CostModel):
         raise InputError(

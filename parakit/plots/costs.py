@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -33,14 +33,14 @@ def draw_costs(costs: CostModel, counts: Sequence[int], ax: Axes) -> Axes:
     """Shares of the terms of a step against the number of workers, as stacked bars; above them the time of the step."""
     parts = costs.breakdown(np.asarray(counts))
     places, floor = np.arange(len(counts)), np.zeros(len(counts))
-    bars = []
+    bars: list[Any] = []
     for term in TERMS:
         height = 100 * np.asarray(parts.share(term))
         bars.append(ax.bar(places, height, 0.72, floor, color=_TERM_COLOURS[term], label=term))
         floor = floor + height
     for place, seconds in zip(places, np.asarray(parts.step_seconds), strict=True):
         unit = "" if place else " ms"
-        ax.text(place, 101, f"{1e3 * seconds:.3g}{unit}", ha="center", va="bottom", fontsize=8, color=INK)
+        ax.text(float(place), 101, f"{1e3 * seconds:.3g}{unit}", ha="center", va="bottom", fontsize=8, color=INK)
     ax.set_xticks(places, [f"{count:,}" for count in counts])
     ax.set(xlabel="workers", ylabel="% of a step", ylim=(0, 109), xlim=(-0.6, len(counts) - 0.4))
     ax.set_yticks(range(0, 101, 20))

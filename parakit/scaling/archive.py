@@ -1,0 +1,180 @@
+"""The archive of studies: to JSON and back, to a file, and to a data frame.
+
+Owns the format; what is read is checked value by value, as a file may come from anywhere.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
+
+from parakit.checking import brief
+from parakit.errors import InputError, ParakitError
+from parakit.events import PHASES, History
+from parakit.scaling.records import About, Measurement
+
+if TYPE_CHECKING:
+    import pandas
+
+__all__ = ["frame", "packed", "read", "unpacked", "write"]
+
+_FORMAT = "parakit scaling study"
+_VERSION = 1
+
+
+def packed(
+    measurements: Sequence[Measurement], about: About, histories: Sequence[History], stopped: str, notes: Sequence[str]
+) -> dict[str, Any]:
+    """A study as plain values."""
+    return {
+        "format": _FORMAT,
+        "version": _VERSION,
+        "about": asdict(about),
+        "measurements": [asdict(measured) for measured in measurements],
+        "stopped": stopped,
+        "notes": list(notes),
+        "histories": [history.to_dicts() for history in histories],
+    }
+
+
+def unpacked(text: str) -> dict[str, Any]:
+    """What `packed` was given, from JSON; by the same names.
+
+    Raises
+    ------
+    InputError
+        If the text is no such study, or holds values that cannot be.
+    """
+    try:
+        values = json.loads(text)
+    except (TypeError, json.JSONDecodeError) as error:
+        raise InputError(f"This text is no JSON: {error}.") from error
+    if not isinstance(values, dict) or values.get("format") != _FORMAT:
+        raise InputError(f"This JSON is no study: {brief(values)}", remedy="give what study.to_json() wrote")
+    if values.get("version") != _VERSION:
+        raise InputError(
+            f"This study is of version {brief(values.get('version'))}; this parakit reads version {_VERSION}.",
+            remedy="use the parakit that wrote it, or measure again",
+        )
+    wrong = [name for name in ("measurements", "notes", "histories") if not isinstance(values.get(name), list)]
+    if wrong:
+        raise InputError(f"This study has no list of {', '.join(wrong)}.", cause="a file that was changed")
+    return {
+        "measurements": [_built(Measurement, record) for record in values["measurements"]],
+        "about": _built(About, values.get("about")),
+        "histories": [_history(records) for records in values["histories"]],
+        "stopped": str(values.get("stopped", "")),
+        "notes": [str(note) for note in values["notes"]],
+    }
+
+
+def _history(records: Any) -> History:
+    if not isinstance(records, list) or not all(isinstance(record, dict) for record in records):
+        raise InputError(f"A history is a list of events, not {brief(records)}.")
+    return History.from_dicts(records)
+
+
+def _built(kind: type[Any], values: Any) -> Any:
+    """A record from the values of its fields, as JSON has them.
+
+    Raises
+    ------
+    InputError
+        If fields are missing, unknown or of another type.
+    """
+    names = [field.name for field in fields(kind)]
+    if not isinstance(values, dict) or set(values) != set(names):
+        found = ", ".join(map(str, values)) if isinstance(values, dict) else type(values).__name__
+        raise InputError(
+            f"A {kind.__name__} of a study has {', '.join(names)}; this one has {found[:200]}.",
+            cause="the file was written by something else, or by another version of parakit",
+        )
+    plain = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+    for name, hint in get_type_hints(kind).items():
+        _check_type(f"{kind.__name__}.{name}", hint, plain[name])
+    return kind(**plain)
+
+
+def _check_type(name: str, hint: Any, value: Any) -> None:
+    part, many = (get_args(hint)[0], True) if get_origin(hint) is tuple else (hint, False)
+    allowed = (int, float) if part is float else (part,)
+    parts = value if many and isinstance(value, tuple) else (value,)
+    if many != isinstance(value, tuple) or any(type(each) not in allowed for each in parts):
+        raise InputError(f"{name} cannot be {value!r}.")
+
+
+def write(path: str | os.PathLike[str], text: str) -> Path:
+    """Put JSON into a file, which is whole at any moment.
+
+    Raises
+    ------
+    InputError
+        If the name does not end in .json, or its folder does not exist.
+    """
+    place = Path(path)
+    if place.suffix.lower() != ".json":
+        raise InputError(
+            f"A study cannot be saved as {place.name!r}: its name must end in .json.",
+            remedy="study.save('study.json'); for a table, study.to_frame().to_csv('study.csv')",
+        )
+    if not place.parent.is_dir():
+        raise InputError(f"There is no folder {str(place.parent)!r} to save {place.name!r} in.")
+    beside = place.with_name(f".{place.name}.{os.getpid()}")
+    try:
+        beside.write_text(text, encoding="utf-8")
+        beside.replace(place)
+    except BaseException:
+        with suppress(OSError):
+            beside.unlink()
+        raise
+    return place
+
+
+def read(path: str | os.PathLike[str]) -> str:
+    """The text of a file.
+
+    Raises
+    ------
+    InputError
+        If it cannot be read.
+    """
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"No study can be read from {brief(str(path))}: {type(error).__name__}.") from error
+
+
+_COLUMNS = [
+    "workers", "repeat", "block", "rate", "step_seconds", "steps", "seconds", "at_seconds", "kind", "threads", "cores",
+    "simulated", *(f"{phase}_seconds" for phase in PHASES),
+]  # fmt: skip
+
+
+def frame(measurements: Sequence[Measurement]) -> pandas.DataFrame:
+    """Measurements as a pandas data frame, a row each.
+
+    Raises
+    ------
+    ParakitError
+        If pandas is not installed.
+    """
+    try:
+        import pandas
+    except ImportError as error:
+        raise ParakitError(
+            "A data frame needs pandas, which is not installed here.",
+            remedy="pip install pandas, or use study.to_dict()",
+        ) from error
+    return pandas.DataFrame([_flat(measured) for measured in measurements], columns=_COLUMNS)
+
+
+def _flat(measured: Measurement) -> dict[str, Any]:
+    phases = measured.phases
+    values = {name: value for name, value in asdict(measured).items() if name != "breakdown"}
+    return values | {f"{phase}_seconds": phases.get(phase, math.nan) for phase in PHASES}

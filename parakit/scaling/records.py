@@ -1,0 +1,301 @@
+"""Records of a scaling study: what was measured, on what, and how measurements are summed up.
+
+Owns the frozen records and the arithmetic from repeats to medians and quartiles; refuses to measure, and to fit.
+
+References
+----------
+Karp and Flatt: "Measuring parallel processor performance", Commun. ACM 33 (1990) 539.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from parakit.errors import InputError
+from parakit.events import PHASES, PLAIN
+
+__all__ = [
+    "NOTHING", "About", "Measurement", "Row", "Spread", "from_plain", "karp_flatt", "rival", "rows",
+    "spread_of",
+]  # fmt: skip
+
+#: Kinds of a measurement.
+KINDS = ("workers", "plain")
+MODES = ("strong", "weak")
+
+
+@dataclass(frozen=True, slots=True)
+class Measurement:
+    """One repeat: how fast training went in one visit to a worker count, or to plain PyTorch.
+
+    Attributes
+    ----------
+    workers : int
+        Active workers; 0 for plain PyTorch, which has none.
+    repeat, block : int
+        Counted from zero: how often this was measured before, and the block of the sweep, in which everything is
+        visited once.
+    rate : float
+        Samples per second, over all that was timed: whole segments with all that they cost, or the steps of plain
+        PyTorch.
+    step_seconds : float
+        Median over the timed steps.
+    steps : int
+        Timed steps; those of the warm-up are not among them.
+    seconds : float
+        That were timed.
+    breakdown : tuple of float
+        Seconds a step in each of `parakit.events.PHASES`, the mean over steps and workers; empty for plain PyTorch.
+    at_seconds : float
+        When it ended, since the start of the sweep, by the clock of the workers.
+    kind : {"workers", "plain"}
+    threads : int
+        That torch used in each process.
+    cores : int
+        That all of them had together.
+    simulated : bool
+        Whether nothing was measured, but priced on a virtual clock.
+    """
+
+    workers: int
+    repeat: int
+    block: int
+    rate: float
+    step_seconds: float
+    steps: int
+    seconds: float
+    breakdown: tuple[float, ...] = ()
+    at_seconds: float = 0.0
+    kind: str = "workers"
+    threads: int = 1
+    cores: int = 1
+    simulated: bool = False
+
+    def __post_init__(self) -> None:
+        _check_kinds(self)
+        _check_ranges(self)
+
+    @property
+    def phases(self) -> dict[str, float]:
+        """Seconds a step by phase; empty for plain PyTorch."""
+        return dict(zip(PHASES, self.breakdown, strict=False))
+
+    @property
+    def crowded(self) -> bool:
+        """Whether there were more busy threads than cores."""
+        return self.workers * self.threads > self.cores
+
+
+def _check_kinds(measured: Measurement) -> None:
+    for name in ("workers", "repeat", "block", "steps", "threads", "cores"):
+        least = 1 if name in ("steps", "threads", "cores") else 0
+        value = getattr(measured, name)
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise InputError(f"{name} of a measurement is {value!r}; it must be a whole number of at least {least}.")
+    if measured.kind not in KINDS:
+        raise InputError(f"kind of a measurement is {measured.kind!r}; it must be one of 'workers', 'plain'.")
+    if (measured.workers == 0) != (measured.kind == "plain"):
+        raise InputError(f"A measurement of kind {measured.kind!r} cannot have {measured.workers} workers.")
+    if not isinstance(measured.simulated, bool):
+        raise InputError(f"simulated of a measurement is {measured.simulated!r}; it must be True or False.")
+
+
+def _check_ranges(measured: Measurement) -> None:
+    for name in ("rate", "step_seconds", "seconds"):
+        value = getattr(measured, name)
+        if not _is_number(value) or value <= 0:
+            raise InputError(f"{name} of a measurement is {value!r}; it must be a finite number above 0.")
+    if not _is_number(measured.at_seconds):
+        raise InputError(f"at_seconds of a measurement is {measured.at_seconds!r}; it must be a finite number.")
+    shares = measured.breakdown
+    if not isinstance(shares, tuple) or len(shares) not in (0, len(PHASES)) or not all(map(_is_number, shares)):
+        raise InputError(f"The breakdown of a measurement is {shares!r}; it must hold seconds for {', '.join(PHASES)}.")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class About:
+    """What a study is of, and on what it was made.
+
+    Parameters
+    ----------
+    mode : {"strong", "weak"}
+        Whether the global batch is the same at every worker count, or grows with it.
+    batch_size : int
+        Rows in the global batch; for each worker where the mode is weak.
+    parameters, samples : int
+        Of the model that are trained; of the data.
+    strategy, pool, machine : str
+        In words.
+    threads, cores : int
+        Of each worker; of the pool.
+    counts : tuple of int
+        Worker counts that were to be measured.
+    repeats : int
+        How often each.
+    seconds : float
+        That each repeat was to be timed.
+    seed : int
+        Of the order of visits.
+    """
+
+    mode: str = "strong"
+    batch_size: int = 1
+    parameters: int = 0
+    samples: int = 0
+    strategy: str = ""
+    pool: str = ""
+    machine: str = ""
+    threads: int = 1
+    cores: int = 1
+    counts: tuple[int, ...] = ()
+    repeats: int = 0
+    seconds: float = 0.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.mode not in MODES:
+            raise InputError(f"mode of a study is {self.mode!r}; it must be one of 'strong', 'weak'.")
+
+    @property
+    def simulated(self) -> bool:
+        """Whether the workers live by a virtual clock."""
+        return self.pool.startswith("simulated")
+
+
+# --- summing up
+
+
+@dataclass(frozen=True, slots=True)
+class Spread:
+    """Median and quartiles of some repeats; NaN where there are none."""
+
+    median: float
+    low: float
+    high: float
+    count: int
+
+
+NOTHING = Spread(math.nan, math.nan, math.nan, 0)
+
+
+def spread_of(values: Iterable[float]) -> Spread:
+    """Median and quartiles."""
+    known = [value for value in values if math.isfinite(value)]
+    if not known:
+        return NOTHING
+    low, median, high = np.percentile(known, (25, 50, 75)).tolist()
+    return Spread(median, low, high, len(known))
+
+
+def karp_flatt(speedup: float, workers: int) -> float:
+    """Experimentally determined serial fraction, e = (1/S - 1/N) / (1 - 1/N); NaN for one worker.
+
+    It rises with N where overhead grows, and is flat where a part of the work is serial. For a fixed total work.
+    """
+    if workers < 2 or not speedup > 0:
+        return math.nan
+    return (1 / speedup - 1 / workers) / (1 - 1 / workers)
+
+
+def rival(measured: Measurement) -> str:
+    """What a measurement of plain PyTorch is called."""
+    return f"{PLAIN}, {measured.threads} core{'' if measured.threads == 1 else 's'}"
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A worker count, summed up.
+
+    Attributes
+    ----------
+    workers : int
+    rate : Spread
+        Samples per second.
+    speedup : Spread
+        Over one worker. The ratio is taken within each block, so that what disturbed the machine for longer than a
+        block cancels; median and quartiles are over blocks.
+    over_plain : dict of str to Spread
+        The same over each rival.
+    efficiency : float
+        Speedup over workers.
+    karp_flatt : float
+        Serial fraction; NaN for one worker, and where the batch grows with the workers.
+    crowded : bool
+        Whether there were more busy threads than cores.
+    """
+
+    workers: int
+    rate: Spread
+    speedup: Spread
+    over_plain: dict[str, Spread]
+    efficiency: float
+    karp_flatt: float
+    crowded: bool
+
+
+def rows(measurements: Sequence[Measurement], mode: str = "strong") -> tuple[Row, ...]:
+    """Every worker count summed up, by ascending count."""
+    by_count: dict[int, list[Measurement]] = {}
+    rivals: dict[str, list[Measurement]] = {}
+    for measured in measurements:
+        if measured.kind == "plain":
+            rivals.setdefault(rival(measured), []).append(measured)
+        else:
+            by_count.setdefault(measured.workers, []).append(measured)
+    ones = by_count.get(1, [])
+    return tuple(_row(count, by_count[count], ones, rivals, mode) for count in sorted(by_count))
+
+
+def _row(
+    count: int, mine: list[Measurement], ones: list[Measurement], rivals: dict[str, list[Measurement]], mode: str
+) -> Row:
+    speedup = _ratio(mine, ones)
+    over_plain = {name: _ratio(mine, theirs) for name, theirs in sorted(rivals.items(), key=_by_threads)}
+    serial = karp_flatt(speedup.median, count) if mode == "strong" else math.nan
+    return Row(
+        count, spread_of(m.rate for m in mine), speedup, over_plain, speedup.median / count, serial,
+        any(m.crowded for m in mine),
+    )  # fmt: skip
+
+
+def _by_threads(item: tuple[str, list[Measurement]]) -> int:
+    return item[1][0].threads
+
+
+def _ratio(mine: list[Measurement], base: list[Measurement]) -> Spread:
+    """Rates over those of a base, within the blocks that have both; where there are none, over the base's median."""
+    unit = _by_block(base)
+    if not unit:
+        return NOTHING
+    together = {block: rate for block, rate in _by_block(mine).items() if block in unit}
+    if together:
+        return spread_of(rate / unit[block] for block, rate in together.items())
+    usual = float(np.median(list(unit.values())))
+    return spread_of(m.rate / usual for m in mine)
+
+
+def _by_block(measurements: list[Measurement]) -> dict[int, float]:
+    rates: dict[int, list[float]] = {}
+    for measured in measurements:
+        rates.setdefault(measured.block, []).append(measured.rate)
+    return {block: float(np.median(values)) for block, values in rates.items()}
+
+
+def from_plain(measurements: Iterable[Measurement]) -> dict[str, Spread]:
+    """Rates of the rivals by their names, the one with fewest threads first."""
+    rivals: dict[str, list[Measurement]] = {}
+    for measured in measurements:
+        if measured.kind == "plain":
+            rivals.setdefault(rival(measured), []).append(measured)
+    return {
+        name: spread_of(m.rate for m in mine) for name, mine in sorted(rivals.items(), key=_by_threads)
+    }  # fmt: skip

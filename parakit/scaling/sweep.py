@@ -1,0 +1,374 @@
+"""`sweep`: measure how speed grows with workers, fairly.
+
+Every block visits each worker count and each rival once, in a random order, so that what disturbs the machine for
+longer than a block disturbs all of them alike. A visit is a short time of training after a warm-up. The rivals are one
+worker and plain PyTorch, with one core and with all of them. Owns the order of visits and the gathering of what they
+bring; refuses to sum it up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from torch import Tensor, nn
+
+from parakit.checking import brief, check_choice, check_positive, check_whole, plain
+from parakit.data import Samples
+from parakit.errors import InputError, ParakitError, RunError, WorkerCountError
+from parakit.events import History, RunStart
+from parakit.plans import Plan
+from parakit.progress import many, rival_name
+from parakit.replica import OptimizerFactory
+from parakit.run import check_chunks
+from parakit.scaling.hosts import cores_here, name_here
+from parakit.scaling.records import About, Measurement
+from parakit.scaling.study import Scaling
+from parakit.scaling.ticker import Ticker
+from parakit.scaling.visits import Elastic, OneByOne, Rig, Rivals, Timed, Unreachable, end
+from parakit.training import plan
+from parakit.workers.base import Strategy, Workers
+
+__all__ = ["Visit", "sweep", "visits"]
+
+_ENDLESS = 10**9  # steps: the sweep ends the run
+_DEFAULT_BATCH = 256
+_MOST_COUNT = 100_000
+_AT_LEAST = 4  # workers that virtual ones are taken to be, where nobody says how many
+_AROUND_SECONDS = 0.6  # of a visit go into its warm-up and the change to it
+_NAME_SECONDS = 10.0
+
+
+def sweep(
+    model: nn.Module,
+    data: Any,
+    *,
+    on: Workers,
+    workers: Iterable[int] | None = None,
+    repeats: int = 5,
+    seconds: float = 0.5,
+    scaling: str = "strong",
+    batch_size: int | None = None,
+    loss: Callable[[Any, Any], Tensor] | None = None,
+    optimizer: OptimizerFactory | None = None,
+    learning_rate: float | None = None,
+    clip_norm: float | None = None,
+    strategy: Strategy | None = None,
+    seed: int = 0,
+    chunks: int | None = None,
+    limit_seconds: float = 10.0,
+    on_nonfinite: str = "stop",
+    progress: bool = True,
+) -> Scaling:
+    """Measure how training speeds up with workers, against one worker and against plain PyTorch.
+
+    Blocks as many as there are repeats visit each worker count and each rival once, in an order drawn anew for every
+    block. A visit trains for a warm-up that does not count, and then until some seconds are timed, in whole segments
+    of about a quarter of a second. With strong scaling, one run is resized from visit to visit, and stands still while
+    plain PyTorch is timed on one of its workers; with weak scaling, each visit is a run of its own. Every worker has
+    the same number of threads at every count. On simulated workers nothing is measured: plain PyTorch is left out,
+    and all that is shown says that it is simulated.
+
+    An interrupt, or a run that fails, ends the sweep; what was measured by then is returned, and says that it is
+    incomplete.
+
+    Parameters
+    ----------
+    model, data, loss, optimizer, learning_rate, clip_norm, strategy, chunks, limit_seconds, on_nonfinite
+        As for `parakit.train`. The model is copied, never changed; what the sweep trains is thrown away.
+    on : Workers
+        From `parakit.connect`. A pool that can grow is grown as far as is needed.
+    workers : sequence of int, optional
+        The worker counts to measure, such as [1, 2, 4]; one worker is measured in any case. Default: powers of two up
+        to what the pool has, and all that it has.
+    repeats : int
+        How often each.
+    seconds : float
+        To time each visit, at least one segment.
+    scaling : {"strong", "weak"}
+        Whether the global batch stays the same, or grows with the workers.
+    batch_size : int, optional
+        Rows in the global batch; for each worker if the scaling is weak. Default: as for `train`, or 256 for each
+        worker; fewer if the data have not enough for the largest count. Plain PyTorch trains batches of this size.
+    seed : int
+        Of the training as of the order of visits.
+    progress : bool
+        Whether to show a line that says what is being measured, and the time left.
+
+    Returns
+    -------
+    Scaling
+
+    Raises
+    ------
+    WorkerCountError, DataError, ModelError, LossError, InputError
+        If an argument cannot be right; nothing was started then.
+    PoolError
+        If another run is going on on these workers, or they were closed.
+    RunFailed
+        If training fails before anything was measured.
+
+    Examples
+    --------
+    >>> import torch, parakit as pk
+    >>> from parakit.scaling.sweep import sweep
+    >>> digits = pk.datasets.digits()
+    >>> with pk.connect("inline") as workers:
+    ...     study = sweep(torch.nn.Linear(64, 10), digits.train, on=workers, workers=[1, 2],
+    ...                   repeats=1, seconds=0.05, progress=False)
+    >>> study.workers, study.complete
+    ((1, 2), True)
+    """
+    pool = _pool(on)
+    counts = _counts(_usual_counts(pool) if workers is None else workers)
+    repeats, seconds, batch_size, seed = map(plain, (repeats, seconds, batch_size, seed))
+    check_whole("repeats", repeats, 1)
+    check_positive("seconds", seconds)
+    check_choice("scaling", scaling, ("strong", "weak"))
+    check_whole("seed", seed, 0)
+    if not isinstance(progress, bool):
+        raise InputError(f"progress is {brief(progress)}; it must be True or False.")
+    samples = _readable(data)
+    weak = scaling == "weak"
+    size = _share(batch_size, samples, counts[-1]) if weak else batch_size
+
+    def make(count: int) -> Plan:
+        beginning = count if weak and count <= pool.size else 1
+        rows = None if size is None else size * (count if weak else 1)
+        return plan(
+            model, samples, on=on, workers=beginning, loss=loss, optimizer=optimizer, learning_rate=learning_rate,
+            clip_norm=clip_norm, strategy=strategy, batch_size=rows, steps=_ENDLESS, seed=seed, chunks=chunks,
+            limit_seconds=limit_seconds, on_nonfinite=on_nonfinite,
+        )  # fmt: skip
+
+    first = make(1)
+    for count in counts:
+        on.check_count(count, most=on.most)
+        made = make(count) if weak and count > 1 else first
+        check_chunks(count, len(made.roster.training.sizes))
+    rig: Rig = OneByOne(make, on) if weak else Elastic(first, on)
+    about = _about(first, on, scaling, counts, repeats, float(seconds), seed)
+    order = visits(counts, () if about.simulated else _rival_threads(on), repeats, seed)
+    _check_free(on)
+    return _Sweeping(on, rig, about, first, Ticker(len(order), seconds + _AROUND_SECONDS, shown=progress)).go(order)
+
+
+@dataclass(frozen=True, slots=True)
+class Visit:
+    """A place in the order of visits: a worker count, or plain PyTorch with some threads (and no workers)."""
+
+    block: int
+    workers: int
+    threads: int = 0
+
+    def __str__(self) -> str:
+        return many(self.workers, "worker") if self.workers else rival_name(self.threads)
+
+
+def visits(counts: Iterable[int], rivals: Iterable[int], repeats: int, seed: int) -> list[Visit]:
+    """The order of visits: in each block every count and every rival once, in an order of its own.
+
+    Parameters
+    ----------
+    counts : iterable of int
+        Numbers of workers.
+    rivals : iterable of int
+        Threads of plain PyTorch.
+    repeats : int
+        Blocks.
+    seed : int
+    """
+    generator = np.random.default_rng(seed)
+    places = [*((count, 0) for count in counts), *((0, threads) for threads in rivals)]
+    return [
+        Visit(block, *places[place])
+        for block in range(repeats)
+        for place in generator.permutation(len(places)).tolist()
+    ]  # fmt: skip
+
+
+class _Sweeping:
+    """A sweep that is going on, and what it has so far."""
+
+    def __init__(self, pool: Workers, rig: Rig, about: About, first: Plan, ticker: Ticker) -> None:
+        self._pool = pool
+        self._rig = rig
+        self._about = about
+        self._rivals = None if about.simulated else Rivals(first.job, pool, about.seconds)
+        self._ticker = ticker
+        self._began = pool.clock()
+        self._found: list[Measurement] = []
+        self._histories: dict[int, History] = {}
+        self._unreachable: dict[tuple[int, int], str] = {}
+        self._stopped = ""
+
+    def go(self, order: list[Visit]) -> Scaling:
+        try:
+            for visit in order:
+                self._ticker.show(str(visit))
+                self._try(visit)
+                self._ticker.tick()
+            if not self._found:
+                raise RunError("Nothing could be measured.", cause=" ".join(self._unreachable.values()))
+        except KeyboardInterrupt:
+            self._give_up("interrupted.")
+        except ParakitError as error:
+            self._give_up(str(error).splitlines()[0])
+        finally:
+            if self._rig.run is not None:
+                end(self._rig.run)
+            self._ticker.end(self._summary())
+        return self._study()
+
+    def _give_up(self, why: str) -> None:
+        """End with what there is; where there is nothing, let the error go on."""
+        self._stopped = why
+        if not self._found:
+            raise
+
+    def _try(self, visit: Visit) -> None:
+        key = visit.workers, visit.threads
+        if key in self._unreachable:
+            return
+        try:
+            self._found.append(self._at_workers(visit) if visit.workers else self._plain(visit))
+        except Unreachable as error:
+            self._unreachable[key] = str(error).splitlines()[0]
+
+    def _at_workers(self, visit: Visit) -> Measurement:
+        timed = self._rig.visit(visit.workers, self._about.seconds)
+        self._keep(visit.workers, timed)
+        return self._measurement(
+            visit, timed.rate, timed.step_seconds, len(timed.steps), timed.seconds, timed.breakdown(),
+            self._about.threads,
+        )  # fmt: skip
+
+    def _plain(self, visit: Visit) -> Measurement:
+        assert self._rivals is not None
+        self._rig.rest()
+        spent = [self._about.batch_size / rate for rate in self._rivals.visit(visit.threads).rates]
+        seconds = sum(spent)  # and not the median of a step, as hiccups count at workers too
+        rate = self._about.batch_size * len(spent) / seconds
+        return self._measurement(visit, rate, float(np.median(spent)), len(spent), seconds, (), visit.threads)
+
+    def _measurement(
+        self, visit: Visit, rate: float, step_seconds: float, steps: int, seconds: float,
+        breakdown: tuple[float, ...], threads: int,
+    ) -> Measurement:  # fmt: skip
+        kind = "workers" if visit.workers else "plain"
+        before = sum((m.workers, m.kind, m.threads) == (visit.workers, kind, threads) for m in self._found)
+        return Measurement(
+            visit.workers, before, visit.block, rate, step_seconds, steps, seconds, breakdown,
+            self._pool.clock() - self._began, kind, threads, self._pool.cores, self._about.simulated,
+        )  # fmt: skip
+
+    def _keep(self, workers: int, timed: Timed) -> None:
+        """Keep some of the steps for a cost model: in one history, or in one a count where batches differ."""
+        run = self._rig.run
+        assert run is not None
+        history = self._histories.setdefault(workers if self._about.mode == "weak" else 0, History())
+        start = run.history.latest(RunStart)
+        if start is not None and history.latest(RunStart) is None:
+            history.append(replace(start, at_seconds=0.0))
+        history.append(*timed.excerpt(self._pool.clock() - self._began - run.elapsed_seconds))
+
+    def _summary(self) -> str:
+        state = f"{self._stopped.rstrip('.')}: " if self._stopped else ""
+        return f"{state}{many(len(self._found), 'measurement')} made"
+
+    def _study(self) -> Scaling:
+        histories = [history for _, history in sorted(self._histories.items())]
+        return Scaling(
+            self._found, self._about, histories=histories, stopped=self._stopped,
+            notes=list(self._unreachable.values()),
+        )  # fmt: skip
+
+
+# --- what is given
+
+
+def _pool(on: Any) -> Workers:
+    if not isinstance(on, Workers):
+        raise InputError(
+            f"on is {brief(on)}, which is no pool of workers.",
+            remedy="connect first: workers = parakit.connect(2), then on=workers",
+        )
+    on.check_open()
+    return on
+
+
+def _usual_counts(pool: Workers) -> list[int]:
+    """Powers of two up to what a pool has, or four if it can; and all that it has."""
+    most = max(pool.size, min(_AT_LEAST, pool.most))
+    return sorted({most, *(2**power for power in range(most.bit_length()))})
+
+
+def _counts(workers: Any) -> tuple[int, ...]:
+    """The worker counts to measure, ascending, with one among them."""
+    given = [workers] if isinstance(plain(workers), int) else workers
+    if isinstance(given, str | bytes | dict) or not hasattr(given, "__iter__"):
+        raise WorkerCountError(f"workers is {brief(workers)}; it must be a list of worker counts, such as [1, 2, 4].")
+    counts = [plain(count) for count in given]
+    if not counts:
+        raise WorkerCountError("workers is empty: there is nothing to measure.", remedy="such as workers=[1, 2, 4]")
+    for count in counts:
+        if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= _MOST_COUNT:
+            raise WorkerCountError(
+                f"workers has {brief(count)}; each must be a whole number from 1 to {_MOST_COUNT:,}.",
+                remedy="such as workers=[1, 2, 4]",
+            )
+    if len(set(counts)) < len(counts):
+        twice = sorted({count for count in counts if counts.count(count) > 1})
+        raise WorkerCountError(
+            f"workers has {', '.join(map(str, twice))} more than once.", remedy="for more repeats of each: repeats=..."
+        )
+    return tuple(sorted({1, *counts}))
+
+
+def _readable(data: Any) -> Any:
+    """Data that can be read again and again at no cost; what cannot be read is refused later, in better words."""
+    with suppress(ParakitError):
+        return Samples.of(data)
+    return data
+
+
+def _share(batch_size: int | None, samples: Any, most: int) -> int:
+    """Rows in a worker's batch, for weak scaling."""
+    check_whole("batch_size", batch_size, 1, none=True)
+    if batch_size is not None:
+        return batch_size
+    rows = len(samples) if isinstance(samples, Samples) else _DEFAULT_BATCH
+    return max(1, min(_DEFAULT_BATCH, rows // most))
+
+
+def _rival_threads(pool: Workers) -> list[int]:
+    """One thread, and as many as the process of a worker may use cores."""
+    return sorted({1, int(pool.map(cores_here, [None], _NAME_SECONDS)[0])})
+
+
+def _check_free(pool: Workers) -> None:
+    """Refuse a pool on which a run is going on, before anything is measured there."""
+    pool.hold("sweep", lambda: None)
+    pool.free("sweep")
+
+
+def _about(
+    first: Plan, pool: Workers, mode: str, counts: tuple[int, ...], repeats: int, seconds: float, seed: int
+) -> About:
+    start = first.start
+    where = "" if start.pool.startswith("simulated") else _name_of_a_worker(pool)
+    return About(
+        mode=mode, batch_size=start.batch_size, parameters=start.parameters, samples=start.samples,
+        strategy=start.strategy, pool=start.pool, machine=where, threads=pool.threads, cores=pool.cores,
+        counts=counts, repeats=repeats, seconds=seconds, seed=seed,
+    )  # fmt: skip
+
+
+def _name_of_a_worker(pool: Workers) -> str:
+    try:
+        return str(pool.map(name_here, [None], _NAME_SECONDS)[0])
+    except ParakitError:
+        return ""
