@@ -62,7 +62,7 @@ def samples_per_second(run: Run, window_seconds: float = _WINDOW_SECONDS) -> flo
     return sum(segment.samples for segment in recent) / max(1e-9, sum(segment.seconds for segment in recent))
 
 
-def progress_line(run: Run, efficiency: float | None = None) -> str:
+def progress_line(run: Run, efficiency: float | None = None, *, workers: bool = True) -> str:
     """Epoch, loss, samples per second, workers and time left, in one line.
 
     Parameters
@@ -70,6 +70,8 @@ def progress_line(run: Run, efficiency: float | None = None) -> str:
     run : Run
     efficiency : float, optional
         From 0 to 1, shown as per cent where it is known.
+    workers : bool
+        Whether to count the workers: not where that stands above, and the line has to fit into a narrow page.
     """
     latest = run.history.latest(StepDone)
     if latest is None:
@@ -78,9 +80,10 @@ def progress_line(run: Run, efficiency: float | None = None) -> str:
     left = (run.steps - run.step) * latest.samples / rate if rate > 0 else float("nan")
     speed = f"{three_digits(rate) if rate == rate else '?'} samples/s"
     share = "" if efficiency is None else f", efficiency {100 * efficiency:.0f} %"
+    count = f", {many(run.world_size, 'worker')}" if workers else ""
     return (
         f"epoch {latest.epoch + 1:,}, step {run.step:,}/{run.steps:,}, loss {latest.loss:.4f}, "
-        f"{speed}{share}, {many(run.world_size, 'worker')}, {_clock(left)} left"
+        f"{speed}{share}{count}, {_clock(left)} left"
     )
 
 

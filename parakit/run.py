@@ -12,10 +12,11 @@ from parakit.checking import check_rate, plain
 from parakit.commits import State
 from parakit.conducting import Conductor
 from parakit.errors import InputError, RunEnded, RunError, WaitTimeout, WorkerCountError
-from parakit.events import Asked, History, StepDone
+from parakit.events import Asked, GradientNorms, History, StepDone
 from parakit.machine import quick_thread_switches
 from parakit.plans import Plan
 from parakit.progress import in_a_notebook, progress_line, show_progress
+from parakit.scaling.noise import NoiseEstimator, NoiseScale
 from parakit.wishes import Wishes
 from parakit.workers.base import Workers
 
@@ -137,6 +138,17 @@ class Run:
                 remedy="run.stop() and run.wait() first" if not self._ended.is_set() else "train anew",
             )
         return state
+
+    @property
+    def noise(self) -> NoiseScale:
+        """The gradient noise scale, as the run's gradients tell it so far: how large a batch still pays.
+
+        Estimated in one step of each segment with several workers; `NoiseScale.words` says when it is not known.
+        """
+        estimator = NoiseEstimator()
+        for norms in self._history.of(GradientNorms):
+            estimator.update(norms.step, norms.norms_squared, norms.samples, norms.global_norm_squared)
+        return estimator.latest
 
     @property
     def error(self) -> RunError | None:

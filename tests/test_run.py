@@ -417,3 +417,23 @@ def test_the_first_step_of_a_segment_tells_how_much_gradients_differ(
     assert norms[0].global_norm_squared == pytest.approx(float(gradient(everything).square().sum()))
     alone = pk.train(model, data, on=on, workers=1, steps=4).wait(LIMIT, progress=False)
     assert alone.history.of(GradientNorms) == ()
+
+
+def test_the_noise_scale_is_told_in_words_until_it_is_known(inline: pk.Workers) -> None:
+    alone = pk.train(small_net(), pk.datasets.digits().train, on=inline, workers=1, steps=5).wait(LIMIT, progress=False)
+    assert alone.noise.noise_scale is None
+    assert "at least two workers" in alone.noise.words
+    run = pk.train(
+        small_net(), pk.datasets.digits().train, on=inline, workers=8, steps=3000, batch_size=256,
+        optimizer=lambda p: torch.optim.SGD(p, lr=1e-4),
+    ).wait(LIMIT, progress=False)  # fmt: skip
+    norms = run.history.of(GradientNorms)
+    assert run.noise.steps == len(norms) > 3
+    # By the definition: the spread of the workers' gradients, per sample, over the squared length of their mean.
+    traces, squares = [], []
+    for found in norms:
+        rows, mine = np.array(found.samples), np.array(found.norms_squared)
+        traces.append((rows @ mine - rows.sum() * found.global_norm_squared) / (len(rows) - 1))
+        squares.append(found.global_norm_squared - traces[-1] / rows.sum())
+    assert run.noise.trace == pytest.approx(np.mean(traces), rel=0.3)
+    assert run.noise.gradient_squared == pytest.approx(np.mean(squares), rel=0.5)

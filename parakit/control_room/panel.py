@@ -368,7 +368,7 @@ class Panel:
         purpose = steering.trip.purpose if steering.trip else ""
         aside = f" ({purpose})" if purpose else ""
         known = self._course.efficiency(run.world_size)
-        line = progress_line(run, efficiency=known if known == known else None)
+        line = progress_line(run, known if known == known else None, workers=False)
         return report.headline(run, steering.wanted, aside, touring=purpose == _TOUR), line
 
     def _show_report(self) -> None:

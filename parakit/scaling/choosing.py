@@ -249,7 +249,7 @@ def _akaike(found: Fit) -> float:
 
 def _plausible(held_out: dict[str, float], best: str) -> tuple[str, ...]:
     known = [error for error in held_out.values() if not math.isnan(error)]
-    if not known:
-        return tuple(held_out)
+    if math.isnan(held_out[best]):  # so few counts that nobody can tell: all that are not seen to be off
+        return tuple(name for name, error in held_out.items() if not error > _SURELY_GOOD)
     worst = max(_AS_GOOD * min(known), _SURELY_GOOD)
     return tuple(name for name, error in held_out.items() if name == best or error <= worst)

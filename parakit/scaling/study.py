@@ -10,6 +10,7 @@ import importlib
 import json
 import os
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -199,10 +200,15 @@ class Scaling:
         return found
 
     def compare(self, *, crowded: bool | None = None) -> Comparison:
-        """Fit all candidate laws and compare how well they predict what they have not seen; parameters as for `fit`."""
+        """Fit all candidate laws and compare how well they predict what they have not seen; parameters as for `fit`.
+
+        The cost model stands beside them, where there is one: it was calibrated, not fitted.
+        """
         taken = self._for_fits(crowded)
         from parakit.scaling.choosing import compare
 
+        with suppress(InputError):
+            return compare(*taken, extra=[self.costs])
         return compare(*taken)
 
     def predict(self, n: int, *, crowded: bool | None = None) -> Prediction:
