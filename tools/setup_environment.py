@@ -199,8 +199,7 @@ def silence_news() -> None:
 
 
 def pip(*arguments: str, check: bool = True) -> bool:
-    # Python compiles what is imported, when it first is: a third of what pip would compile is enough for everything.
-    quiet = ["--quiet", "--disable-pip-version-check", "--no-input", "--no-compile", "--log", str(LOG)]
+    quiet = ["--quiet", "--disable-pip-version-check", "--no-input", "--log", str(LOG)]
     return run([str(VENV_PYTHON), "-m", "pip", "install", *quiet, *arguments], check=check)
 
 

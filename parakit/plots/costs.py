@@ -68,7 +68,7 @@ def draw_what_if(costs: Mapping[str, CostModel], counts: Sequence[int], ax: Axes
     ax.set(xlabel="workers", ylabel="speedup relative to 1 worker", xlim=(1, max(counts)),
            ylim=(0.9 * lowest, 1.1 * max(counts)))  # fmt: skip
     ax.grid(alpha=0.25)
-    legend_above(ax, lines, columns=3, gap=1.0, length=1.8)
+    legend_above(ax, lines, columns=min(4, len(lines)), gap=0.8, length=1.6)
     return ax
 
 

@@ -293,7 +293,8 @@ class Fit:
 
 
 def _percent(values: list[float]) -> str:
-    return f"{100 * (values[0] if values else 0):.2g} %"
+    percent = 100 * (values[0] if values else 0.0)
+    return f"{percent:.0f} %" if percent >= 10 else f"{percent:.2g} %"
 
 
 def _remarks(found: Fit) -> list[str]:
