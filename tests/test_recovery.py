@@ -296,7 +296,7 @@ def test_pk_evaluate_survives_the_loss_of_a_worker(
 def lent() -> Iterator[LocalCluster]:
     """A cluster that parakit did not start."""
     with LocalCluster(
-        n_workers=3, threads_per_worker=1, host="127.0.0.1", dashboard_address=None, silence_logs=50
+        n_workers=3, threads_per_worker=1, host="127.0.0.1", dashboard_address="127.0.0.1:0", silence_logs=50
     ) as cluster:
         yield cluster
 
@@ -402,7 +402,7 @@ def test_when_all_die_the_run_fails_in_words_and_another_pool_goes_on(
 
 
 def test_when_the_scheduler_goes_the_run_fails_in_words(tmp_path: Path, nothing_left: None) -> None:
-    cluster = LocalCluster(n_workers=2, threads_per_worker=1, host="127.0.0.1", dashboard_address=None,
+    cluster = LocalCluster(n_workers=2, threads_per_worker=1, host="127.0.0.1", dashboard_address="127.0.0.1:0",
                            silence_logs=60)  # fmt: skip
     with cluster, pk.connect(cluster) as workers:
         run = train(workers, tmp_path, steps=100_000)
