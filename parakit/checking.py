@@ -25,10 +25,10 @@ from parakit.gradients import call_model
 from parakit.losses import SummedLoss, check_labels, summed
 from parakit.rates import AtRate, learning_rate
 from parakit.replica import Recipe
-from parakit.workers.base import Strategy
+from parakit.workers.base import Strategy, Workers
 
 __all__ = [
-    "at_rate", "brief", "check_choice", "check_given", "check_optimizer", "check_positive", "check_rate",
+    "at_rate", "brief", "check_choice", "check_given", "check_optimizer", "check_pool", "check_positive", "check_rate",
     "check_samples", "check_strategy", "check_travels", "check_whole", "own_copy", "pickled", "plain", "try_out",
 ]  # fmt: skip
 
@@ -89,6 +89,17 @@ def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
     """Refuse what is none of the choices."""
     if not isinstance(value, str) or value not in choices:
         raise InputError(f"{name} is {brief(value)}; it must be one of {', '.join(map(repr, choices))}.")
+
+
+def check_pool(on: Any) -> Workers:
+    """Refuse what is no pool, or one that was closed."""
+    if not isinstance(on, Workers):
+        raise InputError(
+            f"on is {brief(on)}, which is no pool of workers.",
+            remedy='connect first: workers = parakit.connect(2), then on=workers; or parakit.connect("inline")',
+        )
+    on.check_open()
+    return on
 
 
 def check_strategy(strategy: Any) -> None:

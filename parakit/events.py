@@ -12,10 +12,8 @@ import io
 import json
 import os
 import threading
-import uuid
 from bisect import bisect_right
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from operator import attrgetter
 from pathlib import Path
@@ -25,7 +23,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, get_args, get_origin, 
 import numpy as np
 import numpy.typing as npt
 
-from parakit.errors import InputError, ParakitError
+from parakit.errors import InputError
+from parakit.export import data_frame, write_whole
 
 if TYPE_CHECKING:
     import pandas
@@ -516,14 +515,7 @@ class History:
         ParakitError
             If pandas is not installed.
         """
-        try:
-            import pandas
-        except ImportError as error:
-            raise ParakitError(
-                "A data frame needs pandas, which is not installed here.",
-                remedy="pip install pandas, or use history.to_dicts()",
-            ) from error
-        return pandas.DataFrame(self._rows(), columns=list(self._COLUMNS))
+        return data_frame(self._rows(), self._COLUMNS, otherwise="history.to_dicts()")
 
     def to_csv(self) -> str:
         """The steps as comma-separated values: the rows and columns of `to_frame`, below a line of their names."""
@@ -570,7 +562,7 @@ class History:
             )
         if not place.parent.is_dir():
             raise InputError(f"There is no folder {str(place.parent)!r} to save {place.name!r} in.")
-        _replace(place, write())
+        write_whole(place, write())
         return place
 
     def __repr__(self) -> str:
@@ -585,18 +577,6 @@ class History:
 
 
 _moment = attrgetter("at_seconds")
-
-
-def _replace(place: Path, text: str) -> None:
-    """Put a text into a file at once: it is written beside, and then takes the file's place."""
-    beside = place.with_name(f".{place.name}.{uuid.uuid4().hex[:8]}")
-    try:
-        beside.write_bytes(text.encode("utf-8"))
-        beside.replace(place)
-    except BaseException:
-        with suppress(OSError):
-            beside.unlink()
-        raise
 
 
 def _thin(records: list[Any]) -> int:

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from parakit.run import Run
 
 __all__ = [
+    "clock",
     "in_a_notebook",
     "many",
     "progress_line",
@@ -83,11 +84,12 @@ def progress_line(run: Run, efficiency: float | None = None, *, workers: bool = 
     count = f", {many(run.world_size, 'worker')}" if workers else ""
     return (
         f"epoch {latest.epoch + 1:,}, step {run.step:,}/{run.steps:,}, loss {latest.loss:.4f}, "
-        f"{speed}{share}{count}, {_clock(left)} left"
+        f"{speed}{share}{count}, {clock(left)} left"
     )
 
 
-def _clock(seconds: float) -> str:
+def clock(seconds: float) -> str:
+    """Minutes and seconds; "?" for NaN."""
     if seconds != seconds:
         return "?"
     minutes, rest = divmod(round(seconds), 60)

@@ -19,6 +19,7 @@ from parakit.checking import (
     check_choice,
     check_given,
     check_optimizer,
+    check_pool,
     check_positive,
     check_rate,
     check_samples,
@@ -202,7 +203,7 @@ def plan(
     resume: Any = None,
 ) -> Plan:
     """Check what `train` is given, and plan the run without starting it; parameters and errors as for `train`."""
-    pool = _pool(on)
+    pool = check_pool(on)
     # Loops over numpy's ranges give numpy's numbers.
     workers, batch_size, epochs, steps = map(plain, (workers, batch_size, epochs, steps))
     seed, chunks, checkpoint_keep, checkpoint_seconds = map(plain, (seed, chunks, checkpoint_keep, checkpoint_seconds))
@@ -295,7 +296,7 @@ def evaluate(
     WorkerLost
         If the workers do not answer in time.
     """
-    pool = _pool(on)
+    pool = check_pool(on)
     samples = _samples(model, data)
     limit_seconds = plain(limit_seconds)
     check_positive("limit_seconds", limit_seconds)
@@ -372,16 +373,6 @@ def _samples(model: Any, data: Any) -> Samples:
     samples = Samples.of(data)
     check_samples(samples)
     return samples
-
-
-def _pool(on: Any) -> Workers:
-    if not isinstance(on, Workers):
-        raise InputError(
-            f"on is {brief(on)}, which is no pool of workers.",
-            remedy='connect first: workers = parakit.connect(2), then on=workers; or parakit.connect("inline")',
-        )
-    on.check_open()
-    return on
 
 
 def _batch_size(batch_size: int | None, samples: int) -> int:

@@ -22,6 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # as it can be: what few things depend on is easy to change.
 ROOMS = (
     ("parakit.errors", "parakit.machine", "parakit.scaling.least_squares", "parakit.workers.dask.janitor"),
+    ("parakit.export",),
     (
         "parakit.commits", "parakit.events", "parakit.chunks", "parakit.rates",
         "parakit.scaling.exchange", "parakit.scaling.noise", "parakit.scaling.breakdown", "parakit.scaling.laws",
@@ -29,10 +30,10 @@ ROOMS = (
         "parakit.checkpoints.fitting", "parakit.checkpoints.places",
     ),
     (
-        "parakit.data", "parakit.stragglers", "parakit.vault", "parakit.scaling.fitting", "parakit.scaling.networks",
-        "parakit.scaling.records", "parakit.scaling.waiting",
+        "parakit.data", "parakit.progress", "parakit.stragglers", "parakit.vault",
+        "parakit.scaling.fitting", "parakit.scaling.networks", "parakit.scaling.waiting",
     ),
-    ("parakit.losses", "parakit.scaling.calibration", "parakit.scaling.choosing"),
+    ("parakit.losses", "parakit.scaling.calibration", "parakit.scaling.choosing", "parakit.scaling.records"),
     ("parakit.gradients", "parakit.scaling.costs"),
     ("parakit.datasets", "parakit.evaluation", "parakit.replica"),
     (
@@ -62,7 +63,7 @@ ROOMS = (
     ("parakit.workers.dask.reaching",),
     ("parakit.workers.connect",),
     ("parakit.workers",),
-    ("parakit.keeping", "parakit.plans", "parakit.progress", "parakit.wishes"),
+    ("parakit.keeping", "parakit.plans", "parakit.wishes"),
     ("parakit.membership",),
     ("parakit.conducting",),
     ("parakit.run",),

@@ -14,7 +14,8 @@ import pytest
 
 from parakit.errors import InputError, ParakitError
 from parakit.events import PHASES, History, RunStart, SegmentDone, StepDone, WorkerStep
-from parakit.scaling.records import About, Measurement, karp_flatt, rows, spread_of
+from parakit.scaling.laws import karp_flatt
+from parakit.scaling.records import About, Measurement, rows, spread_of
 from parakit.scaling.study import Scaling
 
 ABOUT = About(batch_size=256, parameters=650, strategy="AllReduce()", pool="4 local processes", machine="a <fast> CPU",

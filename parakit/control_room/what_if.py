@@ -12,9 +12,8 @@ import ipywidgets as w
 
 from parakit.control_room.place import Place
 from parakit.errors import InputError
-from parakit.events import History
 from parakit.plots.costs import what_if_picture
-from parakit.scaling.costs import CostModel
+from parakit.scaling.costs import CostModel, costs_of
 from parakit.scaling.networks import Network
 
 __all__ = ["WhatIf", "what_if"]
@@ -56,13 +55,9 @@ def what_if(costs: Any, *, workers: int = 16, most: int = 1024) -> WhatIf:
 
 
 def _cost_model(given: Any) -> CostModel:
-    if isinstance(given, CostModel):
-        return given
-    if isinstance(found := getattr(given, "costs", None), CostModel):
+    found = costs_of(given)
+    if found is not None:
         return found
-    history = getattr(given, "history", given)
-    if isinstance(history, History):
-        return CostModel.from_history(history)
     raise InputError(
         f"{type(given).__name__} is nothing that costs can be told from.",
         remedy="give a study of pk.sweep, a run, its history, or a CostModel",
@@ -112,11 +107,10 @@ class WhatIf:
         if [slider.value for slider in self._sliders[1:]] == self._begun[1:]:
             return self._measured
         network = self._measured.network
-        within = self._measured.within
         if (self.bandwidth.value, self.latency.value) != (self._begun[1], self._begun[2]):
             network = Network("another network", 1e-6 * self.latency.value, self.bandwidth.value / 8e-9, "what if")
         return dataclasses.replace(
-            self._measured, network=network, within=within, nbytes=1e6 * self.size.value,
+            self._measured, network=network, nbytes=1e6 * self.size.value,
             batch_size=max(1, round(self.batch.value)), stragglers=float(self.stragglers.value),
         )  # fmt: skip
 

@@ -259,9 +259,6 @@ def _count_axis(ax: Axes, counts: Sequence[int], right: int, *, logarithmic: boo
         ax.set_xticks(sorted({*counts} if len(counts) <= _TICKS and each > 1 else {1, *range(each, right + 1, each)}))
 
 
-# --- cost models
-
-
 def picture(study: Scaling) -> bytes:
     """Speedup and efficiency of a study side by side, as a PNG."""
     figure = Figure(figsize=(9.6, 4.0), dpi=100, facecolor="white", layout="constrained")

@@ -9,14 +9,14 @@ import json
 import math
 import os
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
 
 from parakit.checking import brief
-from parakit.errors import InputError, ParakitError
+from parakit.errors import InputError
 from parakit.events import PHASES, History
+from parakit.export import data_frame, write_whole
 from parakit.scaling.records import About, Measurement
 
 if TYPE_CHECKING:
@@ -125,14 +125,7 @@ def write(path: str | os.PathLike[str], text: str) -> Path:
         )
     if not place.parent.is_dir():
         raise InputError(f"There is no folder {str(place.parent)!r} to save {place.name!r} in.")
-    beside = place.with_name(f".{place.name}.{os.getpid()}")
-    try:
-        beside.write_text(text, encoding="utf-8")
-        beside.replace(place)
-    except BaseException:
-        with suppress(OSError):
-            beside.unlink()
-        raise
+    write_whole(place, text)
     return place
 
 
@@ -164,14 +157,7 @@ def frame(measurements: Sequence[Measurement]) -> pandas.DataFrame:
     ParakitError
         If pandas is not installed.
     """
-    try:
-        import pandas
-    except ImportError as error:
-        raise ParakitError(
-            "A data frame needs pandas, which is not installed here.",
-            remedy="pip install pandas, or use study.to_dict()",
-        ) from error
-    return pandas.DataFrame([_flat(measured) for measured in measurements], columns=_COLUMNS)
+    return data_frame(map(_flat, measurements), _COLUMNS, otherwise="study.to_dict()")
 
 
 def _flat(measured: Measurement) -> dict[str, Any]:

@@ -30,7 +30,7 @@ from parakit.scaling.exchange import Counts, like_given, worker_counts
 from parakit.scaling.networks import NETWORKS, Network, machine_named, network_named
 from parakit.scaling.waiting import check_probability, maximum_normal, maximum_with_stragglers
 
-__all__ = ["CostModel"]
+__all__ = ["CostModel", "costs_of"]
 
 Floats = npt.NDArray[np.float64]
 
@@ -358,6 +358,17 @@ class CostModel:
             return f"{self.strategy} ({self.servers})"
         local = f" every {self.local_steps} steps" if self.strategy == "local SGD" else ""
         return self.algorithm + local
+
+
+def costs_of(given: Any) -> CostModel | None:
+    """The cost model that something is, has as its `costs`, or can be calibrated to by its history; None if none."""
+    if isinstance(given, CostModel):
+        return given
+    found = getattr(given, "costs", None)
+    if isinstance(found, CostModel):
+        return found
+    history = getattr(given, "history", given)
+    return CostModel.from_history(history) if isinstance(history, History) else None
 
 
 def _of_machine(machine: Any) -> dict[str, Any]:

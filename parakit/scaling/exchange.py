@@ -58,15 +58,6 @@ class Link:
             if not 0 <= value < float("inf"):
                 raise InputError(f"{name} of a link is {value!r}; it must be a finite number of at least 0.")
 
-    def sped_up(self, times: float) -> Link:
-        """A link that is so many times as fast, in latency and bandwidth; adding takes as long as before."""
-        return Link(
-            self.latency_seconds / times,
-            self.seconds_per_byte / times,
-            self.reduce_seconds_per_byte,
-            self.shared_seconds_per_byte / times,
-        )
-
     def message_seconds(self, nbytes: Any) -> Any:
         """Time of one message."""
         return self.latency_seconds + nbytes * self.seconds_per_byte

@@ -135,6 +135,11 @@ class Fit:
         return _solve(self.law, self.counts, self.rates, bounded=True)[0]
 
     @cached_property
+    def _free(self) -> Floats:
+        """The coefficients of a fit without bounds."""
+        return _solve(self.law, self.counts, self.rates, bounded=False)[0]
+
+    @cached_property
     def _sum_of_squares(self) -> float:
         return _sum_of_squares(self.law, self.counts, self.rates, self._solution)
 
@@ -238,10 +243,9 @@ class Fit:
         """
         generator = np.random.default_rng(_SEED)
         noise = self._noise(generator, self.counts.shape)
-        free = _solve(self.law, self.counts, self.rates, bounded=False)[0]
         half = _DRAWS // 2
         drawn = []
-        for values, part, bounded in ((self._solution, noise[:half], True), (free, noise[half:], False)):
+        for values, part, bounded in ((self._solution, noise[:half], True), (self._free, noise[half:], False)):
             rate = _log_rate(self.law, self.counts, self.rates, values)
             logs = rate + np.log(self.counts) - np.log(self.law.loss(self.counts, values)) + part
             drawn.append(_refit(self.law, self.counts, logs, bounded=bounded))
@@ -304,8 +308,7 @@ def _remarks(found: Fit) -> list[str]:
         said.append(f"Only {different} different worker counts were measured, up to {found.counts.max():g}.")
     if found.degrees_of_freedom < 1:
         said.append("There are no more measurements than parameters, so nothing is known of the uncertainty.")
-    free = _solve(found.law, found.counts, found.rates, bounded=False)[0]
-    for name, value in zip(found.law.coefficients, free, strict=True):
+    for name, value in zip(found.law.coefficients, found._free, strict=True):
         if value < -_TINY:
             superlinear = ": the speedup is superlinear" if name == found.law.coefficients[0] else ""
             said.append(f"Without bounds, {name} would be {value:.2g}, below 0{superlinear}.")

@@ -17,7 +17,7 @@ from parakit.scaling import plain
 from parakit.scaling.plain import PlainRates, PlainTrial
 from parakit.workers.base import Job, Workers
 
-__all__ = ["measure_plain", "plain_trial"]
+__all__ = ["measure_plain", "plain_trial", "try_plain"]
 
 _BATCHES = 4  # enough for rows to come from memory, as they do in training, and little to send
 _LOOK_SECONDS = 0.1
@@ -47,17 +47,44 @@ def measure_plain(pool: Workers, job: Job, now: Callable[[], float], stopping: C
     ParakitError
         If it failed.
     """
-    trial = plain_trial(job)
-    trying = in_thread(pool.map, plain.measure, [trial], _PATIENCE * job.limit_seconds + plain.MOST_SECONDS)
-    while not trying.done():
-        if stopping():
+    found = try_plain(pool, plain_trial(job), job.limit_seconds, stopping)
+    return None if found is None else _baseline(found, now())
+
+
+def try_plain(
+    pool: Workers, trial: PlainTrial, limit_seconds: float, stopping: Callable[[], bool] = lambda: False
+) -> PlainRates | None:
+    """Make a trial on one worker of a pool; one that is stopped or interrupted is ended, where that can be done.
+
+    Parameters
+    ----------
+    pool : Workers
+    trial : PlainTrial
+    limit_seconds : float
+        Of a worker's silence.
+    stopping : callable
+        As for `measure_plain`.
+
+    Returns
+    -------
+    PlainRates or None
+        None if it was to stop.
+    """
+    patience = _PATIENCE * limit_seconds + plain.MOST_SECONDS + max(0.0, trial.seconds - plain.SECONDS)
+    trying = in_thread(pool.map, plain.measure, [trial], patience)
+    try:
+        while not trying.done():
+            if stopping():
+                return None
+            with suppress(TimeoutError):
+                trying.exception(_LOOK_SECONDS)
+    finally:
+        if not trying.done():
             plain.halt(trial.name)
             with suppress(Exception):
                 trying.result(_FAREWELL_SECONDS)
-            return None
-        with suppress(TimeoutError):
-            trying.exception(_LOOK_SECONDS)
-    return _baseline(trying.result()[0], now())
+    found: PlainRates = trying.result()[0]
+    return found
 
 
 def plain_trial(job: Job, cores: int | None = None) -> PlainTrial:

@@ -17,11 +17,12 @@ from typing import Any
 import numpy as np
 
 from parakit.errors import InputError
-from parakit.events import PHASES, PLAIN
+from parakit.events import PHASES
+from parakit.progress import rival_name
+from parakit.scaling.laws import karp_flatt
 
 __all__ = [
-    "NOTHING", "About", "Measurement", "Row", "Spread", "from_plain", "karp_flatt", "rival", "rows",
-    "spread_of",
+    "NOTHING", "About", "Measurement", "Row", "Spread", "from_plain", "rows", "spread_of",
 ]  # fmt: skip
 
 #: Kinds of a measurement.
@@ -196,21 +197,6 @@ def spread_of(values: Iterable[float]) -> Spread:
     return Spread(median, low, high, len(known))
 
 
-def karp_flatt(speedup: float, workers: int) -> float:
-    """Experimentally determined serial fraction, e = (1/S - 1/N) / (1 - 1/N); NaN for one worker.
-
-    It rises with N where overhead grows, and is flat where a part of the work is serial. For a fixed total work.
-    """
-    if workers < 2 or not speedup > 0:
-        return math.nan
-    return (1 / speedup - 1 / workers) / (1 - 1 / workers)
-
-
-def rival(measured: Measurement) -> str:
-    """What a measurement of plain PyTorch is called."""
-    return f"{PLAIN}, {measured.threads} core{'' if measured.threads == 1 else 's'}"
-
-
 @dataclass(frozen=True, slots=True)
 class Row:
     """A worker count, summed up.
@@ -245,13 +231,10 @@ class Row:
 def rows(measurements: Sequence[Measurement], mode: str = "strong") -> tuple[Row, ...]:
     """Every worker count summed up, by ascending count."""
     by_count: dict[int, list[Measurement]] = {}
-    rivals: dict[str, list[Measurement]] = {}
     for measured in measurements:
-        if measured.kind == "plain":
-            rivals.setdefault(rival(measured), []).append(measured)
-        else:
+        if measured.kind == "workers":
             by_count.setdefault(measured.workers, []).append(measured)
-    ones = by_count.get(1, [])
+    ones, rivals = by_count.get(1, []), _rivals(measurements)
     return tuple(_row(count, by_count[count], ones, rivals, mode) for count in sorted(by_count))
 
 
@@ -259,16 +242,20 @@ def _row(
     count: int, mine: list[Measurement], ones: list[Measurement], rivals: dict[str, list[Measurement]], mode: str
 ) -> Row:
     speedup = _ratio(mine, ones)
-    over_plain = {name: _ratio(mine, theirs) for name, theirs in sorted(rivals.items(), key=_by_threads)}
-    serial = karp_flatt(speedup.median, count) if mode == "strong" else math.nan
+    over_plain = {name: _ratio(mine, theirs) for name, theirs in rivals.items()}
+    serial = float(karp_flatt(speedup.median, count)) if mode == "strong" else math.nan
     return Row(
         count, spread_of(m.rate for m in mine), speedup, over_plain, speedup.median / count, serial,
         any(m.crowded for m in mine),
     )  # fmt: skip
 
 
-def _by_threads(item: tuple[str, list[Measurement]]) -> int:
-    return item[1][0].threads
+def _rivals(measurements: Iterable[Measurement]) -> dict[str, list[Measurement]]:
+    """The measurements of plain PyTorch by the names of the rivals, the one with fewest threads first."""
+    rivals: dict[str, list[Measurement]] = {}
+    for measured in sorted((m for m in measurements if m.kind == "plain"), key=lambda m: m.threads):
+        rivals.setdefault(rival_name(measured.threads), []).append(measured)
+    return rivals
 
 
 def _ratio(mine: list[Measurement], base: list[Measurement]) -> Spread:
@@ -292,10 +279,4 @@ def _by_block(measurements: list[Measurement]) -> dict[int, float]:
 
 def from_plain(measurements: Iterable[Measurement]) -> dict[str, Spread]:
     """Rates of the rivals by their names, the one with fewest threads first."""
-    rivals: dict[str, list[Measurement]] = {}
-    for measured in measurements:
-        if measured.kind == "plain":
-            rivals.setdefault(rival(measured), []).append(measured)
-    return {
-        name: spread_of(m.rate for m in mine) for name, mine in sorted(rivals.items(), key=_by_threads)
-    }  # fmt: skip
+    return {name: spread_of(m.rate for m in mine) for name, mine in _rivals(measurements).items()}

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
-from parakit.checking import brief, check_choice, check_positive, check_whole, plain
+from parakit.checking import brief, check_choice, check_pool, check_positive, check_whole, plain
 from parakit.data import Samples
 from parakit.errors import InputError, ParakitError, RunError, WorkerCountError
 from parakit.events import History, RunStart
@@ -122,7 +122,7 @@ def sweep(
     >>> study.workers, study.complete
     ((1, 2), True)
     """
-    pool = _pool(on)
+    pool = check_pool(on)
     counts = _counts(_usual_counts(pool) if workers is None else workers)
     repeats, seconds, batch_size, seed = map(plain, (repeats, seconds, batch_size, seed))
     check_whole("repeats", repeats, 1)
@@ -290,16 +290,6 @@ class _Sweeping:
 # --- what is given
 
 
-def _pool(on: Any) -> Workers:
-    if not isinstance(on, Workers):
-        raise InputError(
-            f"on is {brief(on)}, which is no pool of workers.",
-            remedy="connect first: workers = parakit.connect(2), then on=workers",
-        )
-    on.check_open()
-    return on
-
-
 def _usual_counts(pool: Workers) -> list[int]:
     """Powers of two up to what a pool has, or four if it can; and all that it has."""
     most = max(pool.size, min(_AT_LEAST, pool.most))
@@ -359,7 +349,7 @@ def _about(
     first: Plan, pool: Workers, mode: str, counts: tuple[int, ...], repeats: int, seconds: float, seed: int
 ) -> About:
     start = first.start
-    where = "" if start.pool.startswith("simulated") else _name_of_a_worker(pool)
+    where = "" if pool.simulated else _name_of_a_worker(pool)
     return About(
         mode=mode, batch_size=start.batch_size, parameters=start.parameters, samples=start.samples,
         strategy=start.strategy, pool=start.pool, machine=where, threads=pool.threads, cores=pool.cores,

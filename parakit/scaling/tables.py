@@ -15,7 +15,6 @@ __all__ = ["Table", "about_rivals"]
 _DASH = "–"
 _CROWDED = "*"
 _WIDTH = 84
-_UNCERTAIN_SPREAD = 1.5  # between quartiles, beyond which little can be said of a rival
 
 
 class Table:

@@ -6,7 +6,7 @@ import sys
 import time
 from typing import Any
 
-from parakit.progress import in_a_notebook
+from parakit.progress import clock, in_a_notebook
 
 __all__ = ["Ticker"]
 
@@ -44,7 +44,7 @@ class Ticker:
 
     def line(self, what: str) -> str:
         """What is shown while a part is being done."""
-        return f"measuring {what}: {self._done + 1} of {self._parts}, about {_clock(self.left_seconds)} left"
+        return f"measuring {what}: {self._done + 1} of {self._parts}, about {clock(self.left_seconds)} left"
 
     def show(self, what: str) -> None:
         """A part begins."""
@@ -56,7 +56,7 @@ class Ticker:
 
     def end(self, text: str) -> None:
         """All is over; the last line."""
-        spent = _clock(time.monotonic() - self._began)
+        spent = clock(time.monotonic() - self._began)
         self._write(f"{text} in {spent}", last=True)
 
     def _write(self, text: str, *, last: bool = False) -> None:
@@ -78,8 +78,3 @@ class Ticker:
             self._handle = display(said, raw=True, display_id=True)
         else:
             self._handle.update(said, raw=True)
-
-
-def _clock(seconds: float) -> str:
-    minutes, rest = divmod(max(0, round(seconds)), 60)
-    return f"{minutes}:{rest:02d}"

@@ -18,12 +18,11 @@ import numpy as np
 
 from parakit.errors import ParakitError, PoolError, RunError, WorkerCountError
 from parakit.events import PLAIN, GradientNorms, History, Said, SegmentDone, StepDone
-from parakit.machine import in_thread, uninterrupted
+from parakit.machine import uninterrupted
 from parakit.plans import Plan
 from parakit.progress import rival_name
 from parakit.run import Run
-from parakit.scaling import plain
-from parakit.scaling.measuring import plain_trial
+from parakit.scaling.measuring import plain_trial, try_plain
 from parakit.scaling.plain import PlainRates, PlainTrial
 from parakit.workers.base import Job, Workers
 
@@ -34,8 +33,6 @@ _WARM_UP_SECONDS = 0.2  # a segment in any case: caches are cold, and the pace o
 _ARRIVAL_SECONDS = 120.0  # that a count may take to come about, all growing and recovering included
 _END_SECONDS = 10.0
 _KEPT_STEPS = 64  # of a visit, for a cost model: more would say the same again
-_FAREWELL_SECONDS = 0.5
-_PATIENCE = 3  # times the limit of a worker's silence, since nobody knows how long a step takes
 
 
 class Unreachable(ParakitError):
@@ -257,7 +254,7 @@ class Rivals:
     def __init__(self, job: Job, pool: Workers, seconds: float) -> None:
         self._trial = replace(plain_trial(job), seconds=seconds)
         self._pool = pool
-        self._limit_seconds = _PATIENCE * job.limit_seconds + plain.MOST_SECONDS + seconds
+        self._limit_seconds = job.limit_seconds
 
     def visit(self, threads: int) -> PlainRates:
         """Time it with so many threads.
@@ -274,20 +271,11 @@ class Rivals:
         return found
 
     def _found(self, trial: PlainTrial) -> PlainRates:
-        trying = in_thread(self._pool.map, plain.measure, [trial], self._limit_seconds)
         try:
-            while not trying.done():  # in short waits: an interrupt reaches this thread in between
-                with suppress(TimeoutError):
-                    trying.exception(_LOOK_SECONDS)
-        except BaseException:
-            plain.halt(trial.name)
-            with suppress(Exception):
-                trying.result(_FAREWELL_SECONDS)
-            raise
-        try:
-            found: PlainRates = trying.result()[0]
+            found = try_plain(self._pool, trial, self._limit_seconds)
         except (PoolError, WorkerCountError):
             raise
         except ParakitError as error:
             raise Unreachable(f"{PLAIN} could not be measured: {str(error).splitlines()[0]}") from error
+        assert found is not None  # nobody stops it
         return found

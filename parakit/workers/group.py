@@ -8,6 +8,7 @@ of torch's has to listen on a port.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any, Protocol
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from parakit.errors import RunError
 
-__all__ = ["Board", "Group", "GroupBroken"]
+__all__ = ["Adders", "Board", "Group", "GroupBroken"]
 
 
 class GroupBroken(RunError):
@@ -55,8 +56,32 @@ class _BoardStore(dist.Store):  # type: ignore[name-defined,misc]  # torch expor
             self._board.take(key, limit)
 
 
-class Group:
-    """Members that add vectors together; a single member needs no partners.
+class Adders(ABC):
+    """Members that add vectors together."""
+
+    size: int
+
+    @abstractmethod
+    def all_reduce(self, vector: Tensor) -> None:
+        """Replace a vector by the sum of every member's, in place."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Leave the group: the others' operations fail at once instead of at their limit."""
+
+    def average(self, tensors: Sequence[Tensor]) -> None:
+        """Replace tensors by their means over the members, in place."""
+        if self.size == 1 or not tensors:
+            return
+        flat = torch.cat([tensor.detach().reshape(-1).double() for tensor in tensors])
+        self.all_reduce(flat)
+        pieces = (flat / self.size).split([tensor.numel() for tensor in tensors])
+        for tensor, piece in zip(tensors, pieces, strict=True):
+            tensor.copy_(piece.view_as(tensor))
+
+
+class Group(Adders):
+    """Members that add vectors over connections; a single member needs no partners.
 
     Parameters
     ----------
@@ -111,16 +136,6 @@ class Group:
                 f"Worker of rank {self.rank} lost the others in an all-reduce: {_first_line(error)}",
                 cause="a worker died or hangs",
             ) from error
-
-    def average(self, tensors: Sequence[Tensor]) -> None:
-        """Replace tensors by their means over the members, in place."""
-        if self.size == 1 or not tensors:
-            return
-        flat = torch.cat([tensor.detach().reshape(-1).double() for tensor in tensors])
-        self.all_reduce(flat)
-        pieces = (flat / self.size).split([tensor.numel() for tensor in tensors])
-        for tensor, piece in zip(tensors, pieces, strict=True):
-            tensor.copy_(piece.view_as(tensor))
 
     def close(self) -> None:
         """Leave the group: the others' operations fail at once instead of at their limit."""

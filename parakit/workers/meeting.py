@@ -2,30 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol
-
 import torch
 from torch import Tensor
 
 from parakit.workers.base import Exchange
-from parakit.workers.group import Board, Group
+from parakit.workers.group import Adders, Board, Group
 from parakit.workers.shared import CannotShare, SharedGroup
 
-__all__ = ["Adders", "meet"]
-
-
-class Adders(Protocol):
-    """Members that add vectors together."""
-
-    def all_reduce(self, vector: Tensor) -> None:
-        """Replace a vector by the sum of every member's, in place."""
-
-    def average(self, tensors: Sequence[Tensor]) -> None:
-        """Replace tensors by their means over the members, in place."""
-
-    def close(self) -> None:
-        """Leave the group."""
+__all__ = ["meet"]
 
 
 def meet(

@@ -29,8 +29,8 @@ from parakit.gradients import GradientSum, unflatten_into
 from parakit.replica import EXCHANGE, Holding, Recipe, Replica, StepRecord, load_model_state
 from parakit.vault import Vault, VaultKey
 from parakit.workers.base import Strategy
-from parakit.workers.group import Board, GroupBroken
-from parakit.workers.meeting import Adders, meet
+from parakit.workers.group import Adders, Board, GroupBroken
+from parakit.workers.meeting import meet
 from parakit.workers.messages import Answer, Failure, Orders, Pulse, Segment, Standing
 
 P = ParamSpec("P")

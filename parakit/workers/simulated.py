@@ -23,10 +23,9 @@ from parakit.chunks import DEFAULT_CHUNKS, EpochOrder
 from parakit.commits import State
 from parakit.errors import InputError, WorkerCountError
 from parakit.evaluation import Tally
-from parakit.events import History
 from parakit.rates import learning_rate
 from parakit.replica import StepRecord
-from parakit.scaling.costs import CostModel
+from parakit.scaling.costs import CostModel, costs_of
 from parakit.scaling.networks import network_named
 from parakit.workers.base import Excerpt, Job, Report, Roster, Workers
 from parakit.workers.inline import InlineCrew, InlineTeam
@@ -144,13 +143,9 @@ def simulated(
 
 def _costs_of(like: Any) -> CostModel:
     """The cost model that something has, is, or can be calibrated to."""
-    if isinstance(like, CostModel):
-        return like
-    if isinstance(getattr(like, "costs", None), CostModel):
-        return like.costs  # type: ignore[no-any-return]
-    history = like if isinstance(like, History) else getattr(like, "history", None)
-    if isinstance(history, History):
-        return CostModel.from_history(history)
+    found = costs_of(like)
+    if found is not None:
+        return found
     raise InputError(
         f"like is {type(like).__name__}, which does not say what a step costs.",
         remedy="give a study (parakit.sweep), a run that has ended, its history, or a CostModel; or leave it out",

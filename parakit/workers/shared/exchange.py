@@ -21,7 +21,7 @@ from torch import Tensor
 
 from parakit.errors import InputError
 from parakit.machine import usable_cores
-from parakit.workers.group import Board, GroupBroken
+from parakit.workers.group import Adders, Board, GroupBroken
 from parakit.workers.shared.arena import Arena, Plan
 from parakit.workers.shared.barrier import Barrier
 from parakit.workers.shared.joining import join
@@ -55,7 +55,7 @@ class Summed(NamedTuple):
     tail: Tensor
 
 
-class SharedGroup:
+class SharedGroup(Adders):
     """Members on one host that add vectors together; has the interface of `group.Group`.
 
     A group belongs to one generation, and no other uses its memory: a member that was stopped, and wakes when the
@@ -173,16 +173,6 @@ class SharedGroup:
                 inside.all_reduce(flat)
         if flat.data_ptr() != vector.data_ptr():
             vector.detach().copy_(flat.view_as(vector))
-
-    def average(self, tensors: Sequence[Tensor]) -> None:
-        """Replace tensors by their means over the members, in place."""
-        if self.size == 1 or not tensors:
-            return
-        flat = torch.cat([tensor.detach().reshape(-1).double() for tensor in tensors])
-        self.all_reduce(flat)
-        pieces = (flat / self.size).split([tensor.numel() for tensor in tensors])
-        for tensor, piece in zip(tensors, pieces, strict=True):
-            tensor.copy_(piece.view_as(tensor))
 
     def sum_slice(self, vector: Tensor, *, tail: int = 0) -> Summed:
         """Replace this member's slice of its vector by the sum of every member's; the rest stays as it is.
