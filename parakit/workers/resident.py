@@ -26,6 +26,7 @@ from parakit.data import Samples, pack, unpack
 from parakit.errors import Diverged, ParakitError, StaleGeneration
 from parakit.evaluation import Tally, tally
 from parakit.gradients import GradientSum, unflatten_into
+from parakit.machine import give_back_freed_memory, keep_freed_memory
 from parakit.replica import EXCHANGE, Holding, Recipe, Replica, StepRecord, load_model_state
 from parakit.vault import Vault, VaultKey
 from parakit.workers.base import Strategy
@@ -275,6 +276,7 @@ def prepare(run_id: str, blob: bytes, threads: int) -> Answer:
         except Exception as error:
             failure = Failure("code", 0, type(error).__name__, str(error), traceback.format_exc(limit=-6))
             return Answer(failure=failure)
+    keep_freed_memory()
     return Answer()
 
 
@@ -385,6 +387,8 @@ def release(run_id: str) -> None:
     if resident is not None:
         resident.leave_group()
         resident.close_vault()
+        del resident
+        give_back_freed_memory()
 
 
 def survey() -> dict[str, Any]:
