@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import platform
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -27,7 +28,7 @@ _QUICK_SECONDS = 0.0005
 _NICE = 10
 
 # Of glibc's malloc.h: parameters of mallopt, and what they are where nobody says otherwise.
-_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
+_TRIM_THRESHOLD, _MMAP_THRESHOLD, _ARENA_MAX = -1, -3, -8
 _USUAL_THRESHOLD = 128 * 1024
 _KEEP_BYTES = 1 << 30
 
@@ -55,14 +56,22 @@ def yield_to_others() -> None:
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICE)
 
 
-def keep_freed_memory() -> None:
+def keep_freed_memory(*, for_good: bool = False) -> None:
     """Use freed memory again, instead of returning it to the system at once; as often as called, until given back.
 
     Each step of a training frees its activations and allocates them again. Dask tells the workers it starts to return
     every freed piece of 64 KiB and more, so that the kernel clears fresh pages in each step: a small convolutional
-    network then takes twice as long. Only glibc can be told otherwise in a process that runs; elsewhere nothing happens.
+    network then takes twice as long. Only glibc can be told otherwise later than at the start; elsewhere, nothing is done.
+
+    Parameters
+    ----------
+    for_good : bool
+        It is never given back. Threads that start later then share one arena, as another one is returned whole when
+        nothing is left in it.
     """
     global _keepers
+    if for_good:
+        _tell_malloc(_ARENA_MAX, 1)
     with _lock:
         _keepers += 1
         if _keepers == 1:
@@ -76,15 +85,18 @@ def give_back_freed_memory() -> None:
         _keepers -= 1
         if _keepers == 0:
             _set_thresholds(*(_threshold(f"MALLOC_{which}_THRESHOLD_") for which in ("TRIM", "MMAP")))
-    with suppress(OSError, AttributeError):
+    if platform.libc_ver()[0] == "glibc":
         ctypes.CDLL(None).malloc_trim(0)
 
 
 def _set_thresholds(trim: int, mmap: int) -> None:
-    with suppress(OSError, AttributeError, TypeError):
-        libc = ctypes.CDLL(None)
-        libc.mallopt(_TRIM_THRESHOLD, trim)
-        libc.mallopt(_MMAP_THRESHOLD, mmap)
+    _tell_malloc(_TRIM_THRESHOLD, trim)
+    _tell_malloc(_MMAP_THRESHOLD, mmap)
+
+
+def _tell_malloc(what: int, value: int) -> None:
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).mallopt(what, value)
 
 
 def _threshold(variable: str) -> int:

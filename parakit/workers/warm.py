@@ -22,4 +22,4 @@ def dask_setup(_: object) -> None:
     """Called by Dask in the worker, and only there: whoever merely imports this module keeps its interrupts."""
     if threading.current_thread() is threading.main_thread():  # only there may a process say what a signal does
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-    keep_freed_memory()
+    keep_freed_memory(for_good=True)
