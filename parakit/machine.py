@@ -61,7 +61,7 @@ def keep_freed_memory(*, for_good: bool = False) -> None:
 
     Each step of a training frees its activations and allocates them again. Dask tells the workers it starts to return
     every freed piece of 64 KiB and more, so that the kernel clears fresh pages in each step: a small convolutional
-    network then takes twice as long. Only glibc can be told otherwise later than at the start; elsewhere, nothing is done.
+    network then takes twice as long. Only glibc can be told otherwise by then; elsewhere nothing is done.
 
     Parameters
     ----------
