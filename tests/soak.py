@@ -205,7 +205,7 @@ class Soak:
         pool = self._pool
         known = {address: found.get("status") for address, found in pool._workers().items()}
         keepers = [
-            f"{name}: {keeper.status}, {keeper.process and (keeper.process.status, keeper.pid)}, {keeper.worker_address}"
+            f"{name}: {keeper.status}, {keeper.process and keeper.process.status}, {keeper.pid} {keeper.worker_address}"
             for name, keeper in pool._cluster.workers.items()
         ]
         return "\n".join([f"the scheduler: {known}", f"banished: {pool._banished}", *keepers])

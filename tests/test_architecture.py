@@ -22,6 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # as it can be: what few things depend on is easy to change.
 ROOMS = (
     ("parakit.errors", "parakit.machine", "parakit.scaling.least_squares", "parakit.workers.dask.janitor"),
+    ("parakit.workers.dask.nursery",),
     ("parakit.export",),
     (
         "parakit.commits", "parakit.events", "parakit.chunks", "parakit.rates", "parakit.shards",

@@ -10,6 +10,7 @@ it: it ends when its owner ends, or says so. It works for nobody else, so it kee
 import signal
 import threading
 
+import numpy as np
 import torch
 
 import parakit.workers.resident  # noqa: F401  # what orders call
@@ -23,3 +24,4 @@ def dask_setup(_: object) -> None:
     if threading.current_thread() is threading.main_thread():  # only there may a process say what a signal does
         signal.signal(signal.SIGINT, signal.SIG_IGN)
     keep_freed_memory(for_good=True)
+    np.random.seed()  # noqa: NPY002  # the global one, for code of users' that draws from it: forks begin alike

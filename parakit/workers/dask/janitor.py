@@ -7,9 +7,9 @@ processes as the owner tells of them through a pipe. When the pipe ends, or the 
 those that are left, removes what is left of the folder, and ends.
 
 The owner imports this module; the janitor's process runs the same file as a script, which therefore imports nothing
-but the standard library. It refuses to touch a process that was not the owner's child, or is not the one it was told
-of, and semaphores that the owner had before the pool. Where there is no /proc, `ps` tells of processes, and semaphores
-are nowhere to be found. See signal(7) and multiprocessing's resource tracker, whose work this completes.
+but the standard library. It refuses to touch a process that was no child or grandchild of the owner's, or is not the
+one it was told of, and semaphores that the owner had before the pool. Where there is no /proc, `ps` tells of processes,
+and semaphores are nowhere to be found. See signal(7) and multiprocessing's resource tracker, whose work this completes.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class Janitor:
             raise
 
     def watch(self, pid: int) -> None:
-        """Tell of a process of the pool: a child of this one, just started."""
+        """Tell of a process of the pool, just started: a child of this one, or of one that forks others for it."""
         semaphores = _mapped_semaphores()
         fresh = semaphores - self._semaphores
         self._semaphores = semaphores
@@ -114,7 +114,7 @@ def _serve(owner: int, folder: Path) -> None:
         pid, *fresh = map(int, line.split())
         semaphores.update(fresh)
         life = _life(pid)
-        if life is not None and life[0] in (owner, os.getppid()):  # who adopts the owner's orphans adopts the janitor
+        if life is not None and _descends(life[0], owner):
             births[pid] = life[1]
     _end(births)
     _within(_GRACE_SECONDS, lambda: _removed(folder))
@@ -123,6 +123,13 @@ def _serve(owner: int, folder: Path) -> None:
         _within(_GRACE_SECONDS, lambda: not _named(semaphores))
         for path in _named(semaphores):
             path.unlink(missing_ok=True)
+
+
+def _descends(parent: int, owner: int) -> bool:
+    """Whether a parent is the owner, a child of its that forks others, or who adopts orphans, as the janitor's own."""
+    elders = owner, os.getppid()
+    life = _life(parent) if parent not in elders else None
+    return parent in elders or (life is not None and life[0] in elders)
 
 
 def _told(owner: int) -> Iterator[str]:

@@ -64,6 +64,7 @@ class _WatchedNanny(Nanny):
     """Dask's keeper of a worker process, but one that tells of every process it starts, before that can be stuck."""
 
     def __init__(self, *args: Any, watch: Callable[[int], None], **options: Any) -> None:
+        options["env"] = dict(os.environ)  # a fork has that of some time ago
         super().__init__(*args, **options)
         self._watch = watch
 

@@ -16,6 +16,7 @@ from parakit.errors import ConnectError, InputError
 from parakit.machine import uninterrupted, usable_cores
 from parakit.workers.dask.janitor import Janitor
 from parakit.workers.dask.local import WatchedCluster
+from parakit.workers.dask.nursery import Nursery
 from parakit.workers.dask.pool import DaskWorkers
 
 __all__ = ["connect_client", "connect_cluster", "connect_local", "what_is"]
@@ -49,6 +50,8 @@ def connect_local(count: int | None, *, threads: int, most: int | None, timeout:
 def _start_local(count: int, threads: int, most: int, timeout: float) -> DaskWorkers:
     with contextlib.ExitStack() as undo:
         try:
+            nursery = Nursery()
+            undo.callback(nursery.close)
             janitor = Janitor()
             undo.callback(janitor.close)
             cluster = WatchedCluster(count, janitor)
@@ -62,7 +65,7 @@ def _start_local(count: int, threads: int, most: int, timeout: float) -> DaskWor
         client = Client(cluster, timeout=timeout, set_as_default=False)
         undo.pop_all()
     many = "process" if count == 1 else "processes"
-    ours = (client, cluster, janitor)
+    ours = (client, cluster, janitor, nursery)
     return DaskWorkers(client, f"{count} local {many}", threads, most, count, timeout, cluster, ours=ours)
 
 
