@@ -26,19 +26,19 @@ ROOMS = (
     (
         "parakit.commits", "parakit.events", "parakit.chunks", "parakit.rates",
         "parakit.scaling.exchange", "parakit.scaling.noise", "parakit.scaling.breakdown", "parakit.scaling.laws",
-        "parakit.scaling.hosts",
+        "parakit.scaling.hosts", "parakit.scaling.points",
         "parakit.checkpoints.fitting", "parakit.checkpoints.places",
     ),
     (
         "parakit.data", "parakit.progress", "parakit.stragglers", "parakit.vault",
-        "parakit.scaling.fitting", "parakit.scaling.networks", "parakit.scaling.waiting",
+        "parakit.scaling.networks", "parakit.scaling.solving", "parakit.scaling.waiting",
     ),
-    ("parakit.losses", "parakit.scaling.calibration", "parakit.scaling.choosing", "parakit.scaling.records"),
-    ("parakit.gradients", "parakit.scaling.costs"),
-    ("parakit.datasets", "parakit.evaluation", "parakit.replica"),
+    ("parakit.losses", "parakit.scaling.calibration", "parakit.scaling.fit_bands", "parakit.scaling.records"),
+    ("parakit.gradients", "parakit.scaling.costs", "parakit.scaling.fitting"),
+    ("parakit.datasets", "parakit.evaluation", "parakit.replica", "parakit.scaling.predictions"),
     (
-        "parakit.scaling", "parakit.scaling.plain", "parakit.workers.base", "parakit.workers.messages",
-        "parakit.identity", "parakit.checkpoints.format",
+        "parakit.scaling", "parakit.scaling.choosing", "parakit.scaling.plain", "parakit.workers.base",
+        "parakit.workers.messages", "parakit.identity", "parakit.checkpoints.format",
     ),
     ("parakit.accounts", "parakit.checking", "parakit.scaling.measuring", "parakit.workers.dask.watching"),
     (

@@ -243,7 +243,7 @@ def _akaike(found: Fit) -> float:
     many, parameters = len(found.counts), len(found.parameters) + 1
     if many - parameters - 1 <= 0:
         return math.inf
-    squares = max(found._sum_of_squares / many, 1e-300)
+    squares = max(found.sum_of_squares / many, 1e-300)
     return many * math.log(squares) + 2 * parameters + 2 * parameters * (parameters + 1) / (many - parameters - 1)
 
 
