@@ -35,7 +35,10 @@ ROOMS = (
     ),
     ("parakit.losses", "parakit.scaling.calibration", "parakit.scaling.fit_bands", "parakit.scaling.records"),
     ("parakit.gradients", "parakit.scaling.costs", "parakit.scaling.fitting"),
-    ("parakit.datasets", "parakit.evaluation", "parakit.replica", "parakit.scaling.predictions"),
+    (
+        "parakit.datasets", "parakit.evaluation", "parakit.replica",
+        "parakit.scaling.evidence", "parakit.scaling.predictions",
+    ),
     (
         "parakit.scaling", "parakit.scaling.choosing", "parakit.scaling.plain", "parakit.workers.base",
         "parakit.workers.messages", "parakit.identity", "parakit.checkpoints.format",

@@ -19,16 +19,16 @@ import numpy.typing as npt
 
 from parakit.scaling.laws import Law
 from parakit.scaling.points import Points
-from parakit.scaling.solving import ENDLESS, Face, reaches, squares
+from parakit.scaling.solving import ENDLESS, Face, in_parts, reaches, squares
 
 __all__ = ["Region"]
 
 Floats = npt.NDArray[np.float64]
 
-_RAYS = 180
-_STEPS = 24
-_DOUBLINGS, _HALVINGS = 60, 40
-_MOST_AT_ONCE = 256  # counts, so that a long curve does not fill the memory
+_RAYS, _STEPS = 180, 24
+_MANY_COUNTS = 200  # from which on fewer do: the region is small then, and round
+_RAYS_OF_MANY, _STEPS_OF_MANY = 45, 8
+_DOUBLINGS, _HALVINGS = 60, 20
 _LEAST_EXCESS = 1e-20  # what rounding leaves of an exact curve
 
 
@@ -52,6 +52,7 @@ class Region:
     def __init__(self, law: Law, points: Points, found: tuple[Face, ...], excess: float) -> None:
         self._law, self._points = law, points
         self._allowed = found[0].sum_of_squares + max(excess, _LEAST_EXCESS)
+        self._large = len(points.counts) > _MANY_COUNTS
         self._reach = reaches(law, points)
         self._most = np.log1p(np.minimum(np.asarray(law.bounds) * self._reach, ENDLESS))
         taken = [face for face in found if face.sum_of_squares <= self._allowed]
@@ -66,9 +67,10 @@ class Region:
         new : float
             0 for the law itself, or the share of a measurement's variance that is to come: 1 / repeats.
         """
-        parts = [self._some_edges(part, new) for part in np.array_split(n, math.ceil(n.size / _MOST_AT_ONCE) or 1)]
-        low, high = zip(*parts, strict=True)
-        return np.concatenate(low), np.concatenate(high)
+        parts = [self._some_edges(part, new) for part in in_parts(n, len(self._sizes))]
+        low, high = (np.concatenate(edges) for edges in zip(*parts, strict=True))
+        # The rate of one worker is the only one to which an endless loss at all other counts leaves no limit.
+        return low, np.where((n <= 1) & self.endless, np.inf, high)
 
     def _some_edges(self, n: Floats, new: float) -> tuple[Floats, Floats]:
         cloud, spared, rates = self._cloud
@@ -110,7 +112,7 @@ class Region:
         spared = self._allowed - face.sum_of_squares
         directions = self._directions(origin, list(face.kept)) * math.sqrt(spared)
         ends = self._ends(origin, directions)
-        shares = np.sin(np.linspace(0, np.pi / 2, _STEPS))
+        shares = np.sin(np.linspace(0, np.pi / 2, _STEPS_OF_MANY if self._large else _STEPS))
         along = origin + (shares[:, None] * ends)[:, :, None] * directions
         return np.asarray(np.clip(along, 0, self._most).reshape(-1, len(origin)))
 
@@ -123,8 +125,9 @@ class Region:
         slope = np.sqrt(self._points.repeats)[:, None] * (slope - share @ slope)
         sizes, turned = np.linalg.eigh(slope.T @ slope)
         sizes = np.maximum(sizes, max(1e-12 * float(sizes.max()), 1e-24))
-        found = np.zeros((_unit_vectors(len(kept)).shape[0], len(origin)))
-        found[:, kept] = _unit_vectors(len(kept)) @ (turned / np.sqrt(sizes)).T
+        vectors = _unit_vectors(len(kept), _RAYS_OF_MANY if self._large else _RAYS)
+        found = np.zeros((len(vectors), len(origin)))
+        found[:, kept] = vectors @ (turned / np.sqrt(sizes)).T
         return found
 
     def _ends(self, origin: Floats, directions: Floats) -> Floats:
@@ -153,12 +156,12 @@ class Region:
         return inner
 
 
-def _unit_vectors(size: int) -> Floats:
+def _unit_vectors(size: int, many: int) -> Floats:
     """Directions in so many dimensions; the same ones always."""
     if size == 1:
         return np.array([[1.0], [-1.0]])
     if size == 2:
-        angles = np.linspace(0, 2 * np.pi, _RAYS, endpoint=False)
+        angles = np.linspace(0, 2 * np.pi, many, endpoint=False)
         return np.column_stack([np.cos(angles), np.sin(angles)])
-    drawn = np.random.default_rng(0).standard_normal((_RAYS * size**2, size))
+    drawn = np.random.default_rng(0).standard_normal((many * size**2, size))
     return np.asarray(drawn / np.linalg.norm(drawn, axis=1, keepdims=True))

@@ -165,9 +165,8 @@ class Fit:
         """
         if self.degrees_of_freedom < 1:
             return {}
-        low, high = (float(edge[0]) for edge in self._region.edges(np.ones(1)))
-        rate = math.exp(low), math.inf if self._region.endless else math.exp(high)
-        return {"lambda": rate, **dict(zip(self.law.coefficients, self._region.limits, strict=True))}
+        low, high = (float(np.exp(edge[0])) for edge in self._region.edges(np.ones(1)))
+        return {"lambda": (low, high), **dict(zip(self.law.coefficients, self._region.limits, strict=True))}
 
     # --- what follows
 
@@ -260,8 +259,8 @@ class Fit:
 
 
 def rate_in_words(rate: float) -> str:
-    """A throughput to whole numbers, or to three digits where it is small."""
-    return f"{rate:,.0f}" if rate >= 100 else f"{rate:.3g}"
+    """A throughput to whole numbers, or to three digits where it is small, or beyond all machines."""
+    return f"{rate:,.0f}" if 100 <= rate < 1e15 else f"{rate:.3g}"
 
 
 def _lost(law: Law, values: list[float]) -> str:

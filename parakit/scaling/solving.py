@@ -11,6 +11,7 @@ Lawson and Hanson, "Solving Least Squares Problems", 1974 (bounds by sets of coe
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import combinations
@@ -22,12 +23,13 @@ from parakit.scaling.laws import Law
 from parakit.scaling.least_squares import minimise
 from parakit.scaling.points import Points
 
-__all__ = ["ENDLESS", "Face", "faces", "free_coefficients", "reaches", "squares"]
+__all__ = ["ENDLESS", "Face", "faces", "free_coefficients", "in_parts", "reaches", "squares"]
 
 Floats = npt.NDArray[np.float64]
 
 #: A coefficient that takes away more than this times the work, at the largest count, is taken for infinite.
 ENDLESS = 1e6
+_MOST_AT_ONCE = 1_000_000  # numbers
 _TINY = 1e-9
 _LEAST_LOSS = 0.5  # of a fit without bounds: it may well be superlinear, but not without end
 _SAME = 1e-9  # relative, of sums of squares
@@ -59,11 +61,21 @@ def reaches(law: Law, points: Points) -> Floats:
 
 def squares(law: Law, points: Points, coefficients: Floats) -> tuple[Floats, Floats]:
     """The sum of squares and the logarithm of lambda for each row of coefficients, (rows,) each."""
-    losses = 1 + coefficients @ law.matrix(points.counts).T
+    matrix = law.matrix(points.counts).T
+    parts = [_squares(points, 1 + part @ matrix) for part in in_parts(coefficients, len(points.counts))]
+    off, rates = zip(*parts, strict=True)
+    return np.concatenate(off), np.concatenate(rates)
+
+
+def in_parts(rows: Floats, columns: int) -> list[Floats]:
+    """Rows in parts, so that a table of them and so many columns does not fill the memory."""
+    return np.array_split(rows, math.ceil(len(rows) * columns / _MOST_AT_ONCE) or 1)
+
+
+def _squares(points: Points, losses: Floats) -> tuple[Floats, Floats]:
     logs = points.logs + np.log(np.maximum(losses, _TINY))
     rates = logs @ points.repeats / points.many
-    off = (logs - rates[:, None]) ** 2 @ points.repeats
-    return off + points.within, rates
+    return (logs - rates[:, None]) ** 2 @ points.repeats + points.within, rates
 
 
 def free_coefficients(law: Law, points: Points) -> Floats:
