@@ -93,7 +93,8 @@ def compare(
             "others from it.",
             remedy="measure at least two, better six: pk.sweep(..., workers=[1, 2, 3, 4, 6, 8])",
         )
-    fits = {law.name: fit(law, counts, measured) for law in _candidates(laws, len(points.counts))}
+    wanted = _laws(laws)
+    fits = {law.name: fit(law, counts, measured) for law in _enough(wanted, len(points.counts))}
     others = _from_elsewhere(extra, fits, points)
     held_out = {name: error_of(partial(foretold, found.law, points), points) for name, found in fits.items()}
     good = _as_good(fits, held_out, points)
@@ -102,6 +103,10 @@ def compare(
     held_out |= {name: error_of(model.predict, points) for name, model in others.items()}
     worst = _worst(held_out[name] for name in fits if fits[name].law.coefficients)
     plausible = (*good, *(name for name in others if held_out[name] <= worst))
+    if held_out[best] > _SURELY_GOOD:
+        unseen = {law.name: Fit(law, counts, measured) for law in wanted if _is_unseen(law, points)}
+        fits, plausible = fits | unseen, (*plausible, *unseen)
+        held_out |= dict.fromkeys(unseen, math.nan)
     rival = min(others, key=lambda name: held_out[name], default="")
     if rival and _is_outdone(held_out[best], held_out[rival]):
         reason = f"Every law is clearly off, and {rival!r}, which was not fitted here, is at most half as far off."
@@ -112,8 +117,8 @@ def compare(
     )
 
 
-def _candidates(laws: Any, different: int) -> list[Law]:
-    """The laws that so many counts suffice for."""
+def _laws(laws: Any) -> list[Law]:
+    """The candidates, each once."""
     try:
         given = [laws] if isinstance(laws, str | Law) else list(laws)
     except TypeError:
@@ -125,14 +130,27 @@ def _candidates(laws: Any, different: int) -> list[Law]:
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
         raise InputError(f"Two different laws have the name {twice!r}.", remedy="give one of them another name")
+    return wanted
+
+
+def _enough(wanted: list[Law], different: int) -> list[Law]:
+    """The laws that so many counts suffice for."""
     enough = [law for law in wanted if law.least_counts <= different]
     if not enough:
-        fewest = min(law.least_counts for law in wanted)
         raise InputError(
-            f"None of the laws {', '.join(map(repr, names))} can be fitted to {different} different worker counts.",
-            remedy=f"measure at least {fewest} counts, or leave laws= out",
+            f"None of the laws {', '.join(repr(law.name) for law in wanted)} can be fitted to {different} different "
+            "worker counts.",
+            remedy=f"measure at least {min(law.least_counts for law in wanted)} counts, or leave laws= out",
         )
     return enough
+
+
+def _is_unseen(law: Law, points: Points) -> bool:
+    """Whether a law could follow these counts, though they are too few to believe in it.
+
+    With repeats it has a band. Where all others are off, a prediction must reach around it.
+    """
+    return law.least_counts > len(points.counts) > len(law.coefficients) and points.freedom > 0
 
 
 def _from_elsewhere(extra: Sequence[Predictor], fits: dict[str, Fit], points: Points) -> dict[str, Predictor]:

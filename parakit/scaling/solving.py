@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from itertools import combinations
 
 import numpy as np
@@ -32,6 +33,7 @@ ENDLESS = 1e6
 _MOST_AT_ONCE = 1_000_000  # numbers
 _TINY = 1e-9
 _LEAST_LOSS = 0.5  # of a fit without bounds: it may well be superlinear, but not without end
+_FAR_OFF = 0.05  # so far off on average, the linear solution may lead astray
 _SAME = 1e-9  # relative, of sums of squares
 _SAME_SQUARES = 1e-22  # of each measurement: what rounding leaves
 
@@ -116,8 +118,10 @@ def _searched(law: Law, points: Points, kept: list[int]) -> Floats:
 
     lower = -_LEAST_LOSS / len(kept) / reach
     upper = np.minimum(np.asarray(law.bounds)[kept], ENDLESS / reach)
-    starts = [_linear(points, matrix), 0.05 / reach]
-    found = minimise(residuals, jacobian, starts, lower=lower, upper=upper, scale=np.minimum(1 / reach, upper))
+    solve = partial(minimise, residuals, jacobian, lower=lower, upper=upper, scale=np.minimum(1 / reach, upper))
+    found = solve([_linear(points, matrix)])
+    if found.sum_of_squares > points.many * _FAR_OFF**2:
+        found = min(found, solve([0.05 / reach]), key=lambda solution: solution.sum_of_squares)
     return found.parameters
 
 
