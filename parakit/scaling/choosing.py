@@ -195,7 +195,8 @@ def _as_good(fits: dict[str, Fit], held_out: dict[str, float], points: Points) -
 
 def _best(fits: dict[str, Fit], good: tuple[str, ...], held_out: dict[str, float]) -> tuple[str, str]:
     """The law that is believed most, and why."""
-    among = [name for name in (*_USUAL, *fits) if name in good and fits[name].law.coefficients] or list(good)
+    ordered = dict.fromkeys((*_USUAL, *fits))
+    among = [name for name in ordered if name in good and fits[name].law.coefficients] or list(good)
     usual, rival = among[0], min(among, key=lambda name: akaike(fits[name]))
     if akaike(fits[rival]) < akaike(fits[usual]) - _NO_SUPPORT and math.isfinite(akaike(fits[usual])):
         return rival, f"{rival!r} predicted as well as any, and against it all measurements leave {usual!r} no support."

@@ -27,8 +27,8 @@ Floats = npt.NDArray[np.float64]
 
 _RAYS, _STEPS = 180, 24
 _MANY_COUNTS = 200  # from which on fewer do: the region is small then, and round
-_RAYS_OF_MANY, _STEPS_OF_MANY = 45, 8
-_DOUBLINGS, _HALVINGS = 60, 20
+_RAYS_OF_MANY, _STEPS_OF_MANY = 36, 8
+_DOUBLINGS, _HALVINGS = 60, 14  # of a ray whose last part matters least
 _LEAST_EXCESS = 1e-20  # what rounding leaves of an exact curve
 
 

@@ -135,9 +135,12 @@ class Fit:
         return math.sqrt(self.sum_of_squares / self.degrees_of_freedom) if self.degrees_of_freedom > 0 else math.nan
 
     @cached_property
-    def _variance(self) -> float:
-        """Of a measurement. Where the law misses its points by more than repeats scatter, that miss counts."""
-        return max(self.residual_sd**2, self._missed**2)
+    def noise_sd(self) -> float:
+        """The residual standard deviation that intervals and bands rest on.
+
+        Where the law misses its points by more than repeats scatter, it is what would explain that miss.
+        """
+        return max(self.residual_sd, self._missed)
 
     @cached_property
     def _missed(self) -> float:
@@ -154,12 +157,12 @@ class Fit:
     def _region(self) -> Region:
         from scipy.stats import f
 
-        excess = self._variance * f.ppf(self.confidence, 1, self.degrees_of_freedom)
+        excess = self.noise_sd**2 * f.ppf(self.confidence, 1, self.degrees_of_freedom)
         return Region(self.law, self.points, self.faces, excess)
 
     @cached_property
     def intervals(self) -> dict[str, tuple[float, float]]:
-        """By profile likelihood: where the sum of squares stays below RSS (1 + F(1, df) / df).
+        """By profile likelihood: where the sum of squares exceeds the least by less than noise_sd^2 F(1, df).
 
         Empty without degrees of freedom; an end is infinite where the measurements do not limit the parameter.
         """

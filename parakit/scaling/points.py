@@ -21,6 +21,7 @@ Floats = npt.NDArray[np.float64]
 #: Worker counts beyond this are taken for a mistake.
 MOST_COUNT = 1e9
 _SHOWN = 60  # characters of what was given
+_NO_NUMBERS = (bool, np.bool_, str, bytes, complex, np.complexfloating, type(None))
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,7 +117,7 @@ def check_asked(n: Any) -> Floats:
 
 def _numbers(values: Any) -> Floats:
     given = np.asarray(list(values), object)
-    if any(isinstance(value, bool | np.bool_ | str | bytes | complex | np.complexfloating) for value in given.flat):
+    if any(isinstance(value, _NO_NUMBERS) for value in given.flat):
         raise TypeError("no numbers")
     return given.astype(np.float64)
 

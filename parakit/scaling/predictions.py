@@ -156,8 +156,8 @@ class Comparison:
 
     @property
     def _banded(self) -> bool:
-        fits = [self.fits[name] for name in self.plausible]
-        return any(isinstance(found, Fit) and found.degrees_of_freedom > 0 for found in fits)
+        best = self.fits[self.best]
+        return not isinstance(best, Fit) or best.degrees_of_freedom > 0
 
     @property
     def _heading(self) -> str:

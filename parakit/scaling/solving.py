@@ -30,7 +30,7 @@ Floats = npt.NDArray[np.float64]
 
 #: A coefficient that takes away more than this times the work, at the largest count, is taken for infinite.
 ENDLESS = 1e6
-_MOST_AT_ONCE = 1_000_000  # numbers
+_MOST_AT_ONCE = 100_000  # numbers, which a processor keeps at hand
 _TINY = 1e-9
 _LEAST_LOSS = 0.5  # of a fit without bounds: it may well be superlinear, but not without end
 _FAR_OFF = 0.05  # so far off on average, the linear solution may lead astray
@@ -70,14 +70,17 @@ def squares(law: Law, points: Points, coefficients: Floats) -> tuple[Floats, Flo
 
 
 def in_parts(rows: Floats, columns: int) -> list[Floats]:
-    """Rows in parts, so that a table of them and so many columns does not fill the memory."""
+    """Rows in parts, so that a table of them and so many columns stays small."""
     return np.array_split(rows, math.ceil(len(rows) * columns / _MOST_AT_ONCE) or 1)
 
 
 def _squares(points: Points, losses: Floats) -> tuple[Floats, Floats]:
-    logs = points.logs + np.log(np.maximum(losses, _TINY))
-    rates = logs @ points.repeats / points.many
-    return (logs - rates[:, None]) ** 2 @ points.repeats + points.within, rates
+    """As `squares`; in the memory of the losses."""
+    np.log(np.maximum(losses, _TINY, out=losses), out=losses)
+    losses += points.logs
+    rates = losses @ points.repeats / points.many
+    losses -= rates[:, None]
+    return np.square(losses, out=losses) @ points.repeats + points.within, rates
 
 
 def free_coefficients(law: Law, points: Points) -> Floats:
