@@ -89,7 +89,7 @@ def compare(
     points = Points.of(counts, measured)
     if len(points.counts) < 2:
         raise InputError(
-            f"One worker count only was measured ({points.counts[0] if counts.size else 'none'}); nothing follows for "
+            f"One worker count only was measured ({f'{counts[0]:g}' if counts.size else 'none'}); nothing follows for "
             "others from it.",
             remedy="measure at least two, better six: pk.sweep(..., workers=[1, 2, 3, 4, 6, 8])",
         )
@@ -99,22 +99,20 @@ def compare(
     held_out = {name: error_of(partial(foretold, found.law, points), points) for name, found in fits.items()}
     good = _as_good(fits, held_out, points)
     best, reason = _best(fits, good, held_out)
-    off = {name: _off(model, points) for name, model in others.items()}
-    held_out |= {name: error_of(model.predict, points) for name, model in others.items()}
-    worst = _worst(held_out[name] for name in fits if fits[name].law.coefficients)
-    plausible = (*good, *(name for name in others if held_out[name] <= worst))
     if held_out[best] > _SURELY_GOOD:
         unseen = {law.name: Fit(law, counts, measured) for law in wanted if _is_unseen(law, points)}
-        fits, plausible = fits | unseen, (*plausible, *unseen)
-        held_out |= dict.fromkeys(unseen, math.nan)
+        fits, good, held_out = fits | unseen, (*good, *unseen), held_out | dict.fromkeys(unseen, math.nan)
+    worst = _worst(error for name, error in held_out.items() if fits[name].law.coefficients)
+    held_out |= {name: error_of(model.predict, points) for name, model in others.items()}
+    plausible = (*good, *(name for name in others if held_out[name] <= worst))
     rival = min(others, key=lambda name: held_out[name], default="")
-    if rival and _is_outdone(held_out[best], held_out[rival]):
+    if rival and _is_outdone(fits[best], held_out[best], held_out[rival], points):
+        best, plausible = rival, tuple(dict.fromkeys((*plausible, rival)))
         reason = f"Every law is clearly off, and {rival!r}, which was not fitted here, is at most half as far off."
-        best, plausible = rival, (*good, rival)
-    asked = tuple(held_out_counts(points).tolist())
     return Comparison(
-        best, fits | others, held_out, plausible, float(counts.max()), asked=asked, reason=reason, off=off
-    )
+        best, fits | others, held_out, plausible, float(counts.max()), asked=tuple(held_out_counts(points).tolist()),
+        reason=reason, off={name: _off(model, points) for name, model in others.items()},
+    )  # fmt: skip
 
 
 def _laws(laws: Any) -> list[Law]:
@@ -197,16 +195,17 @@ def _best(fits: dict[str, Fit], good: tuple[str, ...], held_out: dict[str, float
     """The law that is believed most, and why."""
     ordered = dict.fromkeys((*_USUAL, *fits))
     among = [name for name in ordered if name in good and fits[name].law.coefficients] or list(good)
-    usual, rival = among[0], min(among, key=lambda name: akaike(fits[name]))
+    usual, rest = among[0], among[1:]
+    rival = min(among, key=lambda name: akaike(fits[name]))
     if akaike(fits[rival]) < akaike(fits[usual]) - _NO_SUPPORT and math.isfinite(akaike(fits[usual])):
         return rival, f"{rival!r} predicted as well as any, and against it all measurements leave {usual!r} no support."
-    if len(fits) == 1:
-        return usual, ""
-    if len(among) == 1 and not math.isnan(held_out[usual]):
-        return usual, f"{usual!r} predicted best, clearly."
-    equals = ", ".join(map(repr, among[1:]))
-    return usual, f"{usual!r} is what published curves follow; the measurements do not tell it from {equals}."
+    if not rest:
+        known = len(fits) > 1 and not math.isnan(held_out[usual])
+        return usual, f"{usual!r} predicted best, clearly." if known else ""
+    first = "published curves speak for it" if usual in _USUAL else "it was named first"
+    return usual, f"The measurements do not tell {usual!r} from {', '.join(map(repr, rest))}; of these, {first}."
 
 
-def _is_outdone(error: float, rival: float) -> bool:
-    return error > _CLEARLY_OFF and rival <= error / _AS_GOOD
+def _is_outdone(best: Fit, error: float, rival: float, points: Points) -> bool:
+    """Whether a model from elsewhere is so much better than the best law that it is to be believed instead."""
+    return error > _CLEARLY_OFF and rival <= error / _AS_GOOD and not is_explained(best.law, points)
