@@ -279,6 +279,8 @@ def _lost(law: Law, values: list[float]) -> str:
 
 def _percent(values: list[float]) -> str:
     percent = 100 * (values[0] if values else 0.0)
+    if percent > 1000:
+        return "more than 1,000 %"
     return f"{percent:.0f} %" if percent >= 10 else f"{percent:.2g} %"
 
 

@@ -12,9 +12,8 @@ Lawson and Hanson, "Solving Least Squares Problems", 1974 (bounds by sets of coe
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import partial
 from itertools import combinations
 
 import numpy as np
@@ -34,6 +33,7 @@ _MOST_AT_ONCE = 100_000  # numbers, which a processor keeps at hand
 _TINY = 1e-9
 _LEAST_LOSS = 0.5  # of a fit without bounds: it may well be superlinear, but not without end
 _FAR_OFF = 0.05  # so far off on average, the linear solution may lead astray
+_NEWTON_STEPS, _SETTLED = 25, 1e-12  # the latter of a coefficient that is of the size of 1
 _SAME = 1e-9  # relative, of sums of squares
 _SAME_SQUARES = 1e-22  # of each measurement: what rounding leaves
 
@@ -121,11 +121,30 @@ def _searched(law: Law, points: Points, kept: list[int]) -> Floats:
 
     lower = -_LEAST_LOSS / len(kept) / reach
     upper = np.minimum(np.asarray(law.bounds)[kept], ENDLESS / reach)
-    solve = partial(minimise, residuals, jacobian, lower=lower, upper=upper, scale=np.minimum(1 / reach, upper))
-    found = solve([_linear(points, matrix)])
-    if found.sum_of_squares > points.many * _FAR_OFF**2:
-        found = min(found, solve([0.05 / reach]), key=lambda solution: solution.sum_of_squares)
-    return found.parameters
+    start, unit = _linear(points, matrix), np.minimum(1 / reach, upper)
+    near = _by_gauss_newton(residuals, jacobian, start, unit)
+    if near is not None and (near > lower).all() and (near < upper).all():
+        off = residuals(near)
+        if off @ off <= points.many * _FAR_OFF**2:
+            return near
+    solved = minimise(residuals, jacobian, [start, 0.05 / reach], lower=lower, upper=upper, scale=unit)
+    return solved.parameters
+
+
+def _by_gauss_newton(
+    residuals: Callable[[Floats], Floats], jacobian: Callable[[Floats], Floats], start: Floats, unit: Floats
+) -> Floats | None:
+    """The solution, if a few whole steps lead there; ten times as fast as a solver that is prepared for all else."""
+    values, off = start, residuals(start)
+    for _ in range(_NEWTON_STEPS):
+        step = np.linalg.lstsq(jacobian(values) * unit, -off, rcond=None)[0]
+        values = values + step * unit
+        if np.abs(step).max() <= _SETTLED * (1 + np.abs(values / unit).max()):
+            return values
+        before, off = off, residuals(values)
+        if not off @ off < before @ before * (1 + _SAME) + _SAME_SQUARES:
+            return None
+    return None
 
 
 def _linear(points: Points, matrix: Floats) -> Floats:
