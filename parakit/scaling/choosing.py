@@ -202,7 +202,7 @@ def _best(fits: dict[str, Fit], good: tuple[str, ...], held_out: dict[str, float
     if not rest:
         known = len(fits) > 1 and not math.isnan(held_out[usual])
         return usual, f"{usual!r} predicted best, clearly." if known else ""
-    first = "published curves speak for it" if usual in _USUAL else "it was named first"
+    first = "published curves of training follow it" if usual in _USUAL[:2] else "it is taken first"
     return usual, f"The measurements do not tell {usual!r} from {', '.join(map(repr, rest))}; of these, {first}."
 
 
