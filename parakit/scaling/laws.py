@@ -24,7 +24,8 @@ from parakit.errors import InputError
 
 __all__ = [
     "LAWS", "Law", "amdahl", "efficiency", "gustafson", "karp_flatt", "law_named", "serial_fraction_of_parallel_run",
-    "serial_fraction_of_serial_run", "speedup", "usl", "usl_latency", "usl_peak", "usl_workers_at_latency",
+    "serial_fraction_of_serial_run", "speedup", "usl", "usl_latency", "usl_limit", "usl_optimum", "usl_peak",
+    "usl_workers_at_latency",
 ]  # fmt: skip
 
 Floats = npt.NDArray[np.float64]
@@ -89,16 +90,40 @@ def usl_latency(n: Any, sigma: float, kappa: float, rate_of_one: float = 1.0) ->
     return np.asarray(n, np.float64)[()] / usl(n, sigma, kappa, rate_of_one)
 
 
-def usl_workers_at_latency(latency: float, sigma: float, kappa: float, rate_of_one: float = 1.0) -> float:
+def usl_limit(sigma: float, rate_of_one: float = 1.0) -> float:
+    """The throughput that a serial part alone would never exceed, lambda / sigma; infinite where sigma is 0."""
+    return rate_of_one / sigma if sigma > 0 else math.inf
+
+
+def usl_optimum(sigma: float) -> float:
+    """The number of workers at which growth without any loss would reach `usl_limit`, 1 / sigma."""
+    return usl_limit(sigma)
+
+
+def usl_workers_at_latency(latency: Any, sigma: float, kappa: float, rate_of_one: float = 1.0) -> Any:
     """The number of workers at a response time: the inverse of `usl_latency`.
 
     N = (kappa - sigma + sqrt(sigma^2 + kappa^2 + 2 kappa (2 lambda R + sigma - 2))) / (2 kappa); for kappa = 0 it is
-    (lambda R - 1 + sigma) / sigma. Derived from the latency form.
+    (lambda R - 1 + sigma) / sigma. Derived from the latency form, and computed without differences of like numbers.
+
+    Parameters
+    ----------
+    latency : float or array
+        In the unit of 1 / lambda.
+
+    Returns
+    -------
+    float or array
+        NaN for a response shorter than any number of workers gives; infinite where no number reaches it.
     """
-    if kappa == 0:
-        return (rate_of_one * latency - 1 + sigma) / sigma if sigma else math.inf
-    root = sigma**2 + kappa**2 + 2 * kappa * (2 * rate_of_one * latency + sigma - 2)
-    return (kappa - sigma + math.sqrt(root)) / (2 * kappa)
+    beyond = rate_of_one * np.asarray(latency, np.float64) - 1 + sigma  # kappa N^2 + (sigma - kappa) N = this
+    slope = sigma - kappa
+    if kappa == 0 and sigma == 0:
+        return np.where(beyond >= 0, math.inf, math.nan)[()]
+    with np.errstate(invalid="ignore", divide="ignore"):
+        root = np.sqrt(slope**2 + 4 * kappa * beyond)
+        found = 2 * beyond / (slope + root) if slope >= 0 else (root - slope) / (2 * kappa)
+    return np.where(found > 0, found, math.nan)[()]
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,7 @@ def minimise(
     *,
     lower: Floats | float = -np.inf,
     upper: Floats | float = np.inf,
+    scale: Floats | None = None,
 ) -> Solution:
     """The best of the solutions that some starts lead to.
 
@@ -39,22 +40,23 @@ def minimise(
     residuals, jacobian : callable
         Of the parameters; (residuals,) and (residuals, parameters).
     starts : sequence of array, (parameters,)
-        The first sets the scale: its size is what is taken for 1, or 1 where it is 0.
     lower, upper : array or float
         Of the parameters.
+    scale : array, (parameters,), optional
+        What is taken for 1. Default: the size of the first start, or 1 where that is 0.
     """
     from scipy.optimize import least_squares
 
     first = np.asarray(starts[0], np.float64)
-    scale = np.where(first == 0, 1.0, np.abs(first))
-    low, high = (np.broadcast_to(np.asarray(bound, np.float64), first.shape) / scale for bound in (lower, upper))
+    unit = np.where(first == 0, 1.0, np.abs(first)) if scale is None else np.asarray(scale, np.float64)
+    low, high = (np.broadcast_to(np.asarray(bound, np.float64), first.shape) / unit for bound in (lower, upper))
 
     def solve(start: Floats) -> Solution:
-        inside = np.clip(np.asarray(start, np.float64) / scale, low, high)
+        inside = np.clip(np.asarray(start, np.float64) / unit, low, high)
         found = least_squares(
-            lambda p: residuals(p * scale), inside, jac=lambda p: jacobian(p * scale) * scale, bounds=(low, high),
+            lambda p: residuals(p * unit), inside, jac=lambda p: jacobian(p * unit) * unit, bounds=(low, high),
             method="trf", x_scale="jac", xtol=1e-15, ftol=1e-15, gtol=1e-15, max_nfev=2000,
         )  # fmt: skip
-        return Solution(found.x * scale, float(2 * found.cost))
+        return Solution(found.x * unit, float(2 * found.cost))
 
     return min((solve(start) for start in starts), key=lambda solution: solution.sum_of_squares)
