@@ -33,7 +33,10 @@ ROOMS = (
         "parakit.data", "parakit.progress", "parakit.stragglers", "parakit.vault",
         "parakit.scaling.fitting", "parakit.scaling.networks", "parakit.scaling.waiting",
     ),
-    ("parakit.losses", "parakit.scaling.calibration", "parakit.scaling.choosing", "parakit.scaling.records"),
+    (
+        "parakit.losses", "parakit.scaling.calibration", "parakit.scaling.choosing", "parakit.scaling.records",
+        "parakit.scaling.terms",
+    ),
     ("parakit.gradients", "parakit.scaling.costs"),
     ("parakit.datasets", "parakit.evaluation", "parakit.replica"),
     (
@@ -52,6 +55,7 @@ ROOMS = (
     ("parakit.workers.shared",),
     ("parakit.workers.meeting",),
     ("parakit.workers.inline", "parakit.workers.resident", "parakit.checkpoints.saver"),
+    ("parakit.workers.virtual_team",),
     (
         "parakit.workers.simulated", "parakit.workers.warm", "parakit.workers.dask",
         "parakit.workers.dask.rendezvous", "parakit.checkpoints",

@@ -7,7 +7,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
+import parakit as pk
 from parakit.errors import InputError
 from parakit.events import History, RunStart, SegmentDone, StepDone, WorkerStep
 from parakit.scaling import exchange
@@ -183,7 +185,8 @@ def history(
     counts: Sequence[int],
     *,
     cores: int = 8,
-    pool: str = "Dask",
+    exchanged: str = "gloo",
+    simulated: bool = False,
     stragglers: float = 0.0,
     steps: int = 60,
     contention: float = 0.0,
@@ -192,7 +195,12 @@ def history(
     """Events of a run whose cost is known, as a group of real workers would have told it."""
     generator = np.random.default_rng(5)
     found = History()
-    found.append(RunStart(0.0, "AllReduce()", ("a",), pool, cores, 1, PARAMETERS, 9600, 64, 240, 999, 40, 0))
+    found.append(
+        RunStart(
+            0.0, "AllReduce()", ("a",), "inline? no: a name says nothing", cores, 1, PARAMETERS, 9600, 64, 240, 999, 40,
+            0, exchanged, simulated,
+        )
+    )  # fmt: skip
     at = 0.0
     for generation, n in enumerate(counts):
         crowding = max(1.0, n / cores)
@@ -260,8 +268,70 @@ def test_what_one_worker_count_cannot_tell_is_assumed_and_said() -> None:
     assert alone.network is NETWORKS["loopback"]
     assert any("spread" in remark for remark in alone.remarks)
     assert any("that of loopback" in remark for remark in alone.remarks)
-    assert CostModel.from_history(history([2, 4], pool="inline, in this process")).network is NETWORKS["loopback"]
-    assert CostModel.from_history(history([2, 4], pool="Dask, shared memory")).algorithm == "shared memory"
+    assert CostModel.from_history(history([2, 4], exchanged="in turns")).network is NETWORKS["loopback"]
+
+
+@pytest.mark.parametrize(
+    ("said", "priced"),
+    [
+        ("shared memory", "shared memory"), ("gloo", "ring"), ("tasks", "ring"), ("in turns", "ring"), ("", "ring"),
+        ("recursive doubling", "recursive doubling"),
+    ],
+)  # fmt: skip
+def test_a_run_says_itself_how_it_exchanges(said: str, priced: str) -> None:
+    found = CostModel.from_history(history([2, 4], exchanged=said))
+    assert found.algorithm == priced
+    assert any("tasks" in remark for remark in found.remarks) == (said == "tasks")
+    assert CostModel.from_history(history([2, 4], exchanged=said), algorithm="binomial tree").algorithm == (
+        "binomial tree"
+    )
+    assert CostModel.from_history(history([1], exchanged="shared memory")).network is NETWORKS["shared memory"]
+
+
+def test_what_was_calibrated_from_simulated_runs_says_so() -> None:
+    found = CostModel.from_history([history([2, 4]), history([8], simulated=True)])
+    assert found.simulated
+    assert repr(found).startswith("<CostModel (simulated): ")
+    assert "simulated" in found._repr_html_()
+    assert not CostModel.from_history(history([2, 4])).simulated
+
+
+@pytest.mark.dask
+@pytest.mark.parametrize(
+    ("strategy", "exchanged", "algorithm"),
+    [
+        (pk.strategies.AllReduce(), "shared memory", "shared memory"),
+        (pk.strategies.AllReduce(exchange="gloo"), "gloo", "ring"),
+    ],
+)
+def test_local_workers_are_calibrated_by_the_exchange_that_they_use(
+    pool: pk.Workers, strategy: Any, exchanged: str, algorithm: str
+) -> None:
+    assert pool.one_host
+    data = pk.datasets.digits().train
+    run = pk.train(torch.nn.Linear(64, 10), data, on=pool, workers=2, steps=60, strategy=strategy)
+    run.wait(60, progress=False)
+    start = run.history.latest(RunStart)
+    assert start is not None
+    assert (start.exchange, start.simulated) == (exchanged, False)
+    assert CostModel.from_history(run.history).algorithm == algorithm
+
+
+@pytest.mark.parametrize(
+    ("on", "strategy", "exchanged"),
+    [
+        ("inline", pk.strategies.AllReduce(), "in turns"),
+        ("inline", pk.strategies.MapReduce(), "in turns"),
+        ("simulated", pk.strategies.AllReduce(), "ring"),
+        ("simulated", pk.strategies.MapReduce(), "tasks"),
+    ],
+)
+def test_pools_in_this_process_say_how_they_exchange(on: str, strategy: Any, exchanged: str) -> None:
+    with pk.connect("inline") if on == "inline" else pk.simulated(4) as workers:
+        run = pk.train(torch.nn.Linear(64, 10), pk.datasets.digits().train, on=workers, steps=2, strategy=strategy)
+        start = run.wait(60, progress=False).history.latest(RunStart)
+        assert start is not None
+        assert (start.exchange, start.simulated) == (exchanged, on == "simulated")
 
 
 def test_busy_cores_are_told_from_fixed_costs_where_batches_have_several_sizes() -> None:

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from parakit.errors import InputError
-from parakit.events import History, RunStart, SegmentDone, StepDone, WorkerStep
+from parakit.events import EXCHANGE_WAYS, History, RunStart, SegmentDone, StepDone, WorkerStep
 from parakit.scaling.exchange import Link, algorithm_named, all_reduce_seconds
 from parakit.scaling.networks import NETWORKS, Network
 
@@ -53,6 +53,8 @@ class Calibration:
         Of the exchange in bytes; of the runs.
     algorithm : str
     network : Network
+    simulated : bool
+        Whether any of the runs lived by a virtual clock.
     remarks : tuple of str
         What was assumed, and why.
     """
@@ -72,6 +74,7 @@ class Calibration:
     threads: int
     algorithm: str
     network: Network
+    simulated: bool
     remarks: tuple[str, ...]
 
 
@@ -101,7 +104,8 @@ def calibrate(histories: History | Iterable[History], *, algorithm: str | None =
     histories : History, or several
         With steps at several worker counts if the exchange is to be measured, not assumed.
     algorithm : str, optional
-        Of the exchange. Default: shared memory where the pool says so, else a ring.
+        Of the exchange. Default: what the runs say of themselves: shared memory, a ring where gloo was used, as gloo's
+        own all-reduce is one, or what a simulation priced; a ring, too, where nobody says.
 
     Returns
     -------
@@ -125,7 +129,10 @@ def calibrate(histories: History | Iterable[History], *, algorithm: str | None =
     remarks: list[str] = []
     sample_seconds, fixed_seconds, contention = _computing(groups, remarks)
     spread, stragglers, times = _variation(groups, remarks)
-    chosen = algorithm_named(algorithm or ("shared memory" if "shared memory" in start.pool else "ring"))
+    chosen = algorithm_named(algorithm or _algorithm(start, remarks))
+    simulated = any(start.simulated for start in starts)
+    if simulated:
+        remarks.append("Calibrated from simulated runs: these are the numbers that they were priced with.")
     nbytes = _BYTES * start.parameters
     network = _network(groups, start, chosen, nbytes, remarks)
     control = [segment.control_seconds for history in every for segment in history.of(SegmentDone)]
@@ -133,8 +140,18 @@ def calibrate(histories: History | Iterable[History], *, algorithm: str | None =
         sample_seconds, fixed_seconds, contention, spread, _phase_shares(groups), stragglers, times,
         _usual(np.concatenate([(g.update / g.crowding).ravel() for g in groups])),
         _usual(np.array(control)) if control else 0.0,
-        nbytes, start.batch_size, start.cores, start.threads_per_worker, chosen, network, tuple(remarks),
+        nbytes, start.batch_size, start.cores, start.threads_per_worker, chosen, network, simulated,
+        tuple(remarks),
     )  # fmt: skip
+
+
+def _algorithm(start: RunStart, remarks: list[str]) -> str:
+    """By which algorithm a run exchanges, by what it says of itself."""
+    if start.exchange not in EXCHANGE_WAYS:
+        return start.exchange or "ring"
+    if start.exchange == "tasks":
+        remarks.append("Gradients travelled as tasks, which no formula here is made for: they are priced as a ring.")
+    return start.exchange if start.exchange == "shared memory" else "ring"
 
 
 def _start(history: Any) -> RunStart:
@@ -166,7 +183,7 @@ def _group(count: int, steps: Sequence[StepDone], start: RunStart) -> _Group:
     shown = min(len(step.workers) for step in steps)
     parts = [step.workers[:shown] for step in steps]
     # In one process workers take turns: whoever computes has the machine alone.
-    in_turns = start.pool.startswith("inline")
+    in_turns = start.exchange == "in turns"
     crowding = 1.0 if in_turns else max(1.0, count * start.threads_per_worker / start.cores)
     others = (
         0.0 if in_turns else max(0.0, min(count * start.threads_per_worker, start.cores) - start.threads_per_worker)
@@ -277,7 +294,7 @@ def _network(groups: Sequence[_Group], start: RunStart, algorithm: str, nbytes: 
     """Latency and bandwidth from the exchange at several worker counts; what cannot be told is assumed."""
     assumed = NETWORKS["shared memory" if algorithm == "shared memory" else "loopback"]
     exchanging = [group for group in groups if group.workers > 1]
-    if start.pool.startswith("inline"):
+    if start.exchange == "in turns":
         exchanging = []
     alone = [group for group in exchanging if group.crowding == 1.0]
     if exchanging and not alone:
