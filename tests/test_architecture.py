@@ -34,8 +34,7 @@ ROOMS = (
         "parakit.scaling.fitting", "parakit.scaling.networks", "parakit.scaling.waiting",
     ),
     (
-        "parakit.losses", "parakit.scaling.calibration", "parakit.scaling.choosing", "parakit.scaling.records",
-        "parakit.scaling.terms",
+        "parakit.losses", "parakit.scaling.calibration", "parakit.scaling.choosing", "parakit.scaling.terms",
     ),
     ("parakit.gradients", "parakit.scaling.costs"),
     ("parakit.datasets", "parakit.evaluation", "parakit.replica"),
@@ -46,7 +45,7 @@ ROOMS = (
     ("parakit.accounts", "parakit.checking", "parakit.scaling.measuring", "parakit.workers.dask.watching"),
     (
         "parakit.strategies.all_reduce", "parakit.strategies.map_reduce", "parakit.workers.group",
-        "parakit.checkpoints.folder",
+        "parakit.checkpoints.folder", "parakit.scaling.records",
     ),
     ("parakit.workers.shared.segments", "parakit.workers.shared.waiting", "parakit.strategies"),
     ("parakit.workers.shared.barrier", "parakit.workers.shared.joining"),
@@ -73,6 +72,7 @@ ROOMS = (
     ("parakit.run",),
     ("parakit.training", "parakit.course", "parakit.scaling.visits"),
     ("parakit.scaling.archive", "parakit.scaling.tables", "parakit.scaling.ticker"),
+    ("parakit.scaling.remarks",),
     ("parakit.scaling.study",),
     ("parakit.scaling.sweep",),
     ("parakit.plots.style",),

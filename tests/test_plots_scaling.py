@@ -77,7 +77,7 @@ STUDIES = {
     "crowded far": lambda: study((1, 2, 32), 2),
     "nothing": lambda: Scaling([], stopped="interrupted."),
     "many counts": lambda: study(tuple(range(1, 15)), 14),
-    "simulated": lambda: study(plain=False, pool="simulated, virtual clock"),
+    "simulated": lambda: study(plain=False, pool="far away", simulated=True),
 }
 
 

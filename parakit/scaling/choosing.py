@@ -64,6 +64,7 @@ class Prediction:
     speedup: float
     ratio: float
     law: str
+    simulated: bool = False
 
     @property
     def scenario(self) -> bool:
@@ -77,6 +78,7 @@ class Prediction:
         known = "" if math.isnan(self.low) else f" ({self.low:,.0f} to {self.high:,.0f})"
         far = f"{self.ratio:.3g} times as many as were measured"
         said = f"{self.rate:,.0f} samples/s{known} with {many}, {self.speedup:.3g} times one worker, by {self.law!r}"
+        said = f"{'simulated, ' * self.simulated}{said}"
         if self.scenario:
             return f"A scenario, not a prediction: {said}; that is {far}."
         return f"{said}; {far}." if self.ratio > 1 else f"{said}."
@@ -107,6 +109,7 @@ class Comparison:
     held_out: dict[str, float]
     plausible: tuple[str, ...]
     largest: float
+    simulated: bool = False
 
     def predict(self, n: int) -> Prediction:
         """What a number of workers should bring.
@@ -122,7 +125,8 @@ class Comparison:
         rate = float(chosen.predict(int(n)))
         low, high = self.envelope(int(n))
         return Prediction(
-            int(n), rate, low, high, rate / float(chosen.predict(1)), float(n / self.largest), self.best
+            int(n), rate, low, high, rate / float(chosen.predict(1)), float(n / self.largest), self.best,
+            self.simulated,
         )  # fmt: skip
 
     def envelope(self, n: int) -> tuple[float, float]:
@@ -143,11 +147,13 @@ class Comparison:
 
     def __repr__(self) -> str:
         lines = [f"  {name:12} {error:>9}  {mark}".rstrip() for name, error, mark in self._rows()]
-        return "\n".join([f"<Comparison: error at {self.largest:g} workers, held out>", *lines])
+        what = "Comparison (simulated)" if self.simulated else "Comparison"
+        return "\n".join([f"<{what}: error at {self.largest:g} workers, held out>", *lines])
 
     def _repr_html_(self) -> str:
         rows = "".join(f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in row)}</tr>" for row in self._rows())
-        head = f"<th>law</th><th>error at {self.largest:g} workers, held out</th><th></th>"
+        law = "law (simulated)" if self.simulated else "law"
+        head = f"<th>{law}</th><th>error at {self.largest:g} workers, held out</th><th></th>"
         return f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
 
 

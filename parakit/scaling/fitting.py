@@ -127,6 +127,7 @@ class Fit:
     counts: Floats = field(repr=False)
     rates: Floats = field(repr=False)
     confidence: float = 0.95
+    simulated: bool = False
 
     # --- the fit
 
@@ -271,7 +272,7 @@ class Fit:
             f"{(values[-1] if values else 0):.2g} of it", "log": f"each doubling costs {_percent(values)} of a step",
             "ring": f"an exchange costs {_percent(values)} of a step",
         }[self.law.name]  # fmt: skip
-        return f"{rate:,.0f} samples/s with one worker; {lost}."
+        return f"{'Simulated: ' * self.simulated}{rate:,.0f} samples/s with one worker; {lost}."
 
     def __repr__(self) -> str:
         values = ", ".join(f"{name} = {value:.4g}{self._interval(name)}" for name, value in self.parameters.items())
