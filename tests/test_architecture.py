@@ -71,7 +71,10 @@ ROOMS = (
     ("parakit.conducting",),
     ("parakit.run",),
     ("parakit.training", "parakit.course", "parakit.scaling.visits"),
-    ("parakit.scaling.archive", "parakit.scaling.tables", "parakit.scaling.ticker"),
+    (
+        "parakit.scaling.archive", "parakit.scaling.extent", "parakit.scaling.order", "parakit.scaling.tables",
+        "parakit.scaling.ticker",
+    ),
     ("parakit.scaling.remarks",),
     ("parakit.scaling.study",),
     ("parakit.scaling.sweep",),

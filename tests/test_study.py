@@ -405,10 +405,15 @@ def test_a_file_of_version_1_is_read() -> None:
     for pool, simulated, in_turns in (
         ("simulated, virtual clock", True, False), ("inline, in this process", False, True), ("Dask", False, False),
     ):  # fmt: skip
-        old = study().to_dict() | {"version": 1}
+        old = study(histories=[history()]).to_dict() | {"version": 1}
+        start = next(event for event in old["histories"][0] if event["kind"] == "RunStart")
+        del start["exchange"], start["simulated"]
         old["about"] = {k: v for k, v in old["about"].items() if k not in ("simulated", "in_turns")} | {"pool": pool}
-        about = Scaling.from_json(json.dumps(old)).about
-        assert (about.simulated, about.in_turns) == (simulated, in_turns)
+        back = Scaling.from_json(json.dumps(old))
+        assert (back.about.simulated, back.about.in_turns) == (simulated, in_turns)
+        begun = back.histories[0].latest(RunStart)
+        assert begun is not None
+        assert (begun.simulated, begun.exchange) == (simulated, "in turns" if in_turns else "")
 
 
 @pytest.mark.parametrize("path", [None, 3, "", "study\0.json", b"study.json", ["study.json"], True])

@@ -60,16 +60,15 @@ def unpacked(text: str) -> dict[str, Any]:
         raise InputError(f"This text is no JSON: {error}.") from error
     if not isinstance(values, dict) or values.get("format") != _FORMAT:
         raise InputError(f"This JSON is no study: {brief(values)}", remedy="give what study.to_json() wrote")
-    if values.get("version") in _READABLE and type(values["version"]) is int:
-        values = _upgraded(values)
-    else:
+    if values.get("version") not in _READABLE or type(values["version"]) is not int:
         raise InputError(
-            f"This study is of version {brief(values.get('version'))}; this parakit reads version {_VERSION}.",
+            f"This study is of version {brief(values.get('version'))}; this parakit reads versions 1 to {_VERSION}.",
             remedy="use the parakit that wrote it, or measure again",
         )
     wrong = [name for name in ("measurements", "notes", "histories") if not isinstance(values.get(name), list)]
     if wrong:
         raise InputError(f"This study has no list of {', '.join(wrong)}.", cause="a file that was changed")
+    values = _upgraded(values)
     if not isinstance(values.get("stopped"), str):
         raise InputError(f"stopped of a study is {brief(values.get('stopped'))}; it must be a text.")
     strange = next((note for note in values["notes"] if not isinstance(note, str)), None)
@@ -91,7 +90,13 @@ def _upgraded(values: dict[str, Any]) -> dict[str, Any]:
         return values
     pool = str(about.get("pool"))
     flags = {"simulated": pool.startswith("simulated"), "in_turns": pool.startswith("inline")}
-    return values | {"version": _VERSION, "about": flags | about}
+    told = {"simulated": flags["simulated"], "exchange": "in turns" if flags["in_turns"] else ""}
+    histories = [
+        [told | event if isinstance(event, dict) and event.get("kind") == "RunStart" else event for event in events]
+        if isinstance(events, list) else events
+        for events in values["histories"]
+    ]  # fmt: skip
+    return values | {"version": _VERSION, "about": flags | about, "histories": histories}
 
 
 def _history(records: Any) -> History:
