@@ -79,6 +79,7 @@ ROOMS = (
     ("parakit.scaling.study",),
     ("parakit.scaling.sweep",),
     ("parakit.plots.style",),
+    ("parakit.plots.labels",),
     (
         "parakit.plots.costs", "parakit.plots.curves", "parakit.plots.phases", "parakit.plots.scaling",
         "parakit.plots.speedups",
