@@ -61,8 +61,9 @@ def test_workers_beyond_the_cores_take_turns() -> None:
 def test_busy_cores_slow_each_other_down() -> None:
     costs = QUIET.with_(contention=0.1, cores=4, fixed_seconds=1e-3)
     assert costs.breakdown(1).compute_seconds == pytest.approx(1e-3 + 240e-3)
-    assert costs.breakdown(4).compute_seconds == pytest.approx(1e-3 + 60e-3 * 1.3)
-    assert costs.with_(workers_per_node=2).breakdown(4).compute_seconds == pytest.approx(1e-3 + 60e-3 * 1.1)
+    assert costs.breakdown(4).compute_seconds == pytest.approx(61e-3 * 1.3)
+    assert costs.with_(update_seconds=2e-3).breakdown(4).update_seconds == pytest.approx(2e-3 * 1.3)
+    assert costs.with_(workers_per_node=2).breakdown(4).compute_seconds == pytest.approx(61e-3 * 1.1)
     assert costs.with_(cores=None).breakdown(4).compute_seconds == pytest.approx(1e-3 + 60e-3)
 
 
@@ -209,15 +210,14 @@ def history(
             share = (240 if step % 3 or not partial else 80) // n
             luck = 1 + TRUTH["spread"] * generator.standard_normal(n)
             luck *= np.where(generator.random(n) < stragglers, 4.0, 1.0)
-            took = (TRUTH["fixed"] + share * TRUTH["sample"] * slowdown) * luck * crowding * (1 + 0.5 * (step < 2))
+            took = (TRUTH["fixed"] + share * TRUTH["sample"]) * slowdown * luck * crowding * (1 + 0.5 * (step < 2))
+            update = TRUTH["update"] * crowding * slowdown
             swap = exchange.ring(n, 4 * PARAMETERS, exchange.Link(TRUTH["latency"], 1 / TRUTH["rate"]))
             parts = tuple(
-                WorkerStep(
-                    f"w{rank}", 0.1 * t, 0.3 * t, 0.6 * t, swap, TRUTH["update"] * crowding, took.max() - t, share
-                )
+                WorkerStep(f"w{rank}", 0.1 * t, 0.3 * t, 0.6 * t, swap, update, took.max() - t, share)
                 for rank, t in enumerate(took.tolist())
             )
-            seconds = float(took.max()) + swap + TRUTH["update"] * crowding
+            seconds = float(took.max()) + swap + update
             at += seconds
             found.append(StepDone(at, step, 0, 1.0, 240, seconds, 0.1, n, generation, parts))
         found.append(SegmentDone(at, 0, steps, at, 0.02, 0.0, 240 * steps, n, generation))
@@ -338,6 +338,7 @@ def test_busy_cores_are_told_from_fixed_costs_where_batches_have_several_sizes()
     costs = CostModel.from_history(history([1, 2, 4, 8], contention=0.1, partial=True, steps=300))
     assert costs.contention == pytest.approx(0.1, rel=0.15)
     assert costs.fixed_seconds == pytest.approx(TRUTH["fixed"], rel=0.2)
+    assert costs.update_seconds == pytest.approx(TRUTH["update"], rel=0.1)
     assert costs.sample_seconds == pytest.approx(TRUTH["sample"], rel=0.03)
     alike = CostModel.from_history(history([1, 2, 4, 8], contention=0.1, steps=300))
     assert alike.contention == 0

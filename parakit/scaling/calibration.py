@@ -29,6 +29,7 @@ _FEWEST_STEPS = 5
 _TELLS_APART = 100.0  # condition of a fit beyond which noise decides which cause is blamed
 _STRAGGLES = 2.0  # times the usual time of a worker's part
 _BYTES = 4  # of a float32
+_MOST_CONTENTION = 4.0
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class Calibration:
     sample_seconds, fixed_seconds : float
         Of computing, for each sample and for each step.
     contention : float
-        What every other busy core of a machine adds to the former, as a share of it.
+        What every other busy core of a machine adds to both, and to the update, as a share of it.
     spread : float
         Relative standard deviation of a worker's computing, from worker to worker and step to step.
     phases : tuple of three floats
@@ -138,7 +139,7 @@ def calibrate(histories: History | Iterable[History], *, algorithm: str | None =
     control = [segment.control_seconds for history in every for segment in history.of(SegmentDone)]
     return Calibration(
         sample_seconds, fixed_seconds, contention, spread, _phase_shares(groups), stragglers, times,
-        _usual(np.concatenate([(g.update / g.crowding).ravel() for g in groups])),
+        _usual(np.concatenate([(g.update / g.crowding / (1 + contention * g.others)).ravel() for g in groups])),
         _usual(np.array(control)) if control else 0.0,
         nbytes, start.batch_size, start.cores, start.threads_per_worker, chosen, network, simulated,
         tuple(remarks),
@@ -202,7 +203,7 @@ def _computing_of(part: WorkerStep) -> tuple[float, float, float]:
 
 
 def _computing(groups: Sequence[_Group], remarks: list[str]) -> tuple[float, float, float]:
-    """Seconds a sample, seconds a step, and what every other busy core adds to the former, as a share of it."""
+    """Seconds a sample, seconds a step, and what every other busy core adds to both, as a share of it."""
     points = np.array([point for group in groups for point in _points(group)])
     rows, others, usual, counts = points.T
     if rows.max() < 1.25 * rows.min():
@@ -212,13 +213,25 @@ def _computing(groups: Sequence[_Group], remarks: list[str]) -> tuple[float, flo
         )
         return float(np.average(usual / rows, weights=counts)), 0.0, 0.0
     columns = np.stack([rows, np.ones_like(rows), rows * others], axis=1)
+    weights, told_apart = np.sqrt(counts) / usual, True
     if others.max() == others.min() or np.linalg.cond(columns / np.linalg.norm(columns, axis=0)) > _TELLS_APART:
         # With a batch of one size, samples times workers is the same everywhere, and so these two costs look alike.
         if others.max() > others.min():
             remarks.append("What busy cores cost each other cannot be told from the fixed cost of a step.")
-        columns = columns[:, :2]
-    slope, fixed, *slowdown = _nonnegative(columns, usual, np.sqrt(counts) / usual)
-    return slope, fixed, slowdown[0] / slope if slowdown and slope > 0 else 0.0
+        told_apart = False
+    contention = _contention(columns[:, :2], others, usual, weights) if told_apart else 0.0
+    slope, fixed = _nonnegative(columns[:, :2] * (1 + contention * others)[:, None], usual, weights)[0]
+    return slope, fixed, contention
+
+
+def _contention(columns: Floats, others: Floats, usual: Floats, weights: Floats) -> float:
+    """What every other busy core adds to samples and fixed cost alike, as a share: the best by least squares."""
+    from scipy.optimize import minimize_scalar
+
+    def off(contention: float) -> float:
+        return _nonnegative(columns * (1 + contention * others)[:, None], usual, weights)[1]
+
+    return float(minimize_scalar(off, bounds=(0.0, _MOST_CONTENTION), method="bounded", options={"xatol": 1e-5}).x)
 
 
 def _points(group: _Group) -> list[tuple[float, float, float, float]]:
@@ -233,13 +246,13 @@ def _points(group: _Group) -> list[tuple[float, float, float, float]]:
     ]
 
 
-def _nonnegative(columns: Floats, values: Floats, weights: Floats) -> list[float]:
-    """The best weights of some columns, none of them negative."""
+def _nonnegative(columns: Floats, values: Floats, weights: Floats) -> tuple[list[float], float]:
+    """The best weights of some columns, none of them negative, and how far off they leave the values."""
     from scipy.optimize import nnls
 
     scale = np.abs(columns * weights[:, None]).max(axis=0)
-    found, _ = nnls(columns * weights[:, None] / scale, values * weights)
-    return [float(value) for value in found / scale]
+    found, off = nnls(columns * weights[:, None] / scale, values * weights)
+    return [float(value) for value in found / scale], float(off)
 
 
 def _variation(groups: Sequence[_Group], remarks: list[str]) -> tuple[float, float, float]:
@@ -329,7 +342,7 @@ def _fitted(
     assumed: Network, per_latency: Floats, per_byte_time: Floats, seconds: Floats, remarks: list[str]
 ) -> Network:
     columns = np.stack([per_latency, per_byte_time], axis=1)
-    latency, pace = _nonnegative(columns, seconds, 1 / np.maximum(seconds, 1e-9))
+    (latency, pace), _ = _nonnegative(columns, seconds, 1 / np.maximum(seconds, 1e-9))
     if latency == 0:
         remarks.append("The exchange grows with workers as bandwidth alone explains: its latency comes out as nothing.")
     if pace == 0:

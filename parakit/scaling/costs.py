@@ -43,8 +43,8 @@ class CostModel:
     fixed_seconds : float
         Of computing, for each step, however few samples.
     contention : float
-        What every other busy core of a node adds to the time of a sample, as a share of it: they share caches and
-        memory. Counted where `cores` is known.
+        What every other busy core of a node adds to the time of computing and of the update, as a share of it: they
+        share caches and memory. Counted where `cores` is known.
     update_seconds : float
         Of the optimizer, for each step.
     control_seconds : float
@@ -197,6 +197,10 @@ class CostModel:
     def computing_seconds(self, n: Counts, rows: Any) -> Any:
         """Computing of one of N workers that has some rows of a step."""
         return terms.computing_seconds(self, n, rows)
+
+    def updating_seconds(self, n: Counts) -> Any:
+        """The update of one of N workers, which all make at the same time."""
+        return terms.updating_seconds(self, n)
 
     def breakdown(self, n: Counts, batch_size: int | None = None) -> Breakdown:
         """Where the time of a step on N workers goes.

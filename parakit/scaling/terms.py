@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "SEGMENT_SECONDS", "breakdown", "computing_seconds", "crowding", "exchange_seconds", "exposed_exchange_seconds",
-    "rows",
+    "rows", "updating_seconds",
 ]  # fmt: skip
 
 Floats = npt.NDArray[np.float64]
@@ -54,9 +54,19 @@ def crowding(model: CostModel, n: Counts) -> Any:
 
 def computing_seconds(model: CostModel, n: Counts, share: Any) -> Any:
     """Computing of one of N workers whose share of a step is so many rows."""
-    pace = np.asarray(crowding(model, n)) / model.relative_speed
-    sample = model.sample_seconds * (1 + model.contention * _busy_others(model, worker_counts(n)))
-    return (model.fixed_seconds + np.asarray(share, np.float64) * sample) * pace
+    pace = _slowdown(model, worker_counts(n)) / model.relative_speed
+    return (model.fixed_seconds + np.asarray(share, np.float64) * model.sample_seconds) * pace
+
+
+def updating_seconds(model: CostModel, n: Counts) -> Any:
+    """The update of one of N workers, which all make at the same time."""
+    return like_given(n, model.update_seconds * _slowdown(model, worker_counts(n)))
+
+
+def _slowdown(model: CostModel, counts: Floats) -> Floats:
+    """How many times as long a worker's own work takes, because workers share cores, and caches and memory."""
+    slowdown: Floats = np.asarray(crowding(model, counts)) * (1 + model.contention * _busy_others(model, counts))
+    return slowdown
 
 
 def _busy_others(model: CostModel, counts: Floats) -> Floats:
@@ -76,7 +86,7 @@ def breakdown(model: CostModel, n: Counts, batch_size: int | None = None) -> Bre
     slowest = _slowest(model, counts, batch)
     # A worker that none of the rows reaches would be faster than average; nobody waits less than not at all.
     waiting = np.maximum(0.0, slowest - compute)
-    update = np.full_like(counts, model.update_seconds) * crowding(model, counts)
+    update = np.asarray(updating_seconds(model, counts))
     exchanging = np.asarray(exposed_exchange_seconds(model, counts, compute + waiting))
     control = _control(model, compute + waiting + exchanging + update)
     parts = (like_given(n, part) for part in (compute, waiting, exchanging, update, control))

@@ -66,7 +66,7 @@ class SimulatedTeam:
         every = range(self._size)
         some = np.linspace(0, self._size - 1, _EXCERPT).round().astype(int).tolist()
         self._shown: tuple[int, ...] = tuple(every if self._size <= _ACCOUNTED else some)
-        self._crowding = float(self._costs.crowding(self._size))
+        self._updating = float(self._costs.updating_seconds(self._size))
         self.forget()
 
     def forget(self) -> None:
@@ -118,8 +118,8 @@ class SimulatedTeam:
         else:
             self._inner.update(arrived)
             done = [records[0] for records in self._inner.take_records()]
-        # Beside the notebook, one replica is updated; on the workers, those that share a core take turns.
-        self._book(done, self._costs.update_seconds * (1.0 if self._driven else self._crowding))
+        # Beside the notebook, one replica is updated; on the workers, many at once are in each other's way.
+        self._book(done, self._costs.update_seconds if self._driven else self._updating)
 
     # --- the account
 
