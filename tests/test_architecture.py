@@ -72,8 +72,8 @@ ROOMS = (
     ("parakit.run",),
     ("parakit.training", "parakit.course", "parakit.scaling.visits"),
     (
-        "parakit.scaling.archive", "parakit.scaling.extent", "parakit.scaling.order", "parakit.scaling.tables",
-        "parakit.scaling.ticker",
+        "parakit.scaling.archive", "parakit.scaling.extent", "parakit.scaling.order", "parakit.scaling.probing",
+        "parakit.scaling.tables", "parakit.scaling.ticker",
     ),
     ("parakit.scaling.remarks",),
     ("parakit.scaling.study",),
