@@ -76,6 +76,15 @@ class GradientSum:
         """How many workers ask to end the segment after this step."""
         return float(self.vector[-1])
 
+    @property
+    def tail(self) -> int:
+        """How many numbers ride behind the gradient."""
+        return _TAIL + self._flags
+
+    def beside(self, tail: Tensor) -> GradientSum:
+        """The sum whose last numbers these are, without a gradient: that lies elsewhere."""
+        return self.around(tail, self._flags)
+
     def vote(self) -> None:
         """Ask for the end of the segment."""
         self.vector[-1] = 1.0
@@ -169,7 +178,8 @@ class GradientBuffer:
     def __post_init__(self) -> None:
         kinds = {parameter.dtype for parameter in self.parameters}
         self.dtype = torch.float64 if torch.float64 in kinds else torch.float32
-        self._direct = kinds == {self.dtype}
+        #: Whether the gradients that parameters have are views into the flat vector.
+        self.direct = kinds == {self.dtype}
         #: Elements of the flat vector.
         self.numel = sum(parameter.numel() for parameter in self.parameters) + len(self.parameters) + _TAIL
         self._marks = [_Mark(place) for place in range(len(self.parameters))]
@@ -188,7 +198,7 @@ class GradientBuffer:
         self.sum = GradientSum.around(vector, len(self.parameters))
         pieces = self.sum.total.split([parameter.numel() for parameter in self.parameters])
         self._views = [piece.view_as(p) for p, piece in zip(self.parameters, pieces, strict=True)]
-        self._grads = self._views if self._direct else [torch.zeros_like(p) for p in self.parameters]
+        self._grads = self._views if self.direct else [torch.zeros_like(p) for p in self.parameters]
         for mark in self._marks:
             mark.write_to(self.sum.reached)
         self._all_set = False
@@ -204,7 +214,7 @@ class GradientBuffer:
         """Set the sum to nothing."""
         self._set_all()
         self.sum.vector.zero_()
-        if not self._direct:
+        if not self.direct:
             torch._foreach_zero_(self._grads)
 
     def forward(self, model: nn.Module, loss: SummedLoss, share: Samples) -> Tensor:
@@ -218,7 +228,7 @@ class GradientBuffer:
     def backward(self, total: Tensor) -> None:
         """Add the gradient of a summed loss to the sum."""
         total.backward()
-        if not self._direct:
+        if not self.direct:
             for view, grad in zip(self._views, self._grads, strict=True):
                 view.copy_(grad)
 
@@ -241,7 +251,7 @@ class GradientBuffer:
             self.sum.vector.copy_(total.vector)
         self.sum.total.div_(divisor)
         self._set_all()
-        if not self._direct:
+        if not self.direct:
             unflatten_into(self.sum.total, self._grads)
         self._unset_unreached()
         return total.loss_sum / divisor

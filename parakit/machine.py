@@ -1,8 +1,10 @@
-"""What this machine lets a process use, and how a process's threads share its one interpreter lock."""
+"""What this machine lets a process use: cores, memory that was freed, and the one interpreter lock of its threads."""
 
 from __future__ import annotations
 
+import ctypes
 import os
+import platform
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -12,16 +14,30 @@ from typing import Any, TypeVar
 
 from dask.system import cpu_count
 
-__all__ = ["in_thread", "quick_thread_switches", "uninterrupted", "usable_cores", "yield_to_others"]
+__all__ = [
+    "give_back_freed_memory",
+    "in_thread",
+    "keep_freed_memory",
+    "quick_thread_switches",
+    "uninterrupted",
+    "usable_cores",
+    "yield_to_others",
+]
 
 _QUICK_SECONDS = 0.0005
 _NICE = 10
+
+# Of glibc's malloc.h: parameters of mallopt, and what they are where nobody says otherwise.
+_TRIM_THRESHOLD, _MMAP_THRESHOLD, _ARENA_MAX = -1, -3, -8
+_USUAL_THRESHOLD = 128 * 1024
+_KEEP_BYTES = 1 << 30
 
 T = TypeVar("T")
 
 _lock = threading.Lock()
 _users = 0
 _usual = 0.0
+_keepers = 0
 
 
 def usable_cores() -> int:
@@ -38,6 +54,54 @@ def yield_to_others() -> None:
     if sys.platform == "linux":
         with suppress(OSError):
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICE)
+
+
+def keep_freed_memory(*, for_good: bool = False) -> None:
+    """Use freed memory again, instead of returning it to the system at once; as often as called, until given back.
+
+    Each step of a training frees its activations and allocates them again. Dask tells the workers it starts to return
+    every freed piece of 64 KiB and more, so that the kernel clears fresh pages in each step: a small convolutional
+    network then takes twice as long. Only glibc can be told otherwise by then; elsewhere nothing is done.
+
+    Parameters
+    ----------
+    for_good : bool
+        It is never given back. Threads that start later then share one arena, as another one is returned whole when
+        nothing is left in it.
+    """
+    global _keepers
+    if for_good:
+        _tell_malloc(_ARENA_MAX, 1)
+    with _lock:
+        _keepers += 1
+        if _keepers == 1:
+            _set_thresholds(_KEEP_BYTES, _KEEP_BYTES)
+
+
+def give_back_freed_memory() -> None:
+    """Return what is free now; and, after the last keeper's call, whatever is freed later, as it was before."""
+    global _keepers
+    with _lock:
+        _keepers -= 1
+        if _keepers == 0:
+            _set_thresholds(*(_threshold(f"MALLOC_{which}_THRESHOLD_") for which in ("TRIM", "MMAP")))
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def _set_thresholds(trim: int, mmap: int) -> None:
+    _tell_malloc(_TRIM_THRESHOLD, trim)
+    _tell_malloc(_MMAP_THRESHOLD, mmap)
+
+
+def _tell_malloc(what: int, value: int) -> None:
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).mallopt(what, value)
+
+
+def _threshold(variable: str) -> int:
+    value = os.environ.get(variable, "")
+    return int(value) if value.isdecimal() else _USUAL_THRESHOLD
 
 
 @contextmanager

@@ -27,6 +27,7 @@ from parakit.events import PHASES
 from parakit.gradients import GradientBuffer, GradientSum
 from parakit.losses import SummedLoss
 from parakit.rates import learning_rate, set_learning_rate
+from parakit.shards import Common, Shard, can_shard, common_nbytes
 
 __all__ = [
     "Holding",
@@ -40,6 +41,8 @@ __all__ = [
 
 OptimizerFactory = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 SchedulerFactory = Callable[[torch.optim.Optimizer], torch.optim.lr_scheduler.LRScheduler]
+
+_CLIP_EPSILON = 1e-6  # as in torch.nn.utils.clip_grad_norm_
 
 DATA, FORWARD, BACKWARD, EXCHANGE, UPDATE = (PHASES.index(p) for p in PHASES[:5])
 
@@ -172,6 +175,7 @@ class Replica:
         #: Squared norm of the share's mean gradient; None in a step that does not measure it.
         self.share_norm: float | None = None
         self._measuring = False
+        self._shard: Shard | None = None
         self._commits: Commits = PrivateCommits()
         self._changed = True  # since the last commit
         self.commit()
@@ -229,16 +233,32 @@ class Replica:
         began = perf_counter()
         before = sum(self.spent)
         rate = learning_rate(self.optimizer)
+        self._changed = True
+        if self._shard is None:
+            loss, norms = self._update_whole(summed, rate)
+        else:
+            loss, norms = self._update_shard(self._shard, summed(), rate)
+        self._schedule()
+        wall = perf_counter() - began
+        self.spent[UPDATE] += wall - (sum(self.spent) - before)
+        self.records.append(StepRecord(self.step, loss, rate, self.spent, wall, self.share_rows, norms))
+        self.spent = [0.0] * len(self.spent)
+        self.step += 1
+        self._measuring = False
+
+    def _update_whole(self, summed: Callable[[], GradientSum], rate: float) -> tuple[float, tuple[float, float] | None]:
+        """Update all parameters; returns the loss, and the norms if they are measured."""
         losses: list[float] = []
         norms: tuple[float, float] | None = None
-        self._changed = True
 
         def evaluate() -> float:
             nonlocal norms
             losses.append(self.buffer.load(summed()))
             if len(losses) == 1:  # a line search may well try what is not finite
                 self._check_loss(losses[0], rate)
-                norms = self._norms()
+                if self.share_norm is not None:
+                    gradient = self.buffer.sum.total
+                    norms = self.share_norm, float(torch.dot(gradient, gradient))
             if self.recipe.clip_norm is not None:
                 nn.utils.clip_grad_norm_(self.buffer.parameters, self.recipe.clip_norm)
             return losses[-1]
@@ -248,19 +268,48 @@ class Replica:
         else:
             evaluate()
             self.optimizer.step()
-        self._schedule()
-        wall = perf_counter() - began
-        self.spent[UPDATE] += wall - (sum(self.spent) - before)
-        self.records.append(StepRecord(self.step, losses[0], rate, self.spent, wall, self.share_rows, norms))
-        self.spent = [0.0] * len(self.spent)
-        self.step += 1
-        self._measuring = False
+        return losses[0], norms
 
-    def _norms(self) -> tuple[float, float] | None:
-        if self.share_norm is None:
-            return None
-        gradient = self.buffer.sum.total
-        return self.share_norm, float(torch.dot(gradient, gradient))
+    def _update_shard(self, shard: Shard, total: GradientSum, rate: float) -> tuple[float, tuple[float, float] | None]:
+        """Update this worker's slice of the parameters, as others do theirs; returns the same."""
+        divisor = total.count or 1.0
+        loss = total.loss_sum / divisor
+        self._check_loss(loss, rate)
+        shard.gradient.div_(divisor)
+        squared = float("nan")
+        if self.share_norm is not None or self.recipe.clip_norm is not None:
+            squared = shard.squared_norm()
+        if self.recipe.clip_norm is not None:
+            shard.gradient.mul_(min(1.0, self.recipe.clip_norm / (math.sqrt(squared) + _CLIP_EPSILON)))
+        shard.step(total.reached)
+        return loss, None if self.share_norm is None else (self.share_norm, squared)
+
+    # --- sharing
+
+    @property
+    def common_nbytes(self) -> int:
+        """Bytes of common memory in which workers can divide the update among them; 0 if they cannot."""
+        if not self.buffer.parameters or not self.buffer.direct or self._by_closure:
+            return 0
+        if not can_shard(self.optimizer, self.buffer.parameters):
+            return 0
+        return common_nbytes(self.buffer.sum.total.numel(), self.buffer.dtype)
+
+    @property
+    def sharded(self) -> bool:
+        """Whether this worker updates its own slice alone."""
+        return self._shard is not None
+
+    def share(self, common: Common) -> None:
+        """Update a slice from now on; all members do, with the same state. Only where `common_nbytes` is not 0."""
+        self._shard = Shard(self.optimizer, self.buffer.parameters, self.buffer.sum.total, common)
+        self.spent = [0.0] * len(self.spent)  # no step has begun
+
+    def unshare(self) -> None:
+        """Hold everything in this process's own memory again."""
+        shard, self._shard = self._shard, None
+        if shard is not None:
+            shard.leave()
 
     def _check_loss(self, loss: float, rate: float) -> None:
         if self.recipe.stop_on_nonfinite and not math.isfinite(loss):
@@ -359,6 +408,7 @@ class Replica:
 
     def load(self, state: State) -> None:
         """Go to a state, and commit it."""
+        self.unshare()
         load_model_state(self.model, state)
         self.optimizer.load_state_dict(copy_state(state["optimizer"]))
         if self.scheduler and state["scheduler"] is not None:

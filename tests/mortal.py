@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from parakit.strategies import AllReduce
 
@@ -37,6 +38,16 @@ def arm(folder: Path, place: str, kind: str = "kill") -> Path:
     return armed
 
 
+_hooked: set[str] = set()
+
+
+def strike_after_updates(folder: str) -> None:
+    """Let this process pass a place, "slice", whenever one of torch's optimizers has updated what it updates here."""
+    if folder not in _hooked:
+        _hooked.add(folder)
+        register_optimizer_step_post_hook(lambda *_: strike(folder, "slice"))
+
+
 class MortalNet(nn.Module):
     """A small classifier of digits; each forward pass takes some milliseconds."""
 
@@ -51,6 +62,7 @@ class MortalNet(nn.Module):
     def forward(self, inputs: Tensor) -> Tensor:
         if os.getpid() != self.maker:  # where models are only tried out
             strike(self.folder, "forward" if self.training else "evaluate")
+            strike_after_updates(self.folder)
         time.sleep(self.pause_seconds)
         out = self.inner(inputs)
         if out.requires_grad:
@@ -61,8 +73,13 @@ class MortalNet(nn.Module):
         strike(self.folder, "backward")
 
 
+def sgd(parameters: Any) -> torch.optim.Optimizer:
+    """Torch's own, with momentum: workers of one host divide its update among them."""
+    return torch.optim.SGD(parameters, lr=0.05, momentum=0.9)
+
+
 class MortalSGD(torch.optim.SGD):
-    """SGD with momentum."""
+    """The same optimizer as a class of one's own, whose update is never divided."""
 
     def __init__(self, parameters: Any, folder: str) -> None:
         super().__init__(parameters, lr=0.05, momentum=0.9)
@@ -91,6 +108,6 @@ class MortalAllReduce(AllReduce):
         def summed() -> Any:
             mine = team.gradient(step)
             strike(self.folder, "exchange")
-            return team.all_reduce(mine)
+            return team.sum_for_update(mine)
 
         team.update(summed)

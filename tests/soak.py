@@ -2,7 +2,8 @@
 
     python -m tests.soak [--faults 200] [--seed 0] [--minutes 20]
 
-Runs of a small network on a pool of four local processes, of which two to four are active at first. Seeded faults come
+Runs of a small network on a pool of four local processes, of which two to four are active at first. The ways in which
+workers exchange and update take turns. Seeded faults come
 every half second or so: a worker is killed, stopped for good, or stopped for a moment; the run is resized, paused and
 resumed. Afterwards each run must have finished, with every step done once, in order, and the losses and parameters of
 an undisturbed run; and nothing may be left behind. Prints a table; exits with 1 if anything was not as it must be.
@@ -34,15 +35,18 @@ import torch
 import parakit as pk
 from parakit.errors import ParakitError
 from parakit.events import Recovered, SegmentDone, StepDone, WorkersLost
+from parakit.strategies import AllReduce
 from parakit.workers import resident
 from tests.conftest import leftovers, standing
-from tests.mortal import MortalNet, MortalSGD
+from tests.mortal import MortalNet, sgd
 
 POOL = 4
 STEPS = 1200
 LIMIT_SECONDS = 2.0  # until a stopped worker is treated as dead
 RUN_SECONDS = 60.0
 TOLERANCE = 1e-5
+# By turns: each worker updates its slice, or all of it; and exchange by connections.
+STRATEGIES = (AllReduce(), AllReduce(shard=False), AllReduce(exchange="gloo"))
 # How often each fault is drawn, out of their sum.
 FAULTS = {"killed": 6, "stopped": 2, "slowed": 3, "resized": 5, "paused": 2}
 
@@ -79,17 +83,19 @@ class Soak:
         with pk.connect("inline") as inline:
             self._reference = self._train(inline, 2, pause_seconds=0.0).wait(RUN_SECONDS, progress=False)
 
-    def _train(self, on: Any, workers: int, pause_seconds: float = 0.003) -> pk.Run:
-        folder = str(self.folder)
+    def _train(
+        self, on: Any, workers: int, strategy: AllReduce = STRATEGIES[0], pause_seconds: float = 0.003
+    ) -> pk.Run:
         return pk.train(
             MortalNet(self.folder, pause_seconds), pk.datasets.digits().train, on=on, workers=workers, steps=STEPS,
-            batch_size=256, optimizer=lambda p: MortalSGD(p, folder), limit_seconds=LIMIT_SECONDS,
+            batch_size=256, optimizer=sgd, strategy=strategy, limit_seconds=LIMIT_SECONDS,
         )  # fmt: skip
 
     def one_run(self, most_faults: int) -> None:
         """One run with some faults, and what has to be true afterwards."""
         self._until(lambda: self._pool.size == POOL, 60, "the pool is complete")
-        run = self._train(self._pool, self._random.randint(2, POOL))
+        strategy = STRATEGIES[self.tally.runs % len(STRATEGIES)]
+        run = self._train(self._pool, self._random.randint(2, POOL), strategy)
         for _ in range(most_faults):
             time.sleep(self._random.expovariate(2.0))
             if run.status in ("finished", "failed"):

@@ -24,7 +24,7 @@ ROOMS = (
     ("parakit.errors", "parakit.machine", "parakit.scaling.least_squares", "parakit.workers.dask.janitor"),
     ("parakit.export",),
     (
-        "parakit.commits", "parakit.events", "parakit.chunks", "parakit.rates",
+        "parakit.commits", "parakit.events", "parakit.chunks", "parakit.rates", "parakit.shards",
         "parakit.scaling.exchange", "parakit.scaling.noise", "parakit.scaling.breakdown", "parakit.scaling.laws",
         "parakit.scaling.hosts",
         "parakit.checkpoints.fitting", "parakit.checkpoints.places",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from distributed import Client, LocalCluster
 from torch import nn
 
 import parakit as pk
-from parakit.errors import ConnectError, PoolError, WorkerCountError
+from parakit.errors import ConnectError, PoolError, WorkerCountError, WorkerLost
 from parakit.workers import resident
 from parakit.workers.messages import Orders
 from tests.conftest import leftovers, standing
@@ -224,3 +225,26 @@ def test_a_script_without_a_guard_is_told_about_it(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, tmp_path / "script.py"], capture_output=True, text=True, timeout=90)
     assert done.returncode != 0
     assert 'if __name__ == "__main__":' in done.stderr
+
+
+def test_a_worker_that_dies_while_it_is_asked_is_lost_and_no_error_of_a_users_code(nothing_left: None) -> None:
+    with pk.connect(1) as pool, pytest.raises(WorkerLost, match="died while it was asked"):
+        pool._run(die, pool.names)  # type: ignore[attr-defined]
+
+
+def die() -> None:
+    os._exit(1)
+
+
+def test_workers_keep_the_memory_that_they_free(pool: pk.Workers) -> None:
+    (faults,) = pool.map(page_faults_of_ten, [0], 30.0)
+    assert faults < 1000  # ten times 3 MB are 7,320 pages
+
+
+def page_faults_of_ten(_: int) -> int:
+    """Faults of allocating, writing to and freeing 3 MB, ten times after the first."""
+    for turn in range(11):
+        if turn == 1:
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        bytes([1]) * 3_000_000
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before

@@ -22,7 +22,7 @@ from parakit.events import Recovered, RunEnd, Said, WorkersLost
 from parakit.workers import resident
 from parakit.workers.dask import mapping
 from parakit.workers.dask.crew import DaskCrew
-from tests.mortal import MortalAllReduce, MortalNet, MortalSGD, arm
+from tests.mortal import MortalAllReduce, MortalNet, MortalSGD, arm, sgd
 from tests.test_exact import wait_for
 from tests.waiting import until
 
@@ -35,10 +35,9 @@ DIGITS = pk.datasets.digits()
 def train(on: pk.Workers, folder: Path, **how: Any) -> pk.Run:
     how = {"workers": 2, "steps": STEPS, "strategy": MortalAllReduce(folder), "limit_seconds": 3} | how
     place = str(folder)
+    how.setdefault("optimizer", lambda p: MortalSGD(p, place))
     pause = how.pop("pause_seconds", 0.004)
-    return pk.train(
-        MortalNet(folder, pause), DIGITS.train, on=on, batch_size=256, optimizer=lambda p: MortalSGD(p, place), **how
-    )
+    return pk.train(MortalNet(folder, pause), DIGITS.train, on=on, batch_size=256, **how)
 
 
 @pytest.fixture(scope="module")
@@ -105,6 +104,23 @@ def test_a_worker_that_is_killed_in_a_step_costs_nothing_but_time(
     assert len(lost.workers) == 1
     assert 20 < lost.step == recovered.step < STEPS
     assert recovered.chunks_loaded == 32  # of 64: those of one of two
+    assert recovered.steps_again == 0
+    assert_as_if_nothing_had_happened(run, undisturbed)
+
+
+@pytest.mark.parametrize("kind", ["kill", "stop"])
+@pytest.mark.parametrize("place", ["exchange", "slice"])
+def test_a_worker_that_is_lost_with_an_update_half_done_harms_no_state(
+    three: pk.Workers, tmp_path: Path, undisturbed: pk.Run, place: str, kind: str
+) -> None:
+    run = train(three, tmp_path, optimizer=sgd, workers=3)
+    wait_for(run, lambda: run.step > 20)
+    armed = arm(tmp_path, place, kind)
+    run.wait(LIMIT, progress=False)
+    assert not armed.exists()
+    lost = the_only_loss(run)
+    (recovered,) = run.history.of(Recovered)
+    assert 20 < lost.step == recovered.step < STEPS
     assert recovered.steps_again == 0
     assert_as_if_nothing_had_happened(run, undisturbed)
 

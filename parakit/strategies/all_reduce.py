@@ -1,4 +1,4 @@
-"""Synchronous data parallelism by all-reduce: resident workers add their gradients, and each updates its replica."""
+"""Synchronous data parallelism by all-reduce: resident workers add their gradients, and all have the same update."""
 
 from __future__ import annotations
 
@@ -12,31 +12,42 @@ __all__ = ["AllReduce"]
 
 @dataclass(frozen=True, repr=False)
 class AllReduce:
-    """Every worker computes its share, all add up, every worker does the same update.
+    """Every worker computes its share, all add up, and the same update is made everywhere.
 
-    The replicas stay equal because each adds the same sums in the same order. One exchange of the size of the model
-    a step: workers of one host sum in memory that they share; over connections, with a ring, 2 (N - 1) / N times the
-    gradient's bytes pass each of N workers.
+    One exchange of the size of the model a step. Over connections every worker gets the whole sum and does the whole
+    update: with a ring, 2 (N - 1) / N times the gradient's bytes pass each of N workers. Workers of one host sum in
+    memory that they share, where parameters and the optimizer's state can lie too: then each worker sums and updates
+    its own slice of them, and the second half of the exchange is not needed. That is the same update for optimizers
+    that go element by element, as torch's own do but for LBFGS and some others; with those, and with a class of one's
+    own, every worker does the whole update.
 
     Parameters
     ----------
     exchange : {"auto", "shared memory", "gloo"}
         "auto" shares memory where all workers can, and uses torch.distributed's gloo otherwise.
+    shard : bool
+        Whether workers that share memory may divide the update among them.
 
     References
     ----------
     Patarasuk, Yuan: "Bandwidth optimal all-reduce algorithms for clusters of workstations", J. Parallel Distrib.
-    Comput. 69 (2009) 117.
+    Comput. 69 (2009) 117. Rajbhandari, Rasley, Ruwase, He: "ZeRO: Memory optimizations toward training trillion
+    parameter models", SC20 (its first stage).
     """
 
     exchange: Exchange = "auto"
+    shard: bool = True
 
     def __post_init__(self) -> None:
         if self.exchange not in EXCHANGES:
             raise InputError(f"exchange is {self.exchange!r}; it must be one of {', '.join(map(repr, EXCHANGES))}.")
+        if not isinstance(self.shard, bool):
+            raise InputError(f"shard is {self.shard!r}; it must be True or False.")
 
     def __repr__(self) -> str:
-        return "AllReduce()" if self.exchange == "auto" else f"AllReduce(exchange={self.exchange!r})"
+        said = [] if self.exchange == "auto" else [f"exchange={self.exchange!r}"]
+        said += [] if self.shard else ["shard=False"]
+        return f"AllReduce({', '.join(said)})"
 
     @property
     def runs_on(self) -> RunsOn:
@@ -48,6 +59,6 @@ class AllReduce:
 
         def summed() -> Part:
             mine = team.gradient(step)
-            return team.all_reduce(mine)
+            return team.sum_for_update(mine)
 
         team.update(summed)

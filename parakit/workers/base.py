@@ -51,8 +51,8 @@ EXCHANGES: tuple[Exchange, ...] = ("auto", "shared memory", "gloo")
 class Team(Protocol):
     """The verbs of a strategy.
 
-    A text that runs on the workers uses `gradient`, `all_reduce` and `update`; one that runs beside the notebook uses
-    `map_gradients`, `add` and `update`.
+    A text that runs on the workers uses `gradient`, `sum_for_update` or `all_reduce`, and `update`; one that runs
+    beside the notebook uses `map_gradients`, `add` and `update`.
     """
 
     def gradient(self, step: int) -> Part:
@@ -60,6 +60,12 @@ class Team(Protocol):
 
     def all_reduce(self, part: Part) -> Part:
         """The sum of every worker's part, on every worker."""
+
+    def sum_for_update(self, part: Part) -> Part:
+        """The sum of every worker's part, as far as the update that follows needs it here.
+
+        Where workers divide the update among them, each has its slice of the gradient alone.
+        """
 
     def map_gradients(self, step: int) -> Sequence[Part]:
         """The gradient sums of all workers, where they were computed."""

@@ -219,6 +219,10 @@ class InlineTeam:
         """The sum of every worker's part, added in the order of ranks."""
         return self.add(part)
 
+    def sum_for_update(self, part: list[GradientSum]) -> GradientSum:
+        """The same: there is one optimizer for all."""
+        return self.add(part)
+
     def update(self, summed: Callable[[], GradientSum]) -> None:
         """One step of the shared optimizer."""
         self._replica.update(summed)

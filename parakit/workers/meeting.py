@@ -22,6 +22,7 @@ def meet(
     exchange: Exchange,
     numel: int,
     dtype: torch.dtype,
+    common: int,
 ) -> tuple[Adders, Tensor | None]:
     """Form a group.
 
@@ -39,6 +40,8 @@ def meet(
     numel : int
     dtype : torch.dtype
         Of the vector that is to be added most often.
+    common : int
+        Bytes of memory that a `SharedGroup` is to have for all members in common.
 
     Returns
     -------
@@ -56,7 +59,9 @@ def meet(
     """
     if exchange != "gloo" and size > 1:
         try:
-            group = SharedGroup(board, rank, size, limit_seconds=limit_seconds, capacity=numel * dtype.itemsize)
+            group = SharedGroup(
+                board, rank, size, limit_seconds=limit_seconds, capacity=numel * dtype.itemsize, common=common
+            )
             return group, group.buffer(numel, dtype)
         except CannotShare:
             if exchange == "shared memory":

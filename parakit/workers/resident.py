@@ -26,12 +26,14 @@ from parakit.data import Samples, pack, unpack
 from parakit.errors import Diverged, ParakitError, StaleGeneration
 from parakit.evaluation import Tally, tally
 from parakit.gradients import GradientSum, unflatten_into
+from parakit.machine import give_back_freed_memory, keep_freed_memory
 from parakit.replica import EXCHANGE, Holding, Recipe, Replica, StepRecord, load_model_state
 from parakit.vault import Vault, VaultKey
 from parakit.workers.base import Strategy
 from parakit.workers.group import Adders, Board, GroupBroken
 from parakit.workers.meeting import meet
 from parakit.workers.messages import Answer, Failure, Orders, Pulse, Segment, Standing
+from parakit.workers.shared import SharedGroup
 
 P = ParamSpec("P")
 
@@ -91,6 +93,7 @@ class Resident:
             raise StaleGeneration(f"Generation {orders.generation} comes after {self.generation}.")
         self.generation, self.rank = orders.generation, orders.rank
         self.leave_group()
+        self.replica.unshare()
         for holding, wanted, brought in (
             (self.training, orders.training, training),
             (self.validation, orders.validation, validation),
@@ -116,11 +119,14 @@ class Resident:
     def _meet(self, orders: Orders, board: Board) -> None:
         """Form the group, and let the gradient live where the group adds it from."""
         buffer = self.replica.buffer
+        common = self.replica.common_nbytes if getattr(self.strategy, "shard", False) else 0
         self.group, place = meet(
             board, orders.rank, orders.size, orders.host, orders.limit_seconds,
-            exchange=getattr(self.strategy, "exchange", "auto"), numel=buffer.numel, dtype=buffer.dtype,
+            exchange=getattr(self.strategy, "exchange", "auto"), numel=buffer.numel, dtype=buffer.dtype, common=common,
         )  # fmt: skip
         buffer.live_in(torch.zeros(buffer.numel, dtype=buffer.dtype) if place is None else place)
+        if common and isinstance(self.group, SharedGroup):
+            self.replica.share(_Common(self, self.group))
 
     def _commit_to_vault(self, wanted: bool) -> None:
         """Keep commits in a vault from now on, or in this process's own memory."""
@@ -176,6 +182,7 @@ class Resident:
             raise StaleGeneration(f"Generation {generation} comes after {self.generation}.")
         self.generation = generation
         self.leave_group()
+        self.replica.unshare()
         self._ended = False
         return Standing(self.replica.fall_back(step), self.training.chunks, self.validation.chunks)
 
@@ -194,14 +201,30 @@ class Resident:
 
     def all_reduce(self, part: GradientSum) -> GradientSum:
         """The sum over the group."""
-        start = perf_counter()
         assert self.group is not None
-        self.progress(waiting=True)
-        self.group.all_reduce(part.vector)
-        self.progress()
+        with self.exchanging():
+            self.group.all_reduce(part.vector)
         self._ended = self._ended or part.votes > 0
-        self.replica.spent[EXCHANGE] += perf_counter() - start
         return part
+
+    def sum_for_update(self, part: GradientSum) -> GradientSum:
+        """The sum over the group: of this worker's slice alone, where the update is divided among the members."""
+        if not self.replica.sharded:
+            return self.all_reduce(part)
+        assert isinstance(self.group, SharedGroup)
+        with self.exchanging():
+            total = part.beside(self.group.sum_slice(part.vector, tail=part.tail).tail)
+        self._ended = self._ended or total.votes > 0
+        return total
+
+    @contextmanager
+    def exchanging(self) -> Iterator[None]:
+        """Spend time with the other members; whoever waits here holds nobody up."""
+        start = perf_counter()
+        self.progress(waiting=True)
+        yield
+        self.progress()
+        self.replica.spent[EXCHANGE] += perf_counter() - start
 
     def update(self, summed: Callable[[], GradientSum]) -> None:
         """One step of this worker's optimizer."""
@@ -220,6 +243,27 @@ class Resident:
         group, self.group = self.group, None
         if group is not None:
             group.close()
+
+
+class _Common:
+    """What the members of a group on one host have in common, for the shard of one of them."""
+
+    def __init__(self, resident: Resident, group: SharedGroup) -> None:
+        self._resident, self._group = resident, group
+
+    def memory(self, numel: int, dtype: torch.dtype) -> Tensor:
+        return self._group.common(numel, dtype)
+
+    def slice_of(self, numel: int) -> slice:
+        return self._group.slices(numel)[self._group.rank]
+
+    def barrier(self) -> None:
+        with self._resident.exchanging():
+            self._group.barrier()
+
+    def add(self, values: Tensor) -> None:
+        with self._resident.exchanging():
+            self._group.all_reduce(values)
 
 
 _residents: dict[str, Resident] = {}
@@ -275,6 +319,7 @@ def prepare(run_id: str, blob: bytes, threads: int) -> Answer:
         except Exception as error:
             failure = Failure("code", 0, type(error).__name__, str(error), traceback.format_exc(limit=-6))
             return Answer(failure=failure)
+    keep_freed_memory()
     return Answer()
 
 
@@ -385,6 +430,8 @@ def release(run_id: str) -> None:
     if resident is not None:
         resident.leave_group()
         resident.close_vault()
+        del resident
+        give_back_freed_memory()
 
 
 def survey() -> dict[str, Any]:

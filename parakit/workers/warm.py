@@ -4,7 +4,7 @@ The first optimizer of a process makes torch import its compiler, which takes se
 would pay for it.
 
 An interrupt is meant for the notebook's cell or the script, but reaches every process of its group. The worker ignores
-it: it ends when its owner ends, or says so.
+it: it ends when its owner ends, or says so. It works for nobody else, so it keeps the memory that it frees.
 """
 
 import signal
@@ -13,6 +13,7 @@ import threading
 import torch
 
 import parakit.workers.resident  # noqa: F401  # what orders call
+from parakit.machine import keep_freed_memory
 
 torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1)
 
@@ -21,3 +22,4 @@ def dask_setup(_: object) -> None:
     """Called by Dask in the worker, and only there: whoever merely imports this module keeps its interrupts."""
     if threading.current_thread() is threading.main_thread():  # only there may a process say what a signal does
         signal.signal(signal.SIGINT, signal.SIG_IGN)
+    keep_freed_memory(for_good=True)

@@ -83,6 +83,10 @@ class DriverTeam:
         """Not for a text that runs beside the notebook."""
         raise NotImplementedError("all_reduce is a verb of strategies that run on the workers")
 
+    def sum_for_update(self, part: Any) -> Any:
+        """Not for a text that runs here."""
+        raise NotImplementedError("sum_for_update is a verb of strategies that run on the workers")
+
     def values(self) -> State:
         """The present parameters and buffers, as arrays."""
         state = self.replica.live_state()

@@ -215,6 +215,8 @@ class DaskWorkers(Workers):
                     raise WorkerLost(f"One of {len(addresses)} workers did not answer in time.") from error
                 if set(addresses) - set(self._workers()):  # Dask would try to reach it for many seconds
                     raise WorkerLost(f"One of {len(addresses)} workers died before it was asked.") from None
+            except OSError as error:  # a connection that broke: what is called here raises none
+                raise WorkerLost(f"One of {len(addresses)} workers died while it was asked.") from error
         raise WorkerLost(f"One of {len(addresses)} workers did not answer within {_ASK_SECONDS:g} s.")
 
     def _workers(self) -> dict[str, dict[str, Any]]:
