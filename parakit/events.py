@@ -57,9 +57,9 @@ __all__ = [
 PLAIN = "plain PyTorch"
 #: Where a worker's time goes in a step, in the order of a step.
 PHASES = ("data", "forward", "backward", "exchange", "update", "idle")
-#: How gradients are added up: in memory that the workers of a host share, over gloo's connections, by tasks, or not at
-#: all, where workers take turns in one process.
-EXCHANGE_WAYS = ("shared memory", "gloo", "tasks", "in turns")
+#: How gradients are added up: in memory that the workers of a host share, where they may divide the update too; over
+#: gloo's connections; by tasks; or not at all, where workers take turns in one process.
+EXCHANGE_WAYS = ("shared memory", "shared memory, divided update", "gloo", "tasks", "in turns")
 
 DEFAULT_CAPACITY = 50_000
 

@@ -211,7 +211,7 @@ def history(
             luck = 1 + TRUTH["spread"] * generator.standard_normal(n)
             luck *= np.where(generator.random(n) < stragglers, 4.0, 1.0)
             took = (TRUTH["fixed"] + share * TRUTH["sample"]) * slowdown * luck * crowding * (1 + 0.5 * (step < 2))
-            update = TRUTH["update"] * crowding * slowdown
+            update = TRUTH["update"] * crowding * slowdown / (n if "divided" in exchanged else 1)
             swap = exchange.ring(n, 4 * PARAMETERS, exchange.Link(TRUTH["latency"], 1 / TRUTH["rate"]))
             parts = tuple(
                 WorkerStep(f"w{rank}", 0.1 * t, 0.3 * t, 0.6 * t, swap, update, took.max() - t, share)
@@ -274,7 +274,8 @@ def test_what_one_worker_count_cannot_tell_is_assumed_and_said() -> None:
 @pytest.mark.parametrize(
     ("said", "priced"),
     [
-        ("shared memory", "shared memory"), ("gloo", "ring"), ("tasks", "ring"), ("in turns", "ring"), ("", "ring"),
+        ("shared memory", "shared memory"), ("shared memory, divided update", "shared memory"),
+        ("gloo", "ring"), ("tasks", "ring"), ("in turns", "ring"), ("", "ring"),
         ("recursive doubling", "recursive doubling"),
     ],
 )  # fmt: skip
@@ -300,7 +301,8 @@ def test_what_was_calibrated_from_simulated_runs_says_so() -> None:
 @pytest.mark.parametrize(
     ("strategy", "exchanged", "algorithm"),
     [
-        (pk.strategies.AllReduce(), "shared memory", "shared memory"),
+        (pk.strategies.AllReduce(), "shared memory, divided update", "shared memory"),
+        (pk.strategies.AllReduce(shard=False), "shared memory", "shared memory"),
         (pk.strategies.AllReduce(exchange="gloo"), "gloo", "ring"),
     ],
 )
@@ -345,6 +347,21 @@ def test_busy_cores_are_told_from_fixed_costs_where_batches_have_several_sizes()
     assert any("busy cores" in remark for remark in alike.remarks)
     # Which of the two is blamed makes no difference to the batch that was measured.
     assert alike.computing_seconds(8, 30) == pytest.approx(costs.computing_seconds(8, 30), rel=0.03)
+
+
+def test_an_update_that_is_divided_is_told_from_a_whole_one() -> None:
+    whole = QUIET.with_(update_seconds=8e-3, contention=0.1, cores=4)
+    divided = whole.with_(divided_update=True)
+    assert whole.updating_seconds([1, 2, 4]).tolist() == pytest.approx([8e-3, 8.8e-3, 10.4e-3])
+    assert divided.updating_seconds([1, 2, 4, 8]).tolist() == pytest.approx([8e-3, 4.4e-3, 2.6e-3, 2.6e-3])
+    # Over nodes, nothing is in common.
+    nodes = divided.with_(workers_per_node=4)
+    assert nodes.updating_seconds([4, 8]).tolist() == pytest.approx([2.6e-3, 10.4e-3])
+    found = CostModel.from_history(history([1, 2, 4, 8], exchanged="shared memory, divided update"))
+    assert found.divided_update
+    assert found.update_seconds == pytest.approx(TRUTH["update"])
+    assert found.updating_seconds(8) == pytest.approx(TRUTH["update"] / 8)
+    assert not CostModel.from_history(history([1, 2])).divided_update
 
 
 def test_several_histories_are_one_calibration() -> None:

@@ -30,6 +30,7 @@ _TELLS_APART = 100.0  # condition of a fit beyond which noise decides which caus
 _STRAGGLES = 2.0  # times the usual time of a worker's part
 _BYTES = 4  # of a float32
 _MOST_CONTENTION = 4.0
+_DIVIDED = "shared memory, divided update"
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,8 @@ class Calibration:
         Of the optimizer, for each step; of orders, commit and report, for each segment.
     nbytes, batch_size, cores, threads : int
         Of the exchange in bytes; of the runs.
+    divided_update : bool
+        Whether the workers of a host divide the update among them; its seconds are those of the whole.
     algorithm : str
     network : Network
     simulated : bool
@@ -73,6 +76,7 @@ class Calibration:
     batch_size: int
     cores: int
     threads: int
+    divided_update: bool
     algorithm: str
     network: Network
     simulated: bool
@@ -90,11 +94,17 @@ class _Group:
     phases: Floats  # (steps, workers, 3)
     exchange: Floats  # (steps,)
     update: Floats
+    divided: bool  # whether each updates its slice
 
     @property
     def computing(self) -> Floats:
         total: Floats = self.phases.sum(axis=2) / self.crowding
         return total
+
+    def updating(self, contention: float) -> Floats:
+        """Seconds of a whole update by a worker that nobody disturbs."""
+        whole: Floats = self.update * (self.workers if self.divided else 1)
+        return whole / self.crowding / (1 + contention * self.others)
 
 
 def calibrate(histories: History | Iterable[History], *, algorithm: str | None = None) -> Calibration:
@@ -139,9 +149,10 @@ def calibrate(histories: History | Iterable[History], *, algorithm: str | None =
     control = [segment.control_seconds for history in every for segment in history.of(SegmentDone)]
     return Calibration(
         sample_seconds, fixed_seconds, contention, spread, _phase_shares(groups), stragglers, times,
-        _usual(np.concatenate([(g.update / g.crowding / (1 + contention * g.others)).ravel() for g in groups])),
+        _usual(np.concatenate([g.updating(contention).ravel() for g in groups])),
         _usual(np.array(control)) if control else 0.0,
-        nbytes, start.batch_size, start.cores, start.threads_per_worker, chosen, network, simulated,
+        nbytes, start.batch_size, start.cores, start.threads_per_worker,
+        any(start.exchange == _DIVIDED for start in starts), chosen, network, simulated,
         tuple(remarks),
     )  # fmt: skip
 
@@ -152,7 +163,7 @@ def _algorithm(start: RunStart, remarks: list[str]) -> str:
         return start.exchange or "ring"
     if start.exchange == "tasks":
         remarks.append("Gradients travelled as tasks, which no formula here is made for: they are priced as a ring.")
-    return start.exchange if start.exchange == "shared memory" else "ring"
+    return "shared memory" if start.exchange.startswith("shared memory") else "ring"
 
 
 def _start(history: Any) -> RunStart:
@@ -195,6 +206,7 @@ def _group(count: int, steps: Sequence[StepDone], start: RunStart) -> _Group:
         np.array([[_computing_of(part) for part in row] for row in parts], np.float64),
         np.array([min(part.exchange_seconds for part in row) for row in parts], np.float64),
         np.array([[part.update_seconds for part in row] for row in parts], np.float64),
+        start.exchange == _DIVIDED,
     )  # fmt: skip
 
 

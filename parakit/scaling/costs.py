@@ -47,6 +47,8 @@ class CostModel:
         share caches and memory. Counted where `cores` is known.
     update_seconds : float
         Of the optimizer, for each step.
+    divided_update : bool
+        Whether workers divide the update among them, as they can where all of them are on one node.
     control_seconds : float
         Of orders, commit and report, for each segment of a quarter of a second.
     spread : float
@@ -106,6 +108,7 @@ class CostModel:
     fixed_seconds: float = 0.0
     contention: float = 0.0
     update_seconds: float = 0.0
+    divided_update: bool = False
     control_seconds: float = 0.0
     spread: float = 0.0
     stragglers: float = 0.0
@@ -199,7 +202,7 @@ class CostModel:
         return terms.computing_seconds(self, n, rows)
 
     def updating_seconds(self, n: Counts) -> Any:
-        """The update of one of N workers, which all make at the same time."""
+        """The update by one of N workers: all make it, or each its part, at the same time."""
         return terms.updating_seconds(self, n)
 
     def breakdown(self, n: Counts, batch_size: int | None = None) -> Breakdown:

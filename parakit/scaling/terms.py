@@ -59,8 +59,12 @@ def computing_seconds(model: CostModel, n: Counts, share: Any) -> Any:
 
 
 def updating_seconds(model: CostModel, n: Counts) -> Any:
-    """The update of one of N workers, which all make at the same time."""
-    return like_given(n, model.update_seconds * _slowdown(model, worker_counts(n)))
+    """The update by one of N workers: all make it, or each its part, at the same time."""
+    counts = worker_counts(n)
+    # Memory is common on a node alone.
+    on_one = counts <= (model.workers_per_node or np.inf)
+    parts = np.where(on_one, counts, 1.0) if model.divided_update else np.ones_like(counts)
+    return like_given(n, model.update_seconds / parts * _slowdown(model, counts))
 
 
 def _slowdown(model: CostModel, counts: Floats) -> Floats:

@@ -375,12 +375,14 @@ class Workers(ABC):
         """How a strategy's gradients are added up on this pool: one of `parakit.events.EXCHANGE_WAYS`.
 
         What is expected at the start of a run: where a host has too little shared memory after all, workers that may
-        choose make connections instead.
+        choose make connections instead, and an optimizer whose update cannot be divided is run by all of them.
         """
         if strategy.runs_on == "driver":
             return "tasks"
         wished = getattr(strategy, "exchange", "auto")
-        return "shared memory" if wished == "shared memory" or (wished == "auto" and self.one_host) else "gloo"
+        if wished == "gloo" or (wished == "auto" and not self.one_host):
+            return "gloo"
+        return "shared memory, divided update" if getattr(strategy, "shard", False) else "shared memory"
 
     def check_count(self, count: Any, *, most: int | None = None) -> int:
         """A number of workers that this pool can serve.

@@ -4,7 +4,7 @@ Run with ``python -m tests.benchmarks.simulated_against_real``; ``--help`` says 
 asserts nothing. No run with two workers of the model in question goes into its prediction. The cost model of each
 workload is calibrated from
 
-- two runs with one worker, over the whole batch and over half of it: seconds of a sample and of a step;
+- two runs with one worker (which say that two would share memory and divide the update), over the whole batch and over half of it: seconds of a sample and of a step;
 - a probe of contention: the plain loop on one worker alone, and on both at once (`parakit.scaling.probing`);
 - a probe of the exchange: two workers that train as many parameters but compute next to nothing.
 
@@ -34,6 +34,7 @@ from tests.benchmarks.workloads import WORKLOADS, Workload, optimizer
 
 WORKERS = 2
 WARM_UP_SEGMENTS = 3
+FEWEST_STEPS = 16  # for a cost model
 LIMIT_SECONDS = 60.0
 
 
@@ -91,7 +92,9 @@ def _trained(pool: pk.Workers, workload: Workload, workers: int, batch: int, sec
     )  # fmt: skip
     time.sleep(seconds)
     began = time.monotonic()  # a slow machine has the time it needs
-    while len(run.history.of(SegmentDone)) < 2 * WARM_UP_SEGMENTS and time.monotonic() - began < LIMIT_SECONDS:
+    while time.monotonic() - began < LIMIT_SECONDS:
+        if len(run.history.of(SegmentDone)) >= 2 * WARM_UP_SEGMENTS and run.step >= FEWEST_STEPS:
+            break
         time.sleep(0.05)
     run.stop()
     return run.wait(LIMIT_SECONDS, progress=False).history
