@@ -4,7 +4,8 @@ Run with ``python -m tests.benchmarks.simulated_against_real``; ``--help`` says 
 asserts nothing. No run with two workers of the model in question goes into its prediction. The cost model of each
 workload is calibrated from
 
-- two runs with one worker (which say that two would share memory and divide the update), over the whole batch and over half of it: seconds of a sample and of a step;
+- two runs with one worker, over the whole batch and over half of it: seconds of a sample, of a step and of the update,
+  which two workers would divide;
 - a probe of contention: the plain loop on one worker alone, and on both at once (`parakit.scaling.probing`);
 - a probe of the exchange: two workers that train as many parameters but compute next to nothing.
 
