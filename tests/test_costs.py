@@ -81,6 +81,13 @@ def test_buckets_hide_an_exchange_behind_the_backward_pass() -> None:
     assert QUIET.with_(buckets=100).step_seconds(64) > QUIET.step_seconds(64)
 
 
+def test_nodes_whose_workers_share_memory_exchange_within_as_one_node_does() -> None:
+    memory = QUIET.with_(algorithm="shared memory", workers_per_node=4, network=Network("fast", 0.0, 1e15, "made up"),
+                         within=QUIET.network)  # fmt: skip
+    assert memory.exchange_seconds(8) == pytest.approx(memory.exchange_seconds(4), rel=1e-4)
+    assert memory.exchange_seconds(4) == pytest.approx(exchange.shared_memory(4, 4e6, QUIET.network.link))
+
+
 def test_strategies() -> None:
     local = QUIET.with_(strategy="local SGD", local_steps=16, spread=0.2)
     each = QUIET.with_(spread=0.2)
@@ -192,6 +199,7 @@ def history(
     steps: int = 60,
     contention: float = 0.0,
     partial: bool = False,
+    slow_half: float = 1.0,
 ) -> History:
     """Events of a run whose cost is known, as a group of real workers would have told it."""
     generator = np.random.default_rng(5)
@@ -210,6 +218,7 @@ def history(
             share = (240 if step % 3 or not partial else 80) // n
             luck = 1 + TRUTH["spread"] * generator.standard_normal(n)
             luck *= np.where(generator.random(n) < stragglers, 4.0, 1.0)
+            luck *= 1.0 if step < steps / 2 else slow_half
             took = (TRUTH["fixed"] + share * TRUTH["sample"]) * slowdown * luck * crowding * (1 + 0.5 * (step < 2))
             update = TRUTH["update"] * crowding * slowdown / (n if "divided" in exchanged else 1)
             swap = exchange.ring(n, 4 * PARAMETERS, exchange.Link(TRUTH["latency"], 1 / TRUTH["rate"]))
@@ -334,6 +343,13 @@ def test_pools_in_this_process_say_how_they_exchange(on: str, strategy: Any, exc
         start = run.wait(60, progress=False).history.latest(RunStart)
         assert start is not None
         assert (start.exchange, start.simulated) == (exchanged, on == "simulated")
+
+
+@pytest.mark.parametrize("counts", [[1], [4]])
+def test_what_slows_many_steps_in_a_row_is_no_spread_between_workers(counts: list[int]) -> None:
+    steady, shaken = (CostModel.from_history(history(counts, steps=400, slow_half=times)) for times in (1.0, 1.5))
+    assert steady.spread == pytest.approx(TRUTH["spread"], rel=0.1)
+    assert shaken.spread == pytest.approx(TRUTH["spread"], rel=0.15)
 
 
 def test_busy_cores_are_told_from_fixed_costs_where_batches_have_several_sizes() -> None:

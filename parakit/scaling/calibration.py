@@ -271,7 +271,9 @@ def _variation(groups: Sequence[_Group], remarks: list[str]) -> tuple[float, flo
     """Relative spread, how often workers straggle, and how many times as long that takes."""
     several = [group for group in groups if group.samples.shape[1] > 1]
     if not several:
-        remarks.append("One worker only: the spread between workers is taken to be that between its steps.")
+        remarks.append(
+            "One worker only: the spread between workers is taken to be that from one of its steps to the next."
+        )
     ratios = [_relative(group) for group in several or groups]
     every = np.concatenate([ratio.ravel() for ratio in ratios])
     every = every[np.isfinite(every)]
@@ -300,7 +302,8 @@ def _variance(relative: Floats) -> float:
     kept = np.where(np.isfinite(relative) & (relative <= _STRAGGLES), relative, np.nan)
     if kept.shape[1] == 1:
         usual = kept[np.isfinite(kept)]
-        return float(usual.var(ddof=1)) if len(usual) > 1 else 0.0
+        # From one step to the next (von Neumann 1941): what makes many in a row slow would slow other workers too.
+        return float(np.mean(np.diff(usual) ** 2) / 2) if len(usual) > 1 else 0.0
     counts = np.isfinite(kept).sum(axis=1)
     rows = kept[counts > 1]
     if not len(rows):

@@ -136,8 +136,11 @@ def exchange_seconds(model: CostModel, n: Counts, nbytes: float | None = None) -
     inside = (model.within or model.network).link
     on_one = np.asarray(exchange.all_reduce_seconds(model.algorithm, np.minimum(counts, per_node), size, inside))
     spread = np.asarray(
-        exchange.hierarchical(counts, size, link, within=inside, workers_per_node=per_node, ports=model.ports)
-    )
+        exchange.hierarchical(
+            counts, size, link, within=inside, workers_per_node=per_node, ports=model.ports,
+            algorithm="shared memory" if model.algorithm == "shared memory" else "ring",
+        )
+    )  # fmt: skip
     return like_given(n, np.where(counts <= per_node, on_one, spread))
 
 
