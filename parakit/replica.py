@@ -24,6 +24,7 @@ from parakit.commits import Commits, PrivateCommits, State, copy_state
 from parakit.data import Samples
 from parakit.errors import Diverged
 from parakit.events import PHASES
+from parakit.fusing import prefer_fused
 from parakit.gradients import GradientBuffer, GradientSum
 from parakit.losses import SummedLoss
 from parakit.rates import learning_rate, set_learning_rate
@@ -366,6 +367,7 @@ class Replica:
         """Keep the present state, to which a roll-back returns; says how many seconds that took."""
         began = perf_counter()
         if self._changed:
+            prefer_fused(self.optimizer)
             self._commits.keep(self.live_state())
             self._changed = False
         return perf_counter() - began

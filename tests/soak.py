@@ -197,8 +197,18 @@ class Soak:
         deadline = time.monotonic() + seconds
         while not condition():
             if time.monotonic() > deadline:
-                raise TimeoutError(f"Not within {seconds:g} s: {what}: {self._pool._cluster.workers}")
+                raise TimeoutError(f"Not within {seconds:g} s: {what}\n{self._standing()}")
             time.sleep(0.05)
+
+    def _standing(self) -> str:
+        """What the pool, its scheduler and each keeper of a worker process believe."""
+        pool = self._pool
+        known = {address: found.get("status") for address, found in pool._workers().items()}
+        keepers = [
+            f"{name}: {keeper.status}, {keeper.process and (keeper.process.status, keeper.pid)}, {keeper.worker_address}"
+            for name, keeper in pool._cluster.workers.items()
+        ]
+        return "\n".join([f"the scheduler: {known}", f"banished: {pool._banished}", *keepers])
 
 
 def _where(run: pk.Run) -> str:

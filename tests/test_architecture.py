@@ -25,6 +25,7 @@ ROOMS = (
     ("parakit.export",),
     (
         "parakit.commits", "parakit.events", "parakit.chunks", "parakit.rates", "parakit.shards",
+        "parakit.fusing",
         "parakit.scaling.exchange", "parakit.scaling.noise", "parakit.scaling.breakdown", "parakit.scaling.laws",
         "parakit.scaling.hosts",
         "parakit.checkpoints.fitting", "parakit.checkpoints.places",
