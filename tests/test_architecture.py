@@ -31,7 +31,7 @@ ROOMS = (
         "parakit.checkpoints.fitting", "parakit.checkpoints.places",
     ),
     (
-        "parakit.data", "parakit.progress", "parakit.stragglers", "parakit.vault",
+        "parakit.data", "parakit.progress", "parakit.scaling.groups", "parakit.stragglers", "parakit.vault",
         "parakit.scaling.fitting", "parakit.scaling.networks", "parakit.scaling.waiting",
     ),
     (

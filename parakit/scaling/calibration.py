@@ -16,21 +16,19 @@ import numpy as np
 import numpy.typing as npt
 
 from parakit.errors import InputError
-from parakit.events import EXCHANGE_WAYS, History, RunStart, SegmentDone, StepDone, WorkerStep
+from parakit.events import EXCHANGE_WAYS, History, RunStart, SegmentDone
 from parakit.scaling.exchange import Link, algorithm_named, all_reduce_seconds
+from parakit.scaling.groups import DIVIDED, FEWEST_STEPS, WARM_UP_STEPS, Group, groups_of
 from parakit.scaling.networks import NETWORKS, Network
 
 __all__ = ["Calibration", "calibrate"]
 
 Floats = npt.NDArray[np.float64]
 
-_WARM_UP_STEPS = 3  # of a group: memory is filled, caches are cold
-_FEWEST_STEPS = 5
 _TELLS_APART = 100.0  # condition of a fit beyond which noise decides which cause is blamed
 _STRAGGLES = 2.0  # times the usual time of a worker's part
 _BYTES = 4  # of a float32
 _MOST_CONTENTION = 4.0
-_DIVIDED = "shared memory, divided update"
 
 
 @dataclass(frozen=True)
@@ -83,30 +81,6 @@ class Calibration:
     remarks: tuple[str, ...]
 
 
-@dataclass(frozen=True)
-class _Group:
-    """The steps at one worker count of one run; arrays are (steps, workers)."""
-
-    workers: int
-    crowding: float
-    others: float  # threads of other workers that are busy meanwhile
-    samples: Floats
-    phases: Floats  # (steps, workers, 3)
-    exchange: Floats  # (steps,)
-    update: Floats
-    divided: bool  # whether each updates its slice
-
-    @property
-    def computing(self) -> Floats:
-        total: Floats = self.phases.sum(axis=2) / self.crowding
-        return total
-
-    def updating(self, contention: float) -> Floats:
-        """Seconds of a whole update by a worker that nobody disturbs."""
-        whole: Floats = self.update * (self.workers if self.divided else 1)
-        return whole / self.crowding / (1 + contention * self.others)
-
-
 def calibrate(histories: History | Iterable[History], *, algorithm: str | None = None) -> Calibration:
     """The cost of a step, from what happened in one or several runs of the same model.
 
@@ -129,10 +103,10 @@ def calibrate(histories: History | Iterable[History], *, algorithm: str | None =
     """
     every = [histories] if isinstance(histories, History) else list(histories)
     starts = [_start(history) for history in every]
-    groups = [group for history, start in zip(every, starts, strict=True) for group in _groups(history, start)]
+    groups = [group for history, start in zip(every, starts, strict=True) for group in groups_of(history, start)]
     if not groups:
         raise InputError(
-            f"There are no {_WARM_UP_STEPS + _FEWEST_STEPS} steps at any one worker count in this history.",
+            f"There are no {WARM_UP_STEPS + FEWEST_STEPS} steps at any one worker count in this history.",
             cause="the run was too short, or resized all the time",
             remedy="train for more steps before calibrating a cost model",
         )
@@ -152,7 +126,7 @@ def calibrate(histories: History | Iterable[History], *, algorithm: str | None =
         _usual(np.concatenate([g.updating(contention).ravel() for g in groups])),
         _usual(np.array(control)) if control else 0.0,
         nbytes, start.batch_size, start.cores, start.threads_per_worker,
-        any(start.exchange == _DIVIDED for start in starts), chosen, network, simulated,
+        any(start.exchange == DIVIDED for start in starts), chosen, network, simulated,
         tuple(remarks),
     )  # fmt: skip
 
@@ -178,43 +152,7 @@ def _start(history: Any) -> RunStart:
     return start
 
 
-def _groups(history: History, start: RunStart) -> list[_Group]:
-    """The settled steps by worker count; those that account for all of their workers alike."""
-    by_count: dict[int, list[StepDone]] = {}
-    seen: dict[int, int] = {}
-    for step in history.steps:
-        seen[step.generation] = seen.get(step.generation, 0) + 1
-        if seen[step.generation] > _WARM_UP_STEPS and any(part.samples for part in step.workers):
-            by_count.setdefault(step.world_size, []).append(step)
-    return [
-        _group(count, steps, start) for count, steps in sorted(by_count.items()) if len(steps) >= _FEWEST_STEPS
-    ]  # fmt: skip
-
-
-def _group(count: int, steps: Sequence[StepDone], start: RunStart) -> _Group:
-    shown = min(len(step.workers) for step in steps)
-    parts = [step.workers[:shown] for step in steps]
-    # In one process workers take turns: whoever computes has the machine alone.
-    in_turns = start.exchange == "in turns"
-    crowding = 1.0 if in_turns else max(1.0, count * start.threads_per_worker / start.cores)
-    others = (
-        0.0 if in_turns else max(0.0, min(count * start.threads_per_worker, start.cores) - start.threads_per_worker)
-    )
-    return _Group(
-        count, crowding, others,
-        np.array([[part.samples for part in row] for row in parts], np.float64),
-        np.array([[_computing_of(part) for part in row] for row in parts], np.float64),
-        np.array([min(part.exchange_seconds for part in row) for row in parts], np.float64),
-        np.array([[part.update_seconds for part in row] for row in parts], np.float64),
-        start.exchange == _DIVIDED,
-    )  # fmt: skip
-
-
-def _computing_of(part: WorkerStep) -> tuple[float, float, float]:
-    return part.data_seconds, part.forward_seconds, part.backward_seconds
-
-
-def _computing(groups: Sequence[_Group], remarks: list[str]) -> tuple[float, float, float]:
+def _computing(groups: Sequence[Group], remarks: list[str]) -> tuple[float, float, float]:
     """Seconds a sample, seconds a step, and what every other busy core adds to both, as a share of it."""
     points = np.array([point for group in groups for point in _points(group)])
     rows, others, usual, counts = points.T
@@ -246,7 +184,7 @@ def _contention(columns: Floats, others: Floats, usual: Floats, weights: Floats)
     return float(minimize_scalar(off, bounds=(0.0, _MOST_CONTENTION), method="bounded", options={"xatol": 1e-5}).x)
 
 
-def _points(group: _Group) -> list[tuple[float, float, float, float]]:
+def _points(group: Group) -> list[tuple[float, float, float, float]]:
     """Samples, other busy threads, usual seconds and how often, for every size of share."""
     sizes, times = np.unique(group.samples[group.samples > 0], return_counts=True)
     computing = group.computing
@@ -267,7 +205,7 @@ def _nonnegative(columns: Floats, values: Floats, weights: Floats) -> tuple[list
     return [float(value) for value in found / scale], float(off)
 
 
-def _variation(groups: Sequence[_Group], remarks: list[str]) -> tuple[float, float, float]:
+def _variation(groups: Sequence[Group], remarks: list[str]) -> tuple[float, float, float]:
     """Relative spread, how often workers straggle, and how many times as long that takes."""
     several = [group for group in groups if group.samples.shape[1] > 1]
     if not several:
@@ -283,7 +221,7 @@ def _variation(groups: Sequence[_Group], remarks: list[str]) -> tuple[float, flo
     return float(np.sqrt(np.mean(variances))), float(slow.mean()), times
 
 
-def _relative(group: _Group) -> Floats:
+def _relative(group: Group) -> Floats:
     """Computing, relative to what is usual for shares of that size in this group; NaN where there was no share."""
     relative: Floats = np.full_like(group.samples, np.nan)
     for size in np.unique(group.samples[group.samples > 0]):
@@ -311,14 +249,14 @@ def _variance(relative: Floats) -> float:
     return float(np.nanvar(rows, axis=1, ddof=1).mean())
 
 
-def _phase_shares(groups: Sequence[_Group]) -> tuple[float, float, float]:
+def _phase_shares(groups: Sequence[Group]) -> tuple[float, float, float]:
     totals = np.sum([np.median(group.phases, axis=(0, 1)) for group in groups], axis=0)
     whole = totals.sum()
     data, forward, backward = totals / whole if whole > 0 else (0.0, 1 / 3, 2 / 3)
     return float(data), float(forward), float(backward)
 
 
-def _network(groups: Sequence[_Group], start: RunStart, algorithm: str, nbytes: int, remarks: list[str]) -> Network:
+def _network(groups: Sequence[Group], start: RunStart, algorithm: str, nbytes: int, remarks: list[str]) -> Network:
     """Latency and bandwidth from the exchange at several worker counts; what cannot be told is assumed."""
     assumed = NETWORKS["shared memory" if algorithm == "shared memory" else "loopback"]
     exchanging = [group for group in groups if group.workers > 1]
