@@ -14,7 +14,7 @@ import os
 import threading
 from bisect import bisect_right
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from operator import attrgetter
 from pathlib import Path
 from types import NoneType
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     import pandas
 
 __all__ = [
+    "EXCHANGE_WAYS",
     "KINDS",
     "PHASES",
     "PLAIN",
@@ -56,6 +57,9 @@ __all__ = [
 PLAIN = "plain PyTorch"
 #: Where a worker's time goes in a step, in the order of a step.
 PHASES = ("data", "forward", "backward", "exchange", "update", "idle")
+#: How gradients are added up: in memory that the workers of a host share, where they may divide the update too; over
+#: gloo's connections; by tasks; or not at all, where workers take turns in one process.
+EXCHANGE_WAYS = ("shared memory", "shared memory, divided update", "gloo", "tasks", "in turns")
 
 DEFAULT_CAPACITY = 50_000
 
@@ -102,7 +106,11 @@ class Event:
 
 @dataclass(frozen=True, slots=True)
 class RunStart(Event):
-    """The run began: what is trained, on what, and how."""
+    """The run began: what is trained, on what, and how.
+
+    ``exchange`` says how gradients are added up: one of `EXCHANGE_WAYS`, or the algorithm that a simulation prices;
+    "" where nobody says. ``simulated`` is true where all times are those of a virtual clock.
+    """
 
     strategy: str
     workers: tuple[str, ...]
@@ -116,6 +124,8 @@ class RunStart(Event):
     steps: int
     steps_per_epoch: int
     seed: int
+    exchange: str = ""
+    simulated: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -367,8 +377,9 @@ def _no_event(record: Any) -> InputError:
 
 
 def _build(kind: type[Any], values: Any) -> Any:
-    """A record of a kind from the values of its fields."""
-    if not isinstance(values, dict) or set(values) != {field.name for field in fields(kind)}:
+    """A record of a kind from the values of its fields; what has a default may be missing, as in older files."""
+    needed = {field.name for field in fields(kind) if field.default is MISSING}
+    if not isinstance(values, dict) or not needed <= set(values) <= {field.name for field in fields(kind)}:
         raise _no_event(values)
     hints = get_type_hints(kind)
     return kind(**{name: _revive(f"{kind.__name__}.{name}", hints[name], value) for name, value in values.items()})

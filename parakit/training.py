@@ -260,7 +260,7 @@ def plan(
     start = RunStart(
         0.0, repr(chosen), members, pool.kind, pool.cores, pool.threads,
         sum(p.numel() for p in initial.parameters() if p.requires_grad), len(samples), len(pieces), batch, total,
-        order.steps_per_epoch, seed,
+        order.steps_per_epoch, seed, pool.exchange_of(chosen), pool.simulated,
     )  # fmt: skip
     return Plan(job, roster, active, total, start, rate, identity, resumption, saving)
 

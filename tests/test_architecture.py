@@ -32,10 +32,10 @@ ROOMS = (
         "parakit.checkpoints.fitting", "parakit.checkpoints.places",
     ),
     (
-        "parakit.data", "parakit.progress", "parakit.stragglers", "parakit.vault",
+        "parakit.data", "parakit.progress", "parakit.scaling.groups", "parakit.stragglers", "parakit.vault",
         "parakit.scaling.networks", "parakit.scaling.solving", "parakit.scaling.waiting",
     ),
-    ("parakit.losses", "parakit.scaling.calibration", "parakit.scaling.fit_bands", "parakit.scaling.records"),
+    ("parakit.losses", "parakit.scaling.calibration", "parakit.scaling.fit_bands", "parakit.scaling.terms"),
     ("parakit.gradients", "parakit.scaling.costs", "parakit.scaling.fitting"),
     (
         "parakit.datasets", "parakit.evaluation", "parakit.replica",
@@ -48,7 +48,7 @@ ROOMS = (
     ("parakit.accounts", "parakit.checking", "parakit.scaling.measuring", "parakit.workers.dask.watching"),
     (
         "parakit.strategies.all_reduce", "parakit.strategies.map_reduce", "parakit.workers.group",
-        "parakit.checkpoints.folder",
+        "parakit.checkpoints.folder", "parakit.scaling.records",
     ),
     ("parakit.workers.shared.segments", "parakit.workers.shared.waiting", "parakit.strategies"),
     ("parakit.workers.shared.barrier", "parakit.workers.shared.joining"),
@@ -57,6 +57,7 @@ ROOMS = (
     ("parakit.workers.shared",),
     ("parakit.workers.meeting",),
     ("parakit.workers.inline", "parakit.workers.resident", "parakit.checkpoints.saver"),
+    ("parakit.workers.virtual_team",),
     (
         "parakit.workers.simulated", "parakit.workers.warm", "parakit.workers.dask",
         "parakit.workers.dask.rendezvous", "parakit.checkpoints",
@@ -73,10 +74,15 @@ ROOMS = (
     ("parakit.conducting",),
     ("parakit.run",),
     ("parakit.training", "parakit.course", "parakit.scaling.visits"),
-    ("parakit.scaling.archive", "parakit.scaling.tables", "parakit.scaling.ticker"),
+    (
+        "parakit.scaling.archive", "parakit.scaling.extent", "parakit.scaling.order", "parakit.scaling.probing",
+        "parakit.scaling.tables", "parakit.scaling.ticker",
+    ),
+    ("parakit.scaling.remarks",),
     ("parakit.scaling.study",),
     ("parakit.scaling.sweep",),
     ("parakit.plots.style",),
+    ("parakit.plots.labels",),
     (
         "parakit.plots.costs", "parakit.plots.curves", "parakit.plots.phases", "parakit.plots.scaling",
         "parakit.plots.speedups",

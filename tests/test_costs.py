@@ -7,7 +7,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
+import parakit as pk
 from parakit.errors import InputError
 from parakit.events import History, RunStart, SegmentDone, StepDone, WorkerStep
 from parakit.scaling import exchange
@@ -59,8 +61,9 @@ def test_workers_beyond_the_cores_take_turns() -> None:
 def test_busy_cores_slow_each_other_down() -> None:
     costs = QUIET.with_(contention=0.1, cores=4, fixed_seconds=1e-3)
     assert costs.breakdown(1).compute_seconds == pytest.approx(1e-3 + 240e-3)
-    assert costs.breakdown(4).compute_seconds == pytest.approx(1e-3 + 60e-3 * 1.3)
-    assert costs.with_(workers_per_node=2).breakdown(4).compute_seconds == pytest.approx(1e-3 + 60e-3 * 1.1)
+    assert costs.breakdown(4).compute_seconds == pytest.approx(61e-3 * 1.3)
+    assert costs.with_(update_seconds=2e-3).breakdown(4).update_seconds == pytest.approx(2e-3 * 1.3)
+    assert costs.with_(workers_per_node=2).breakdown(4).compute_seconds == pytest.approx(61e-3 * 1.1)
     assert costs.with_(cores=None).breakdown(4).compute_seconds == pytest.approx(1e-3 + 60e-3)
 
 
@@ -76,6 +79,13 @@ def test_buckets_hide_an_exchange_behind_the_backward_pass() -> None:
         assert 1 < costs.with_(buckets=1).step_seconds(n) / costs.step_seconds(n) <= 2
     # Each bucket pays its own latency.
     assert QUIET.with_(buckets=100).step_seconds(64) > QUIET.step_seconds(64)
+
+
+def test_nodes_whose_workers_share_memory_exchange_within_as_one_node_does() -> None:
+    memory = QUIET.with_(algorithm="shared memory", workers_per_node=4, network=Network("fast", 0.0, 1e15, "made up"),
+                         within=QUIET.network)  # fmt: skip
+    assert memory.exchange_seconds(8) == pytest.approx(memory.exchange_seconds(4), rel=1e-4)
+    assert memory.exchange_seconds(4) == pytest.approx(exchange.shared_memory(4, 4e6, QUIET.network.link))
 
 
 def test_strategies() -> None:
@@ -183,16 +193,23 @@ def history(
     counts: Sequence[int],
     *,
     cores: int = 8,
-    pool: str = "Dask",
+    exchanged: str = "gloo",
+    simulated: bool = False,
     stragglers: float = 0.0,
     steps: int = 60,
     contention: float = 0.0,
     partial: bool = False,
+    slow_half: float = 1.0,
 ) -> History:
     """Events of a run whose cost is known, as a group of real workers would have told it."""
     generator = np.random.default_rng(5)
     found = History()
-    found.append(RunStart(0.0, "AllReduce()", ("a",), pool, cores, 1, PARAMETERS, 9600, 64, 240, 999, 40, 0))
+    found.append(
+        RunStart(
+            0.0, "AllReduce()", ("a",), "inline? no: a name says nothing", cores, 1, PARAMETERS, 9600, 64, 240, 999, 40,
+            0, exchanged, simulated,
+        )
+    )  # fmt: skip
     at = 0.0
     for generation, n in enumerate(counts):
         crowding = max(1.0, n / cores)
@@ -201,15 +218,15 @@ def history(
             share = (240 if step % 3 or not partial else 80) // n
             luck = 1 + TRUTH["spread"] * generator.standard_normal(n)
             luck *= np.where(generator.random(n) < stragglers, 4.0, 1.0)
-            took = (TRUTH["fixed"] + share * TRUTH["sample"] * slowdown) * luck * crowding * (1 + 0.5 * (step < 2))
+            luck *= 1.0 if step < steps / 2 else slow_half
+            took = (TRUTH["fixed"] + share * TRUTH["sample"]) * slowdown * luck * crowding * (1 + 0.5 * (step < 2))
+            update = TRUTH["update"] * crowding * slowdown / (n if "divided" in exchanged else 1)
             swap = exchange.ring(n, 4 * PARAMETERS, exchange.Link(TRUTH["latency"], 1 / TRUTH["rate"]))
             parts = tuple(
-                WorkerStep(
-                    f"w{rank}", 0.1 * t, 0.3 * t, 0.6 * t, swap, TRUTH["update"] * crowding, took.max() - t, share
-                )
+                WorkerStep(f"w{rank}", 0.1 * t, 0.3 * t, 0.6 * t, swap, update, took.max() - t, share)
                 for rank, t in enumerate(took.tolist())
             )
-            seconds = float(took.max()) + swap + TRUTH["update"] * crowding
+            seconds = float(took.max()) + swap + update
             at += seconds
             found.append(StepDone(at, step, 0, 1.0, 240, seconds, 0.1, n, generation, parts))
         found.append(SegmentDone(at, 0, steps, at, 0.02, 0.0, 240 * steps, n, generation))
@@ -260,20 +277,107 @@ def test_what_one_worker_count_cannot_tell_is_assumed_and_said() -> None:
     assert alone.network is NETWORKS["loopback"]
     assert any("spread" in remark for remark in alone.remarks)
     assert any("that of loopback" in remark for remark in alone.remarks)
-    assert CostModel.from_history(history([2, 4], pool="inline, in this process")).network is NETWORKS["loopback"]
-    assert CostModel.from_history(history([2, 4], pool="Dask, shared memory")).algorithm == "shared memory"
+    assert CostModel.from_history(history([2, 4], exchanged="in turns")).network is NETWORKS["loopback"]
+
+
+@pytest.mark.parametrize(
+    ("said", "priced"),
+    [
+        ("shared memory", "shared memory"), ("shared memory, divided update", "shared memory"),
+        ("gloo", "ring"), ("tasks", "ring"), ("in turns", "ring"), ("", "ring"),
+        ("recursive doubling", "recursive doubling"),
+    ],
+)  # fmt: skip
+def test_a_run_says_itself_how_it_exchanges(said: str, priced: str) -> None:
+    found = CostModel.from_history(history([2, 4], exchanged=said))
+    assert found.algorithm == priced
+    assert any("tasks" in remark for remark in found.remarks) == (said == "tasks")
+    assert CostModel.from_history(history([2, 4], exchanged=said), algorithm="binomial tree").algorithm == (
+        "binomial tree"
+    )
+    assert CostModel.from_history(history([1], exchanged="shared memory")).network is NETWORKS["shared memory"]
+
+
+def test_what_was_calibrated_from_simulated_runs_says_so() -> None:
+    found = CostModel.from_history([history([2, 4]), history([8], simulated=True)])
+    assert found.simulated
+    assert repr(found).startswith("<CostModel (simulated): ")
+    assert "simulated" in found._repr_html_()
+    assert not CostModel.from_history(history([2, 4])).simulated
+
+
+@pytest.mark.dask
+@pytest.mark.parametrize(
+    ("strategy", "exchanged", "algorithm"),
+    [
+        (pk.strategies.AllReduce(), "shared memory, divided update", "shared memory"),
+        (pk.strategies.AllReduce(shard=False), "shared memory", "shared memory"),
+        (pk.strategies.AllReduce(exchange="gloo"), "gloo", "ring"),
+    ],
+)
+def test_local_workers_are_calibrated_by_the_exchange_that_they_use(
+    pool: pk.Workers, strategy: Any, exchanged: str, algorithm: str
+) -> None:
+    assert pool.one_host
+    data = pk.datasets.digits().train
+    run = pk.train(torch.nn.Linear(64, 10), data, on=pool, workers=2, steps=60, strategy=strategy)
+    run.wait(60, progress=False)
+    start = run.history.latest(RunStart)
+    assert start is not None
+    assert (start.exchange, start.simulated) == (exchanged, False)
+    assert CostModel.from_history(run.history).algorithm == algorithm
+
+
+@pytest.mark.parametrize(
+    ("on", "strategy", "exchanged"),
+    [
+        ("inline", pk.strategies.AllReduce(), "in turns"),
+        ("inline", pk.strategies.MapReduce(), "in turns"),
+        ("simulated", pk.strategies.AllReduce(), "ring"),
+        ("simulated", pk.strategies.MapReduce(), "tasks"),
+    ],
+)
+def test_pools_in_this_process_say_how_they_exchange(on: str, strategy: Any, exchanged: str) -> None:
+    with pk.connect("inline") if on == "inline" else pk.simulated(4) as workers:
+        run = pk.train(torch.nn.Linear(64, 10), pk.datasets.digits().train, on=workers, steps=2, strategy=strategy)
+        start = run.wait(60, progress=False).history.latest(RunStart)
+        assert start is not None
+        assert (start.exchange, start.simulated) == (exchanged, on == "simulated")
+
+
+@pytest.mark.parametrize("counts", [[1], [4]])
+def test_what_slows_many_steps_in_a_row_is_no_spread_between_workers(counts: list[int]) -> None:
+    steady, shaken = (CostModel.from_history(history(counts, steps=400, slow_half=times)) for times in (1.0, 1.5))
+    assert steady.spread == pytest.approx(TRUTH["spread"], rel=0.1)
+    assert shaken.spread == pytest.approx(TRUTH["spread"], rel=0.15)
 
 
 def test_busy_cores_are_told_from_fixed_costs_where_batches_have_several_sizes() -> None:
     costs = CostModel.from_history(history([1, 2, 4, 8], contention=0.1, partial=True, steps=300))
     assert costs.contention == pytest.approx(0.1, rel=0.15)
     assert costs.fixed_seconds == pytest.approx(TRUTH["fixed"], rel=0.2)
+    assert costs.update_seconds == pytest.approx(TRUTH["update"], rel=0.1)
     assert costs.sample_seconds == pytest.approx(TRUTH["sample"], rel=0.03)
     alike = CostModel.from_history(history([1, 2, 4, 8], contention=0.1, steps=300))
     assert alike.contention == 0
     assert any("busy cores" in remark for remark in alike.remarks)
     # Which of the two is blamed makes no difference to the batch that was measured.
     assert alike.computing_seconds(8, 30) == pytest.approx(costs.computing_seconds(8, 30), rel=0.03)
+
+
+def test_an_update_that_is_divided_is_told_from_a_whole_one() -> None:
+    whole = QUIET.with_(update_seconds=8e-3, contention=0.1, cores=4)
+    divided = whole.with_(divided_update=True)
+    assert whole.updating_seconds([1, 2, 4]).tolist() == pytest.approx([8e-3, 8.8e-3, 10.4e-3])
+    assert divided.updating_seconds([1, 2, 4, 8]).tolist() == pytest.approx([8e-3, 4.4e-3, 2.6e-3, 2.6e-3])
+    # Over nodes, nothing is in common.
+    nodes = divided.with_(workers_per_node=4)
+    assert nodes.updating_seconds([4, 8]).tolist() == pytest.approx([2.6e-3, 10.4e-3])
+    found = CostModel.from_history(history([1, 2, 4, 8], exchanged="shared memory, divided update"))
+    assert found.divided_update
+    assert found.update_seconds == pytest.approx(TRUTH["update"])
+    assert found.updating_seconds(8) == pytest.approx(TRUTH["update"] / 8)
+    assert not CostModel.from_history(history([1, 2])).divided_update
 
 
 def test_several_histories_are_one_calibration() -> None:

@@ -105,6 +105,11 @@ def test_nodes() -> None:
     inside = Link(1e-6, 1e-11)
     one_node = exchange.hierarchical(8, BYTES, LINK, within=inside, workers_per_node=8)
     assert one_node == pytest.approx(exchange.ring(8, BYTES, inside))
+    in_memory = {"within": inside, "workers_per_node": 8, "algorithm": "shared memory"}
+    assert exchange.hierarchical(8, BYTES, LINK, **in_memory) == pytest.approx(exchange.shared_memory(8, BYTES, inside))
+    assert exchange.hierarchical(16, BYTES, Link(0, 1e-9), **in_memory) == pytest.approx(
+        exchange.shared_memory(8, BYTES, inside) + BYTES / 8 * 1e-9
+    )
     flat = exchange.hierarchical(8, BYTES, LINK, within=inside, workers_per_node=1)
     assert flat == pytest.approx(exchange.ring(8, BYTES, LINK))
     # With a port a worker, each of 8 slices goes over its own; with a single port, they follow one another.

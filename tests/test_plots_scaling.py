@@ -12,6 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from parakit.errors import InputError
+from parakit.plots.labels import label_points
 from parakit.plots.scaling import picture, scaling_efficiency, scaling_speedup
 from parakit.scaling.costs import CostModel
 from parakit.scaling.records import About, Measurement
@@ -77,7 +78,7 @@ STUDIES = {
     "crowded far": lambda: study((1, 2, 32), 2),
     "nothing": lambda: Scaling([], stopped="interrupted."),
     "many counts": lambda: study(tuple(range(1, 15)), 14),
-    "simulated": lambda: study(plain=False, pool="simulated, virtual clock"),
+    "simulated": lambda: study(plain=False, pool="far away", simulated=True),
 }
 
 
@@ -180,6 +181,47 @@ def test_legends_stay_within_the_picture(name: str) -> None:
     for ax in (left, right):
         assert ax.get_legend().get_window_extent().y0 >= ax.get_window_extent().y1 - 1
         assert ax.get_window_extent().height > 0.5 * figure.bbox.height
+
+
+def labels(ax: Axes) -> list[Any]:
+    return [text for text in ax.texts if text.get_text().endswith(("×", " %")) and text.get_visible()]
+
+
+@pytest.mark.parametrize("fitted", [False, True])
+@pytest.mark.parametrize("width", [8.4, 9.6])
+@pytest.mark.parametrize("name", ["usual", "one count", "without rivals", "crowded", "crowded far", "simulated", "six"])
+def test_labels_cover_no_curve_no_point_and_no_label(name: str, width: float, fitted: bool) -> None:
+    made = study((1, 2, 3, 4, 6, 8), 8) if name == "six" else STUDIES[name]()
+    made.fits.update({"usl": Law()} if fitted else {})
+    figure = Figure(figsize=(width, 4.0), dpi=100, layout="constrained")
+    both = figure.subplots(1, 2)
+    for ax, draw in zip(both, (scaling_speedup, scaling_efficiency), strict=True):
+        draw(made, ax)
+    drawn(both[0])
+    for ax in both:
+        boxes = [text.get_window_extent() for text in labels(ax)]
+        assert len(boxes) == len(made.workers) or (name, width) == ("six", 8.4)
+        for place, box in enumerate(boxes):
+            assert box.x0 >= ax.bbox.x0
+            assert box.x1 <= ax.bbox.x1
+            assert not any(box.overlaps(other) for other in boxes[:place])
+            assert not any(box.contains(*ax.transData.transform(point)) for point in points(ax))
+        covered = sum(
+            bool(line.get_path().transformed(line.get_transform()).intersects_bbox(box, filled=False))
+            for line in ax.lines for box in boxes
+        )  # fmt: skip
+        # Where curves lie close beside each other, some of a label has to be on one.
+        assert covered <= (2 if name in ("six", "crowded far") or width == 8.4 else 0)
+
+
+def test_a_label_that_has_no_place_of_its_own_is_left_out() -> None:
+    ax = axes()
+    ax.plot([0, 1], [0, 1])
+    label_points(ax, [(0.5, 0.5, f"{number} %") for number in range(60)])
+    drawn(ax)
+    boxes = [text.get_window_extent() for text in labels(ax)]
+    assert 0 < len(boxes) < 60
+    assert not any(box.overlaps(other) for place, box in enumerate(boxes) for other in boxes[:place])
 
 
 def test_the_picture_is_a_png_of_both() -> None:

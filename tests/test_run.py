@@ -387,14 +387,16 @@ def test_the_wait_for_tasks_is_exchange_and_no_update(pool: pk.Workers) -> None:
 
 
 @pytest.mark.dask
+@pytest.mark.parametrize("strategy", [pk.strategies.AllReduce(), pk.strategies.MapReduce()], ids=repr)
 @pytest.mark.parametrize("kind", ["inline", "dask"])
 def test_the_first_step_of_a_segment_tells_how_much_gradients_differ(
-    pool: pk.Workers, inline: pk.Workers, kind: str
+    pool: pk.Workers, inline: pk.Workers, kind: str, strategy: Any
 ) -> None:
     on, model = (inline if kind == "inline" else pool), small_net().double()
     digits = pk.datasets.digits().train
     data = digits.tensors[0].double(), digits.tensors[1]
-    run = pk.train(model, data, on=on, workers=2, steps=40, clip_norm=1e-3).wait(LIMIT, progress=False)
+    run = pk.train(model, data, on=on, workers=2, steps=40, clip_norm=1e-3, strategy=strategy)
+    run.wait(LIMIT, progress=False)
     norms = run.history.of(GradientNorms)
     assert [found.step for found in norms] == [segment.first_step for segment in run.history.of(SegmentDone)]
 
@@ -415,7 +417,7 @@ def test_the_first_step_of_a_segment_tells_how_much_gradients_differ(
     assert norms[0].norms_squared == pytest.approx([float(gradient(share).square().sum()) for share in shares])
     everything = Samples.join(shares)
     assert norms[0].global_norm_squared == pytest.approx(float(gradient(everything).square().sum()))
-    alone = pk.train(model, data, on=on, workers=1, steps=4).wait(LIMIT, progress=False)
+    alone = pk.train(model, data, on=on, workers=1, steps=4, strategy=strategy).wait(LIMIT, progress=False)
     assert alone.history.of(GradientNorms) == ()
 
 

@@ -125,7 +125,7 @@ def test_a_repeat_that_is_there_twice_is_refused() -> None:
 def test_the_table_as_text_has_all_that_matters_and_is_not_wide() -> None:
     text = repr(study())
     lines = text.splitlines()
-    assert max(map(len, lines)) <= 90
+    assert max(map(len, lines)) <= 80
     assert lines[0] == "strong scaling, batch of 256, AllReduce()"
     four = lines[4].split()
     assert four == ["4", "2,560", "2,080–2,880", "3.20", "3.20–3.20", "2.56", "1.60", "80", "%", "0.083"]
@@ -143,12 +143,101 @@ def test_more_workers_than_cores_are_marked() -> None:
 
 
 def test_what_is_simulated_says_so_everywhere() -> None:
-    about = replace(ABOUT, pool="simulated, virtual clock")
+    about = replace(ABOUT, pool="far away", simulated=True)
     made = Scaling([replace(m, simulated=True) for m in measurements() if m.kind == "workers"], about)
     assert made.simulated
     for shown in (repr(made), made._repr_html_()):
         assert shown.count("imulated") >= 2
         assert "Not measured" not in shown
+    assert made.row(2).simulated
+    assert not Scaling(measurements(), replace(ABOUT, pool="simulated? no: a name says nothing")).simulated
+
+
+def test_what_follows_from_simulated_workers_says_that_it_is_simulated() -> None:
+    about = replace(ABOUT, simulated=True)
+    found = [replace(m, simulated=True) for m in measurements() if m.kind == "workers"]
+    made, real = Scaling(found, about, histories=[history()]), study(histories=[history()])
+    for shown in (made.fit("amdahl"), made.compare(), *made.compare().fits.values(), made.costs, made.predict(8)):
+        assert shown.simulated
+        assert "imulated" in repr(shown)
+        assert "imulated" in getattr(shown, "_repr_html_", shown.__str__)()
+        assert "imulated" in getattr(shown, "words", "simulated")
+    for measured_ in (real.fit("amdahl"), real.compare(), *real.compare().fits.values(), real.costs, real.predict(8)):
+        assert not measured_.simulated
+        assert "imulated" not in str(measured_).replace("simulated=False", "")
+
+
+def test_asking_does_not_change_a_study() -> None:
+    few = crowded_above(2)
+    before = repr(few), few.to_json()
+    few.fit("amdahl")
+    few.compare()
+    few.predict(16)
+    assert (repr(few), few.to_json()) == before
+
+
+def test_errors_of_a_comparison_are_not_swallowed(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+
+    def broken(*_: Any, **__: Any) -> Any:
+        calls.append(1)
+        raise InputError("out of order")
+
+    monkeypatch.setattr("parakit.scaling.choosing.compare", broken)
+    with pytest.raises(InputError, match="out of order"):
+        study(histories=[history()]).compare()
+    assert calls == [1]  # and it was not tried again without the cost model
+
+
+def test_a_study_without_steps_for_a_cost_model_is_compared_without_one() -> None:
+    assert "mechanistic" in study(histories=[history()]).compare().fits
+    assert "mechanistic" not in study().compare().fits
+
+
+def rivals_of(one: float, all_: float, *, spread: float = 0.0) -> Scaling:
+    found = [m for m in measurements() if m.kind == "workers"]
+    for block, weather in enumerate(WEATHER):
+        luck = 1 + spread * (block - 1)
+        found += [plainly(1, block, one * weather * luck), plainly(4, block, all_ * weather * luck)]
+    return Scaling(found, ABOUT)
+
+
+def words(made: Scaling) -> str:
+    return " ".join(repr(made).split())
+
+
+def test_plain_pytorch_that_is_slower_on_all_cores_is_told() -> None:
+    slow = rivals_of(1250.0, 1000.0)
+    assert "Plain PyTorch is slower with 4 cores than with 1 core: 0.80 times the samples/s." in words(slow)
+    assert "slower with 4 cores than with 1 core" in slow._repr_html_()
+    assert "slower with 4 cores" not in words(study())
+
+
+def test_plain_pytorch_that_is_faster_than_any_number_of_workers_is_told() -> None:
+    fast = rivals_of(1000.0, 4000.0)
+    told = "Plain PyTorch, 4 cores, is faster than every worker count here: 1.25 times 4 workers, the fastest."
+    assert told in words(fast)
+    assert told in fast._repr_html_()
+    unsure = rivals_of(1000.0, 3400.0, spread=0.3)
+    assert "faster than every worker count here by the median, though not in every block" in words(unsure)
+    assert "faster than every" not in words(study())
+    assert "faster than every" not in words(Scaling([plainly(1, 0, 100.0)]))
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-4, 1e2, 1e4, 1e7])
+def test_no_line_of_a_table_is_wider_than_80_columns(scale: float) -> None:
+    strategy = "Own(" + ", ".join(f"option_{n}={n}" for n in range(20)) + ")"
+    many_ = [1, 2, 4, 1024, 100_000]
+    for cores in (4, 192):
+        found = [measured(n, block, rate, cores=cores) for block, weather in enumerate(WEATHER) for n in many_
+                 for rate in [scale * weather * 1234.5 * n**0.9]]  # fmt: skip
+        for block in range(3):
+            found += [plainly(1, block, 1250 * scale), plainly(192, block, 98765 * scale)]
+        made = Scaling(found, replace(ABOUT, strategy=strategy, machine="A processor with a long name " * 4))
+        assert max(map(len, repr(made).splitlines())) <= 80
+        # Where the columns do not fit beside each other, none is lost.
+        heads = [word for line in repr(made).splitlines() for word in line.split() if word in ("eff.", "K-F")]
+        assert heads == ["eff.", "K-F"]
 
 
 def test_an_incomplete_study_says_so_and_why() -> None:
@@ -247,7 +336,7 @@ def with_first(**more: Any) -> str:
 @pytest.mark.parametrize(
     "text",
     [
-        "", "{", "[]", "3", "null", '{"format": "else"}', changed(version=2), changed(measurements=None),
+        "", "{", "[]", "3", "null", '{"format": "else"}', changed(version=3), changed(measurements=None),
         changed(about={}), changed(about=None), changed(histories=3), changed(measurements=[{}]),
         changed(measurements=[3]), with_first(rate=math.nan), with_first(rate="fast"), with_first(workers=1.5),
         with_first(workers=None), with_first(more=1), with_first(breakdown=["a"] * 6), with_first(breakdown=3),
@@ -255,11 +344,84 @@ def with_first(**more: Any) -> str:
         changed(about=study().to_dict()["about"] | {"mode": "medium"}),
         changed(about=study().to_dict()["about"] | {"counts": [1, "2"]}),
         changed(about=study().to_dict()["about"] | {"batch_size": "256"}),
+        None, 3, "[" * 100_000, '{"a":' * 100_000, "1" * 5000, b"\xff", changed(version=True), changed(stopped=None),
+        changed(notes=[1]),
     ],
 )  # fmt: skip
-def test_what_is_no_study_is_refused(text: str) -> None:
+def test_what_is_no_study_is_refused(text: Any) -> None:
     with pytest.raises(InputError):
         Scaling.from_json(text)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("threads", 0), ("threads", 1.5), ("cores", 0), ("batch_size", -256), ("batch_size", 0), ("parameters", -1),
+        ("samples", -5), ("repeats", -1), ("seconds", math.nan), ("seconds", -1.0), ("seconds", math.inf),
+        ("seconds", 10**400), ("seed", -1), ("counts", [0]), ("counts", [True]), ("counts", 3), ("simulated", 1),
+        ("in_turns", None), ("cores", 10**30), ("pool", 3), ("mode", "medium"),
+    ],
+)  # fmt: skip
+def test_what_a_study_is_about_is_checked_by_name(name: str, value: Any) -> None:
+    with pytest.raises(InputError, match=name):
+        Scaling.from_json(changed(about=study().to_dict()["about"] | {name: value}))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("threads", 0), ("cores", 0), ("rate", 10**400), ("rate", -1.0), ("workers", 10**30), ("at_seconds", math.nan),
+     ("seconds", None), ("simulated", "no")],
+)  # fmt: skip
+def test_a_measurement_in_a_file_is_checked_by_name(name: str, value: Any) -> None:
+    with pytest.raises(InputError, match=name):
+        Scaling.from_json(with_first(**{name: value}))
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "value"),
+    [
+        ("RunStart", "cores", 0), ("RunStart", "threads_per_worker", 0), ("RunStart", "batch_size", -1),
+        ("RunStart", "parameters", -1), ("StepDone", "seconds", math.nan), ("StepDone", "seconds", -1.0),
+        ("StepDone", "world_size", 0), ("StepDone", "workers", []), ("StepDone", "at_seconds", math.inf),
+        ("StepDone", "samples", -1), ("SegmentDone", "control_seconds", math.nan),
+    ],
+)  # fmt: skip
+def test_an_event_in_a_file_is_checked_by_name(kind: str, name: str, value: Any) -> None:
+    values = study(histories=[history()]).to_dict()
+    next(event for event in values["histories"][0] if event["kind"] == kind)[name] = value
+    with pytest.raises(InputError, match=f"{kind}.{name}"):
+        Scaling.from_json(json.dumps(values))
+
+
+def test_the_account_of_a_worker_in_a_file_is_checked() -> None:
+    values = study(histories=[history()]).to_dict()
+    done = next(event for event in values["histories"][0] if event["kind"] == "StepDone")
+    done["workers"][0]["backward_seconds"] = math.nan
+    with pytest.raises(InputError, match=r"StepDone\.workers"):
+        Scaling.from_json(json.dumps(values))
+
+
+def test_a_file_of_version_1_is_read() -> None:
+    for pool, simulated, in_turns in (
+        ("simulated, virtual clock", True, False), ("inline, in this process", False, True), ("Dask", False, False),
+    ):  # fmt: skip
+        old = study(histories=[history()]).to_dict() | {"version": 1}
+        start = next(event for event in old["histories"][0] if event["kind"] == "RunStart")
+        del start["exchange"], start["simulated"]
+        old["about"] = {k: v for k, v in old["about"].items() if k not in ("simulated", "in_turns")} | {"pool": pool}
+        back = Scaling.from_json(json.dumps(old))
+        assert (back.about.simulated, back.about.in_turns) == (simulated, in_turns)
+        begun = back.histories[0].latest(RunStart)
+        assert begun is not None
+        assert (begun.simulated, begun.exchange) == (simulated, "in turns" if in_turns else "")
+
+
+@pytest.mark.parametrize("path", [None, 3, "", "study\0.json", b"study.json", ["study.json"], True])
+def test_a_path_that_cannot_be_is_refused(path: Any) -> None:
+    with pytest.raises(InputError, match="path is"):
+        study().save(path)
+    with pytest.raises(InputError, match="path is"):
+        Scaling.load(path)
 
 
 def test_files_that_cannot_be_are_refused(tmp_path: Path) -> None:
@@ -269,6 +431,11 @@ def test_files_that_cannot_be_are_refused(tmp_path: Path) -> None:
         study().save(tmp_path / "nowhere" / "study.json")
     with pytest.raises(InputError, match="No study can be read"):
         Scaling.load(tmp_path / "nothing.json")
+    (tmp_path / "folder.json").mkdir()
+    with pytest.raises(InputError, match="cannot be written"):
+        study().save(tmp_path / "folder.json")
+    with pytest.raises(InputError, match="No study can be read"):
+        Scaling.load(tmp_path / "folder.json")
     (tmp_path / "binary.json").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(InputError, match="No study can be read"):
         Scaling.load(tmp_path / "binary.json")
@@ -327,13 +494,12 @@ def test_crowded_counts_take_part_in_a_fit_only_if_few_others_are_there() -> Non
     counts, rates = enough._for_fits(None)
     assert counts.tolist() == [1, 2, 4] * 2
     assert rates.tolist() == [100.0, 200.0, 400.0] * 2
-    assert enough.notes == ()
+    assert "more than there are cores" not in words(enough)
     assert enough._for_fits(True)[0].tolist() == [1, 2, 4, 8] * 2
     few = crowded_above(2)
     assert few._for_fits(None)[0].tolist() == [1, 2, 4, 8] * 2
     assert few._for_fits(None)[1].shape == (8,)
-    assert len(few.notes) == 1
-    assert "4, 8 workers too, more than there are cores" in few.notes[0]
+    assert "4, 8 workers too, more than there are cores" in words(few)
     assert few._for_fits(False)[0].tolist() == [1, 2] * 2
     with pytest.raises(InputError, match="more workers than cores are left out"):
         crowded_above(1).fit(crowded=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import threading
@@ -16,9 +17,11 @@ import parakit as pk
 from parakit.errors import DataError, InputError, ModelError, PoolError, RunFailed, WorkerCountError
 from parakit.events import PHASES, RunStart
 from parakit.scaling import visits as visiting
+from parakit.scaling.extent import usual_counts
+from parakit.scaling.order import visits
 from parakit.scaling.plain import PlainRates
 from parakit.scaling.study import Scaling
-from parakit.scaling.sweep import _usual_counts, sweep, visits
+from parakit.scaling.sweep import sweep
 from parakit.scaling.ticker import Ticker
 from parakit.workers.simulated import simulated
 from tests.test_exact import LIMIT
@@ -107,6 +110,7 @@ def test_a_sweep_on_inline_workers(inline: pk.Workers) -> None:
         assert sum(m.breakdown) < 3 * m.seconds / m.steps
         assert m.seconds >= 0.9 * 0.05
     assert "take turns" in repr(study)
+    assert (study.about.in_turns, study.about.simulated) == (True, False)
     assert is_free(inline)
     # The steps that were timed are kept, some of each visit.
     (history,) = study.histories
@@ -150,6 +154,11 @@ def test_a_sweep_on_simulated_workers_has_the_speedups_of_their_costs(arithmetic
         study = swept(far, workers=[2, 8, 64], repeats=2, seconds=0.3, chunks=64)
         check_visits(study, (1, 2, 8, 64), 2)
         assert study.simulated
+        assert study.about.simulated
+        assert study.costs.simulated
+        assert "imulated" in repr(study.compare())
+        assert "imulated" in repr(study.fit("amdahl"))
+        assert "imulated" in str(study.predict(128))
         assert study.baselines == {}
         assert all(m.simulated for m in study.measurements)
         assert "imulated" in repr(study)
@@ -294,6 +303,30 @@ def test_wrong_options_are_refused(inline: pk.Workers, name: str, wrong: Any, sc
     inline.hold("free", lambda: None)  # nothing was started
 
 
+@pytest.mark.parametrize(
+    ("how", "told"),
+    [
+        ({"seconds": float("inf")}, "inf hours"),
+        ({"seconds": 1e308}, "hours; the most is 24"),
+        ({"seconds": 40_000.0, "repeats": 2}, "2 worker counts, 2 repeats and 40000 seconds each .* 44.4[45] hours"),
+        ({"repeats": 10**9}, "repeats is 1000000000; the most is 10,000"),
+        ({"repeats": 10**400}, "repeats is 10+"),
+        ({"repeats": 10_000, "workers": range(1, 60)}, "59 worker counts, 10,000 repeats and 0.05 seconds"),
+        ({"workers": itertools.count(1)}, "workers has more than 1,000 counts"),
+        ({"workers": itertools.repeat(2)}, "workers has 2 more than once"),
+        ({"workers": range(1, 10**9)}, "workers has more than 1,000 counts"),
+    ],
+)  # fmt: skip
+def test_a_sweep_without_end_is_refused_with_its_numbers(inline: pk.Workers, how: dict[str, Any], told: str) -> None:
+    with pytest.raises(InputError, match=told):
+        swept(inline, **how)
+    inline.hold("free", lambda: None)  # nothing was started
+
+
+def test_counts_may_come_from_a_generator(inline: pk.Workers) -> None:
+    assert swept(inline, workers=(n for n in (2, 1)), repeats=1, seconds=0.01).workers == (1, 2)
+
+
 def test_numbers_of_numpy_are_taken(inline: pk.Workers) -> None:
     import numpy as np
 
@@ -332,7 +365,7 @@ def test_a_busy_pool_and_what_is_no_pool_are_refused(inline: pk.Workers) -> None
 def test_by_default_counts_go_up_to_what_the_pool_has(inline: pk.Workers) -> None:
     with simulated(12, arithmetic=False) as far:
         assert swept(far, workers=None, repeats=1).workers == (1, 2, 4, 8, 12)
-    assert _usual_counts(inline) == [1, 2, 4]
+    assert usual_counts(inline) == [1, 2, 4]
 
 
 # --- the line

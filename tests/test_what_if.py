@@ -91,6 +91,15 @@ def test_the_plot_of_what_ifs_draws_each_model() -> None:
         np.testing.assert_allclose(speedups, model.speedup(counts))
 
 
+def test_pictures_of_costs_from_simulated_runs_say_so() -> None:
+    far = COSTS.with_(simulated=True)
+    assert pk.plots.costs(far, Figure().subplots()).get_ylabel().endswith("(simulated)")
+    assert pk.plots.what_if({"far": far}, Figure().subplots()).get_ylabel().endswith("(simulated)")
+    assert far.explain(8).startswith("Simulated: ")
+    for ax in (pk.plots.costs(COSTS, Figure().subplots()), pk.plots.what_if({"now": COSTS}, Figure().subplots())):
+        assert "simulated" not in ax.get_ylabel()
+
+
 def test_plots_refuse_what_is_no_cost_model() -> None:
     with pytest.raises(InputError, match="no cost model"):
         pk.plots.costs("1GbE")

@@ -493,7 +493,7 @@ class Panel:
 
 def _remarks(pool: Workers) -> list[str]:
     """What people should know about a pool before they judge its speed."""
-    if pool.kind.startswith("inline"):
+    if pool.in_turns:
         return ["Virtual workers compute one after the other in this process: their number does not change the speed."]
     if pool.cores == 1:
         return ["There is 1 core here, which all workers share: more of them cannot be faster on this machine."]

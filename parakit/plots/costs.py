@@ -42,7 +42,9 @@ def draw_costs(costs: CostModel, counts: Sequence[int], ax: Axes) -> Axes:
         unit = "" if place else " ms"
         ax.text(float(place), 101, f"{1e3 * seconds:.3g}{unit}", ha="center", va="bottom", fontsize=8, color=INK)
     ax.set_xticks(places, [f"{count:,}" for count in counts])
-    ax.set(xlabel="workers", ylabel="% of a step", ylim=(0, 109), xlim=(-0.6, len(counts) - 0.4))
+    ax.set(
+        xlabel="workers", ylabel="% of a step" + _said(costs.simulated), ylim=(0, 109), xlim=(-0.6, len(counts) - 0.4)
+    )
     ax.set_yticks(range(0, 101, 20))
     legend_above(ax, bars, columns=len(TERMS), gap=0.8, length=0.9, text_gap=0.3)
     return ax
@@ -65,11 +67,17 @@ def draw_what_if(costs: Mapping[str, CostModel], counts: Sequence[int], ax: Axes
     for axis in (ax.xaxis, ax.yaxis):
         axis.set_major_formatter(FuncFormatter(plain_number))
         axis.set_minor_formatter(NullFormatter())
-    ax.set(xlabel="workers", ylabel="speedup relative to 1 worker", xlim=(1, max(counts)),
+    said = _said(any(model.simulated for model in costs.values()))
+    ax.set(xlabel="workers", ylabel=f"speedup relative to 1 worker{said}", xlim=(1, max(counts)),
            ylim=(0.9 * lowest, 1.1 * max(counts)))  # fmt: skip
     ax.grid(alpha=0.25)
     legend_above(ax, lines, columns=min(4, len(lines)), gap=0.8, length=1.6)
     return ax
+
+
+def _said(simulated: bool) -> str:
+    """That a model was calibrated from simulated runs."""
+    return " (simulated)" if simulated else ""
 
 
 def what_if_picture(costs: Mapping[str, CostModel], counts: Sequence[int], here: int) -> bytes:

@@ -15,6 +15,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from parakit.checking import brief, check_whole
 from parakit.errors import InputError
+from parakit.plots.labels import label_points
 from parakit.plots.style import (
     GREY,
     INK,
@@ -40,7 +41,6 @@ _LABELLED = 6  # more labels would overlap
 _TICKS = 12
 _CURVE_POINTS = 64
 _FITTED_POINTS = 24  # a prediction may take its time
-_BEHIND = {"boxstyle": "square,pad=0.15", "facecolor": "white", "edgecolor": "none"}
 _NARROW_INCHES = 4.6  # axes that have no room for three columns of a legend
 _FIT_COLOURS = ("#009E73", "#E69F00", "#56B4E9", "#CC79A7")
 _RIVAL_STYLES = ((0, (1, 1)), (0, (1, 2.2)), (0, (3, 1, 1, 1)))
@@ -166,17 +166,16 @@ class _Growth:
             face = "white" if row.crowded else colour
             self._ax.plot([row.workers], [median], "o", ms=6.5, mfc=face, mec=colour, mew=1.6, zorder=5)
             self._reached = max(self._reached, high)
-            if len(self._rows) <= _LABELLED:
-                self._label(row.workers, median)
+        if len(self._rows) <= _LABELLED:
+            label_points(self._ax, self._labels())
 
-    def _label(self, count: int, value: float) -> None:
-        text = f"{value:.2f}×" if self._power == 0 else f"{100 * value:.0f} %"
-        # The last one has no room on its right.
-        last = count == self._right
-        self._ax.annotate(
-            text, (count, value), (-9, -4) if last else (9, -4), textcoords="offset points", fontsize=9, color=INK,
-            ha="right" if last else "left", bbox=_BEHIND, zorder=6,
-        )  # fmt: skip
+    def _labels(self) -> list[tuple[float, float, str]]:
+        """Of the points; the last one first, which is what most people look for."""
+        found: list[tuple[float, float, str]] = []
+        for row in reversed(self._rows):
+            value = float(self._scaled(row.workers, row.speedup.median))
+            found.append((row.workers, value, f"{value:.2f}×" if self._power == 0 else f"{100 * value:.0f} %"))
+        return found
 
     def _crowd(self) -> None:
         """A shade over counts with more workers than cores."""

@@ -91,7 +91,8 @@ def explain(model: CostModel, n: int) -> str:
     tried = gains(model, n)
     helping = [f"{what} ({gain:.2f} times the samples/s)" for what, gain in tried.items() if gain >= _HELPS]
     useless = [what for what, gain in tried.items() if gain < _HELPS]
-    sentences = [_largest_term(model, n)]
+    sentences = ["Simulated:"] if model.simulated else []
+    sentences.append(_largest_term(model, n))
     if helping:
         rest = f"; then {', '.join(helping[1:])}" if helping[1:] else ""
         sentences.append(f"Most would help: {helping[0]}{rest}.")

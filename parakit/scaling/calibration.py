@@ -16,19 +16,19 @@ import numpy as np
 import numpy.typing as npt
 
 from parakit.errors import InputError
-from parakit.events import History, RunStart, SegmentDone, StepDone, WorkerStep
+from parakit.events import EXCHANGE_WAYS, History, RunStart, SegmentDone
 from parakit.scaling.exchange import Link, algorithm_named, all_reduce_seconds
+from parakit.scaling.groups import DIVIDED, FEWEST_STEPS, WARM_UP_STEPS, Group, groups_of
 from parakit.scaling.networks import NETWORKS, Network
 
 __all__ = ["Calibration", "calibrate"]
 
 Floats = npt.NDArray[np.float64]
 
-_WARM_UP_STEPS = 3  # of a group: memory is filled, caches are cold
-_FEWEST_STEPS = 5
 _TELLS_APART = 100.0  # condition of a fit beyond which noise decides which cause is blamed
 _STRAGGLES = 2.0  # times the usual time of a worker's part
 _BYTES = 4  # of a float32
+_MOST_CONTENTION = 4.0
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Calibration:
     sample_seconds, fixed_seconds : float
         Of computing, for each sample and for each step.
     contention : float
-        What every other busy core of a machine adds to the former, as a share of it.
+        What every other busy core of a machine adds to both, and to the update, as a share of it.
     spread : float
         Relative standard deviation of a worker's computing, from worker to worker and step to step.
     phases : tuple of three floats
@@ -51,8 +51,12 @@ class Calibration:
         Of the optimizer, for each step; of orders, commit and report, for each segment.
     nbytes, batch_size, cores, threads : int
         Of the exchange in bytes; of the runs.
+    divided_update : bool
+        Whether the workers of a host divide the update among them; its seconds are those of the whole.
     algorithm : str
     network : Network
+    simulated : bool
+        Whether any of the runs lived by a virtual clock.
     remarks : tuple of str
         What was assumed, and why.
     """
@@ -70,27 +74,11 @@ class Calibration:
     batch_size: int
     cores: int
     threads: int
+    divided_update: bool
     algorithm: str
     network: Network
+    simulated: bool
     remarks: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class _Group:
-    """The steps at one worker count of one run; arrays are (steps, workers)."""
-
-    workers: int
-    crowding: float
-    others: float  # threads of other workers that are busy meanwhile
-    samples: Floats
-    phases: Floats  # (steps, workers, 3)
-    exchange: Floats  # (steps,)
-    update: Floats
-
-    @property
-    def computing(self) -> Floats:
-        total: Floats = self.phases.sum(axis=2) / self.crowding
-        return total
 
 
 def calibrate(histories: History | Iterable[History], *, algorithm: str | None = None) -> Calibration:
@@ -101,7 +89,8 @@ def calibrate(histories: History | Iterable[History], *, algorithm: str | None =
     histories : History, or several
         With steps at several worker counts if the exchange is to be measured, not assumed.
     algorithm : str, optional
-        Of the exchange. Default: shared memory where the pool says so, else a ring.
+        Of the exchange. Default: what the runs say of themselves: shared memory, a ring where gloo was used, as gloo's
+        own all-reduce is one, or what a simulation priced; a ring, too, where nobody says.
 
     Returns
     -------
@@ -114,10 +103,10 @@ def calibrate(histories: History | Iterable[History], *, algorithm: str | None =
     """
     every = [histories] if isinstance(histories, History) else list(histories)
     starts = [_start(history) for history in every]
-    groups = [group for history, start in zip(every, starts, strict=True) for group in _groups(history, start)]
+    groups = [group for history, start in zip(every, starts, strict=True) for group in groups_of(history, start)]
     if not groups:
         raise InputError(
-            f"There are no {_WARM_UP_STEPS + _FEWEST_STEPS} steps at any one worker count in this history.",
+            f"There are no {WARM_UP_STEPS + FEWEST_STEPS} steps at any one worker count in this history.",
             cause="the run was too short, or resized all the time",
             remedy="train for more steps before calibrating a cost model",
         )
@@ -125,16 +114,30 @@ def calibrate(histories: History | Iterable[History], *, algorithm: str | None =
     remarks: list[str] = []
     sample_seconds, fixed_seconds, contention = _computing(groups, remarks)
     spread, stragglers, times = _variation(groups, remarks)
-    chosen = algorithm_named(algorithm or ("shared memory" if "shared memory" in start.pool else "ring"))
+    chosen = algorithm_named(algorithm or _algorithm(start, remarks))
+    simulated = any(start.simulated for start in starts)
+    if simulated:
+        remarks.append("Calibrated from simulated runs: these are the numbers that they were priced with.")
     nbytes = _BYTES * start.parameters
     network = _network(groups, start, chosen, nbytes, remarks)
     control = [segment.control_seconds for history in every for segment in history.of(SegmentDone)]
     return Calibration(
         sample_seconds, fixed_seconds, contention, spread, _phase_shares(groups), stragglers, times,
-        _usual(np.concatenate([(g.update / g.crowding).ravel() for g in groups])),
+        _usual(np.concatenate([g.updating(contention).ravel() for g in groups])),
         _usual(np.array(control)) if control else 0.0,
-        nbytes, start.batch_size, start.cores, start.threads_per_worker, chosen, network, tuple(remarks),
+        nbytes, start.batch_size, start.cores, start.threads_per_worker,
+        any(start.exchange == DIVIDED for start in starts), chosen, network, simulated,
+        tuple(remarks),
     )  # fmt: skip
+
+
+def _algorithm(start: RunStart, remarks: list[str]) -> str:
+    """By which algorithm a run exchanges, by what it says of itself."""
+    if start.exchange not in EXCHANGE_WAYS:
+        return start.exchange or "ring"
+    if start.exchange == "tasks":
+        remarks.append("Gradients travelled as tasks, which no formula here is made for: they are priced as a ring.")
+    return "shared memory" if start.exchange.startswith("shared memory") else "ring"
 
 
 def _start(history: Any) -> RunStart:
@@ -149,43 +152,8 @@ def _start(history: Any) -> RunStart:
     return start
 
 
-def _groups(history: History, start: RunStart) -> list[_Group]:
-    """The settled steps by worker count; those that account for all of their workers alike."""
-    by_count: dict[int, list[StepDone]] = {}
-    seen: dict[int, int] = {}
-    for step in history.steps:
-        seen[step.generation] = seen.get(step.generation, 0) + 1
-        if seen[step.generation] > _WARM_UP_STEPS and any(part.samples for part in step.workers):
-            by_count.setdefault(step.world_size, []).append(step)
-    return [
-        _group(count, steps, start) for count, steps in sorted(by_count.items()) if len(steps) >= _FEWEST_STEPS
-    ]  # fmt: skip
-
-
-def _group(count: int, steps: Sequence[StepDone], start: RunStart) -> _Group:
-    shown = min(len(step.workers) for step in steps)
-    parts = [step.workers[:shown] for step in steps]
-    # In one process workers take turns: whoever computes has the machine alone.
-    in_turns = start.pool.startswith("inline")
-    crowding = 1.0 if in_turns else max(1.0, count * start.threads_per_worker / start.cores)
-    others = (
-        0.0 if in_turns else max(0.0, min(count * start.threads_per_worker, start.cores) - start.threads_per_worker)
-    )
-    return _Group(
-        count, crowding, others,
-        np.array([[part.samples for part in row] for row in parts], np.float64),
-        np.array([[_computing_of(part) for part in row] for row in parts], np.float64),
-        np.array([min(part.exchange_seconds for part in row) for row in parts], np.float64),
-        np.array([[part.update_seconds for part in row] for row in parts], np.float64),
-    )  # fmt: skip
-
-
-def _computing_of(part: WorkerStep) -> tuple[float, float, float]:
-    return part.data_seconds, part.forward_seconds, part.backward_seconds
-
-
-def _computing(groups: Sequence[_Group], remarks: list[str]) -> tuple[float, float, float]:
-    """Seconds a sample, seconds a step, and what every other busy core adds to the former, as a share of it."""
+def _computing(groups: Sequence[Group], remarks: list[str]) -> tuple[float, float, float]:
+    """Seconds a sample, seconds a step, and what every other busy core adds to both, as a share of it."""
     points = np.array([point for group in groups for point in _points(group)])
     rows, others, usual, counts = points.T
     if rows.max() < 1.25 * rows.min():
@@ -195,16 +163,28 @@ def _computing(groups: Sequence[_Group], remarks: list[str]) -> tuple[float, flo
         )
         return float(np.average(usual / rows, weights=counts)), 0.0, 0.0
     columns = np.stack([rows, np.ones_like(rows), rows * others], axis=1)
+    weights, told_apart = np.sqrt(counts) / usual, True
     if others.max() == others.min() or np.linalg.cond(columns / np.linalg.norm(columns, axis=0)) > _TELLS_APART:
         # With a batch of one size, samples times workers is the same everywhere, and so these two costs look alike.
         if others.max() > others.min():
             remarks.append("What busy cores cost each other cannot be told from the fixed cost of a step.")
-        columns = columns[:, :2]
-    slope, fixed, *slowdown = _nonnegative(columns, usual, np.sqrt(counts) / usual)
-    return slope, fixed, slowdown[0] / slope if slowdown and slope > 0 else 0.0
+        told_apart = False
+    contention = _contention(columns[:, :2], others, usual, weights) if told_apart else 0.0
+    slope, fixed = _nonnegative(columns[:, :2] * (1 + contention * others)[:, None], usual, weights)[0]
+    return slope, fixed, contention
 
 
-def _points(group: _Group) -> list[tuple[float, float, float, float]]:
+def _contention(columns: Floats, others: Floats, usual: Floats, weights: Floats) -> float:
+    """What every other busy core adds to samples and fixed cost alike, as a share: the best by least squares."""
+    from scipy.optimize import minimize_scalar
+
+    def off(contention: float) -> float:
+        return _nonnegative(columns * (1 + contention * others)[:, None], usual, weights)[1]
+
+    return float(minimize_scalar(off, bounds=(0.0, _MOST_CONTENTION), method="bounded", options={"xatol": 1e-5}).x)
+
+
+def _points(group: Group) -> list[tuple[float, float, float, float]]:
     """Samples, other busy threads, usual seconds and how often, for every size of share."""
     sizes, times = np.unique(group.samples[group.samples > 0], return_counts=True)
     computing = group.computing
@@ -216,20 +196,22 @@ def _points(group: _Group) -> list[tuple[float, float, float, float]]:
     ]
 
 
-def _nonnegative(columns: Floats, values: Floats, weights: Floats) -> list[float]:
-    """The best weights of some columns, none of them negative."""
+def _nonnegative(columns: Floats, values: Floats, weights: Floats) -> tuple[list[float], float]:
+    """The best weights of some columns, none of them negative, and how far off they leave the values."""
     from scipy.optimize import nnls
 
     scale = np.abs(columns * weights[:, None]).max(axis=0)
-    found, _ = nnls(columns * weights[:, None] / scale, values * weights)
-    return [float(value) for value in found / scale]
+    found, off = nnls(columns * weights[:, None] / scale, values * weights)
+    return [float(value) for value in found / scale], float(off)
 
 
-def _variation(groups: Sequence[_Group], remarks: list[str]) -> tuple[float, float, float]:
+def _variation(groups: Sequence[Group], remarks: list[str]) -> tuple[float, float, float]:
     """Relative spread, how often workers straggle, and how many times as long that takes."""
     several = [group for group in groups if group.samples.shape[1] > 1]
     if not several:
-        remarks.append("One worker only: the spread between workers is taken to be that between its steps.")
+        remarks.append(
+            "One worker only: the spread between workers is taken to be that from one of its steps to the next."
+        )
     ratios = [_relative(group) for group in several or groups]
     every = np.concatenate([ratio.ravel() for ratio in ratios])
     every = every[np.isfinite(every)]
@@ -239,7 +221,7 @@ def _variation(groups: Sequence[_Group], remarks: list[str]) -> tuple[float, flo
     return float(np.sqrt(np.mean(variances))), float(slow.mean()), times
 
 
-def _relative(group: _Group) -> Floats:
+def _relative(group: Group) -> Floats:
     """Computing, relative to what is usual for shares of that size in this group; NaN where there was no share."""
     relative: Floats = np.full_like(group.samples, np.nan)
     for size in np.unique(group.samples[group.samples > 0]):
@@ -258,7 +240,8 @@ def _variance(relative: Floats) -> float:
     kept = np.where(np.isfinite(relative) & (relative <= _STRAGGLES), relative, np.nan)
     if kept.shape[1] == 1:
         usual = kept[np.isfinite(kept)]
-        return float(usual.var(ddof=1)) if len(usual) > 1 else 0.0
+        # From one step to the next (von Neumann 1941): what makes many in a row slow would slow other workers too.
+        return float(np.mean(np.diff(usual) ** 2) / 2) if len(usual) > 1 else 0.0
     counts = np.isfinite(kept).sum(axis=1)
     rows = kept[counts > 1]
     if not len(rows):
@@ -266,18 +249,18 @@ def _variance(relative: Floats) -> float:
     return float(np.nanvar(rows, axis=1, ddof=1).mean())
 
 
-def _phase_shares(groups: Sequence[_Group]) -> tuple[float, float, float]:
+def _phase_shares(groups: Sequence[Group]) -> tuple[float, float, float]:
     totals = np.sum([np.median(group.phases, axis=(0, 1)) for group in groups], axis=0)
     whole = totals.sum()
     data, forward, backward = totals / whole if whole > 0 else (0.0, 1 / 3, 2 / 3)
     return float(data), float(forward), float(backward)
 
 
-def _network(groups: Sequence[_Group], start: RunStart, algorithm: str, nbytes: int, remarks: list[str]) -> Network:
+def _network(groups: Sequence[Group], start: RunStart, algorithm: str, nbytes: int, remarks: list[str]) -> Network:
     """Latency and bandwidth from the exchange at several worker counts; what cannot be told is assumed."""
     assumed = NETWORKS["shared memory" if algorithm == "shared memory" else "loopback"]
     exchanging = [group for group in groups if group.workers > 1]
-    if start.pool.startswith("inline"):
+    if start.exchange == "in turns":
         exchanging = []
     alone = [group for group in exchanging if group.crowding == 1.0]
     if exchanging and not alone:
@@ -312,7 +295,7 @@ def _fitted(
     assumed: Network, per_latency: Floats, per_byte_time: Floats, seconds: Floats, remarks: list[str]
 ) -> Network:
     columns = np.stack([per_latency, per_byte_time], axis=1)
-    latency, pace = _nonnegative(columns, seconds, 1 / np.maximum(seconds, 1e-9))
+    (latency, pace), _ = _nonnegative(columns, seconds, 1 / np.maximum(seconds, 1e-9))
     if latency == 0:
         remarks.append("The exchange grows with workers as bandwidth alone explains: its latency comes out as nothing.")
     if pace == 0:

@@ -1,14 +1,8 @@
-"""The mechanistic cost model: what a step costs on N workers, term by term, and what would change that.
+"""The mechanistic cost model: the numbers that a step costs, and what would change that.
 
-Owns one formula: a step is the computing of the slowest worker, the exchange that is not hidden behind it, the update,
-and a share of what a segment costs. Every term has a cause, so the model can be asked what-if questions that a curve
-through throughputs cannot answer. It refuses to fit curves, and to know where its numbers came from.
-
-References
-----------
-Hockney: "The communication challenge for MPP", Parallel Comput. 20 (1994) 389. Li et al.: "PyTorch distributed", PVLDB
-13 (2020) 3005, for buckets that overlap with the backward pass. Stich: "Local SGD converges fast and communicates
-little", ICLR 2019.
+Owns these numbers and what they can be; their formula is in `parakit.scaling.terms`. Every term has a cause, so the
+model can be asked what-if questions that a curve through throughputs cannot answer. It refuses to fit curves, and to
+know where its numbers came from.
 """
 
 from __future__ import annotations
@@ -19,22 +13,18 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import numpy as np
-import numpy.typing as npt
 
 from parakit.errors import InputError
 from parakit.events import History
-from parakit.scaling import exchange
+from parakit.scaling import terms
 from parakit.scaling.breakdown import Breakdown, explain, gains, table
 from parakit.scaling.calibration import calibrate
-from parakit.scaling.exchange import Counts, like_given, worker_counts
+from parakit.scaling.exchange import Counts, algorithm_named, like_given
 from parakit.scaling.networks import NETWORKS, Network, machine_named, network_named
-from parakit.scaling.waiting import check_probability, maximum_normal, maximum_with_stragglers
+from parakit.scaling.waiting import check_probability
 
 __all__ = ["CostModel", "costs_of"]
 
-Floats = npt.NDArray[np.float64]
-
-SEGMENT_SECONDS = 0.25
 _STRATEGIES = ("all-reduce", "parameter server", "local SGD")
 
 
@@ -53,10 +43,12 @@ class CostModel:
     fixed_seconds : float
         Of computing, for each step, however few samples.
     contention : float
-        What every other busy core of a node adds to the time of a sample, as a share of it: they share caches and
-        memory. Counted where `cores` is known.
+        What every other busy core of a node adds to the time of computing and of the update, as a share of it: they
+        share caches and memory. Counted where `cores` is known.
     update_seconds : float
         Of the optimizer, for each step.
+    divided_update : bool
+        Whether workers divide the update among them, as they can where all of them are on one node.
     control_seconds : float
         Of orders, commit and report, for each segment of a quarter of a second.
     spread : float
@@ -93,6 +85,8 @@ class CostModel:
         Steps of local SGD between two exchanges.
     task_seconds : float
         Of a task, where a strategy is made of tasks.
+    simulated : bool
+        Whether it was calibrated from simulated runs, and not from measured ones.
     remarks : tuple of str
         What was assumed in calibrating.
 
@@ -114,6 +108,7 @@ class CostModel:
     fixed_seconds: float = 0.0
     contention: float = 0.0
     update_seconds: float = 0.0
+    divided_update: bool = False
     control_seconds: float = 0.0
     spread: float = 0.0
     stragglers: float = 0.0
@@ -133,11 +128,12 @@ class CostModel:
     servers: int = 1
     local_steps: int = 1
     task_seconds: float = 1e-3
+    simulated: bool = False
     remarks: tuple[str, ...] = field(default=(), compare=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "network", network_named(self.network))
-        object.__setattr__(self, "algorithm", exchange.algorithm_named(self.algorithm))
+        object.__setattr__(self, "algorithm", algorithm_named(self.algorithm))
         if self.within is not None:
             object.__setattr__(self, "within", network_named(self.within))
         _check_numbers(self)
@@ -154,7 +150,7 @@ class CostModel:
             Of runs of one model. Steps at several worker counts give latency and bandwidth of the exchange; with one
             count, or one worker, some of it is assumed, and `remarks` says what.
         algorithm : str, optional
-            Of the exchange. Default: shared memory where the pool says so, else a ring.
+            Of the exchange. Default: what the runs say of themselves; a ring where they say nothing.
         **changes
             As for `with_`.
 
@@ -195,30 +191,19 @@ class CostModel:
 
     def rows(self, n: Counts, batch_size: int | None = None) -> Any:
         """Rows in the global batch of N workers."""
-        batch = self.batch_size if batch_size is None else batch_size
-        return batch * worker_counts(n) if self.weak else batch * np.ones_like(worker_counts(n))
+        return terms.rows(self, n, batch_size)
 
     def crowding(self, n: Counts) -> Any:
         """How many times as long computing takes because workers share cores; 1 where each has its own."""
-        counts = worker_counts(n)
-        if self.cores is None:
-            return like_given(n, np.ones_like(counts))
-        here = counts if self.workers_per_node is None else np.minimum(counts, self.workers_per_node)
-        return like_given(n, np.maximum(1.0, here * self.threads / self.cores))
+        return terms.crowding(self, n)
 
     def computing_seconds(self, n: Counts, rows: Any) -> Any:
         """Computing of one of N workers that has some rows of a step."""
-        pace = np.asarray(self.crowding(n)) / self.relative_speed
-        sample = self.sample_seconds * (1 + self.contention * self._busy_others(worker_counts(n)))
-        return (self.fixed_seconds + np.asarray(rows, np.float64) * sample) * pace
+        return terms.computing_seconds(self, n, rows)
 
-    def _busy_others(self, counts: Floats) -> Floats:
-        """Threads of other workers that compute on the same node at the same time."""
-        if self.cores is None:
-            return np.zeros_like(counts)
-        here = np.minimum(counts, self.workers_per_node or np.inf) * self.threads
-        others: Floats = np.maximum(0.0, np.minimum(here, self.cores) - self.threads)
-        return others
+    def updating_seconds(self, n: Counts) -> Any:
+        """The update by one of N workers: all make it, or each its part, at the same time."""
+        return terms.updating_seconds(self, n)
 
     def breakdown(self, n: Counts, batch_size: int | None = None) -> Breakdown:
         """Where the time of a step on N workers goes.
@@ -234,41 +219,7 @@ class CostModel:
         Breakdown
             Floats for one number of workers, arrays for several.
         """
-        counts = worker_counts(n)
-        rows = self.rows(counts, batch_size)
-        compute = self.computing_seconds(counts, rows / counts)
-        slowest = self._slowest(counts, rows)
-        # A worker that none of the rows reaches would be faster than average; nobody waits less than not at all.
-        waiting = np.maximum(0.0, slowest - compute)
-        update = np.full_like(counts, self.update_seconds) * self.crowding(counts)
-        exchanging = np.asarray(self.exposed_exchange_seconds(counts, compute + waiting))
-        control = self._control(compute + waiting + exchanging + update)
-        parts = (like_given(n, part) for part in (compute, waiting, exchanging, update, control))
-        return Breakdown(n, *parts)
-
-    def _slowest(self, counts: Floats, rows: Floats) -> Floats:
-        """Computing of the worker that all others wait for: the largest share, and the worst luck."""
-        largest = self.computing_seconds(counts, np.ceil(rows / counts - 1e-9))
-        together = self._steps_together
-        if together == 1:
-            luck = maximum_with_stragglers(counts, self.spread, self.stragglers, self.straggler_times)
-        else:
-            mean, spread = self._luck()
-            luck = mean + spread / np.sqrt(together) * np.asarray(maximum_normal(counts))
-        slowest: Floats = np.asarray(largest * luck)
-        return slowest
-
-    def _luck(self) -> tuple[float, float]:
-        """Mean and standard deviation of a worker's computing, stragglers included, as multiples of the usual."""
-        p, times = self.stragglers, self.straggler_times
-        mean = 1 + p * (times - 1)
-        square = (1 + self.spread**2) * (1 - p + p * times**2)
-        return mean, float(np.sqrt(max(0.0, square - mean**2)))
-
-    @property
-    def _steps_together(self) -> int:
-        """Steps that workers do without waiting for each other."""
-        return self.local_steps if self.strategy == "local SGD" else 1
+        return terms.breakdown(self, n, batch_size)
 
     def exchange_seconds(self, n: Counts, nbytes: float | None = None) -> Any:
         """One exchange among N workers, with nothing going on meanwhile.
@@ -279,37 +230,11 @@ class CostModel:
         nbytes : float, optional
             Of a part of the gradient. Default: all of it.
         """
-        counts = worker_counts(n)
-        size = self.nbytes if nbytes is None else nbytes
-        link = self.network.link
-        if self.strategy == "parameter server":
-            return exchange.parameter_server(n, size, link, servers=self.servers)
-        if self.workers_per_node is None:
-            return exchange.all_reduce_seconds(self.algorithm, n, size, link)
-        per_node = self.workers_per_node
-        inside = (self.within or self.network).link
-        on_one = np.asarray(exchange.all_reduce_seconds(self.algorithm, np.minimum(counts, per_node), size, inside))
-        spread = np.asarray(
-            exchange.hierarchical(counts, size, link, within=inside, workers_per_node=per_node, ports=self.ports)
-        )
-        return like_given(n, np.where(counts <= per_node, on_one, spread))
+        return terms.exchange_seconds(self, n, nbytes)
 
     def exposed_exchange_seconds(self, n: Counts, computing_seconds: Any) -> Any:
-        """What an exchange adds to a step: with buckets, all but the part that the backward pass hides.
-
-        With B buckets, the first can travel when 1/B of the backward pass is done, and the last not before its end:
-        max(T_exchange / B, T_exchange - (1 - 1/B) T_backward), in the manner of Li et al. 2020.
-        """
-        whole = self.buckets * np.asarray(self.exchange_seconds(n, self.nbytes / self.buckets))
-        hidden = (1 - 1 / self.buckets) * self.phases[2] * np.asarray(computing_seconds)
-        exposed = np.maximum(whole / self.buckets, whole - hidden) / self._steps_together
-        return like_given(n, exposed)
-
-    def _control(self, step_seconds: Floats) -> Floats:
-        """A step's share of what its segment costs."""
-        steps = np.maximum(1.0, np.round(SEGMENT_SECONDS / np.maximum(step_seconds, 1e-9)))
-        share: Floats = self.control_seconds / steps
-        return share
+        """What an exchange adds to a step: with buckets, all but the part that the backward pass hides."""
+        return terms.exposed_exchange_seconds(self, n, computing_seconds)
 
     # --- what follows
 
@@ -346,8 +271,9 @@ class CostModel:
 
     def __repr__(self) -> str:
         each = " a worker" if self.weak else ""
+        said = " (simulated)" if self.simulated else ""
         return (
-            f"<CostModel: {1e3 * self.sample_seconds:.3g} ms a sample, batch {self.batch_size:,}{each}, "
+            f"<CostModel{said}: {1e3 * self.sample_seconds:.3g} ms a sample, batch {self.batch_size:,}{each}, "
             f"{self.nbytes / 1e6:.3g} MB by {self.how} over {self.network}>"
         )
 

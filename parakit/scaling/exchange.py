@@ -224,8 +224,9 @@ def shared_memory(n: Counts, nbytes: float, link: Link) -> Any:
 
 
 def hierarchical(
-    n: Counts, nbytes: float, link: Link, *, within: Link, workers_per_node: int, ports: int | None = None
-) -> Any:
+    n: Counts, nbytes: float, link: Link, *, within: Link, workers_per_node: int, ports: int | None = None,
+    algorithm: str = "ring",
+) -> Any:  # fmt: skip
     """Reduce-scatter within nodes, all-reduce of the slices between nodes, all-gather within nodes; rings throughout.
 
     With g workers a node and k nodes: within, 2 (g - 1) alpha + (g - 1) / g n (2 beta + gamma); between, a ring of k
@@ -240,6 +241,8 @@ def hierarchical(
     workers_per_node : int
     ports : int, optional
         Network ports of a node; workers share them. Default: one a worker.
+    algorithm : {"ring", "shared memory"}
+        Within a node, where it takes the place of the first and the last ring.
     """
     counts = worker_counts(n)
     group = np.minimum(counts, workers_per_node)
@@ -249,7 +252,7 @@ def hierarchical(
     between = 2 * (nodes - 1) * link.latency_seconds + (nodes - 1) / nodes * slices * (
         2 * sharing * link.seconds_per_byte + link.reduce_seconds_per_byte
     )
-    return like_given(n, np.asarray(ring(group, nbytes, within)) + between)
+    return like_given(n, np.asarray(all_reduce_seconds(algorithm, group, nbytes, within)) + between)
 
 
 def lower_bound(n: Counts, nbytes: float, link: Link) -> Any:

@@ -94,6 +94,7 @@ class Fit:
     counts: Floats = field(repr=False)
     rates: Floats = field(repr=False)
     confidence: float = 0.95
+    simulated: bool = False
 
     # --- the fit
 
@@ -236,7 +237,8 @@ class Fit:
     def words(self) -> str:
         """The parameters, in a sentence."""
         rate, *values = self.parameters.values()
-        return f"{rate_in_words(rate)} samples/s with one worker; {_lost(self.law, values)}."
+        said = "Simulated: " if self.simulated else ""
+        return f"{said}{rate_in_words(rate)} samples/s with one worker; {_lost(self.law, values)}."
 
     def __repr__(self) -> str:
         values = ", ".join(f"{name} = {value:.4g}{self._interval(name)}" for name, value in self.parameters.items())

@@ -1,7 +1,17 @@
 """Networks and machines by name: what a what-if is priced with when nothing was measured.
 
 Line rates are those of the standards and data sheets named; latencies are of a message between two processes. They are
-round figures to think with. What was measured on one's own machines is better: `CostModel.from_history`.
+round figures to think with, and each says where it comes from. What was measured on one's own machines is better:
+`CostModel.from_history`.
+
+References
+----------
+NCCL, src/graph/tuning.cc, table hwLat: microseconds of a step of a ring: 1.9 over NVLink and 4.0 over a network with
+the protocol LL128, 5.7 over PCI with the protocol Simple (LL128 is for NVLink alone). Linux, commit f946e45f59ef:
+lanes of NDR signal at 100 Gbit/s; Open MPI, pull request 4946: lanes of HDR at 50 Gbit/s. Gigabit and 10-gigabit
+Ethernet through the kernel: 40 to 300 µs (Aspen Systems, glossary, "Low latency"); the lower end, as nothing else is
+on the wire here. McCann: "Understanding Wi-Fi speed and how 6 GHz compares" (2021): 1,200 Mbit/s for two streams on
+80 MHz.
 """
 
 from __future__ import annotations
@@ -94,8 +104,9 @@ class Machine:
     relative_speed: float = 1.0
 
 
-_TCP = "; latency assumed: TCP within a rack, through the kernel"
-_RATE = 0.94  # of a line rate that TCP gets, after headers, with frames of 1,500 bytes
+_TCP = "; latency assumed: TCP within a quiet rack, through the kernel, at the lower end of what is published"
+_RATE = 1448 / 1538  # of a line rate that TCP gets: a frame of 1,500 bytes holds 1,448, and takes 1,538 on the wire
+_RING = "; latency: a step of NCCL's ring, by its own model (LL128)"
 
 #: Networks by name.
 NETWORKS: Mapping[str, Network] = MappingProxyType(
@@ -106,21 +117,22 @@ NETWORKS: Mapping[str, Network] = MappingProxyType(
                     "measured here: gloo, two processes of one host with two cores, 2.8 ms for 2 MB, 16 ms for 16 MB"),
             Network("shared memory", 20e-6, 2.7e9,
                     "measured here: two processes of one host with two cores, 6.0 ms for 16 MB; barrier assumed"),
-            Network("Wi-Fi 6", 3e-3, 75e6, "assumed: 600 Mbit/s and 3 ms, a good place near the access point"),
+            Network("Wi-Fi 6", 3e-3, 75e6, "assumed: half of the 1,200 Mbit/s of a link of two streams on 80 MHz, "
+                    "and 3 ms, near the access point"),
             Network("1GbE", 50e-6, _RATE * 0.125e9, "line rate: IEEE 802.3ab" + _TCP),
             Network("10GbE", 30e-6, _RATE * 1.25e9, "line rate: IEEE 802.3ae" + _TCP),
             Network("25GbE", 25e-6, _RATE * 3.125e9, "line rate: IEEE 802.3by" + _TCP),
             Network("100GbE", 20e-6, _RATE * 12.5e9, "line rate: IEEE 802.3ba" + _TCP),
             Network("InfiniBand HDR", 4e-6, 25e9,
-                    "line rate: 200 Gbit/s, four lanes of HDR; latency: NCCL's model of a network ring (LL128)"),
+                    "line rate: 200 Gbit/s, four lanes of 50 Gbit/s" + _RING),
             Network("InfiniBand NDR", 4e-6, 50e9,
-                    "line rate: 400 Gbit/s, four lanes of NDR; latency: NCCL's model of a network ring (LL128)"),
-            Network("PCIe 4", 6e-6, 24e9, "line rate: PCI Express 4.0, 16 lanes, 32 GB/s, of which three quarters; "
-                    "latency assumed"),
+                    "line rate: 400 Gbit/s, four lanes of 100 Gbit/s" + _RING),
+            Network("PCIe 4", 5.7e-6, 24e9, "line rate: PCI Express 4.0, 16 lanes of 16 GT/s, 31.5 GB/s, of which "
+                    "three quarters; latency: a step of NCCL's ring, by its own model (Simple)"),
             Network("NVLink 3", 1.9e-6, 300e9,
-                    "NVIDIA A100 data sheet: 600 GB/s, both directions; latency: NCCL's model of a ring (LL128)"),
+                    "NVIDIA A100 data sheet: 600 GB/s, both directions: 12 links of 25 GB/s in each" + _RING),
             Network("NVLink 4", 1.9e-6, 450e9,
-                    "NVIDIA H100 data sheet: 900 GB/s, both directions; latency: NCCL's model of a ring (LL128)"),
+                    "NVIDIA H100 data sheet: 900 GB/s, both directions: 18 links of 25 GB/s in each" + _RING),
         )
     }
 )  # fmt: skip

@@ -40,6 +40,8 @@ class Prediction:
         The best one.
     banded : bool
         Whether the bounds hold what is known of noise; otherwise they only say how far laws differ.
+    simulated : bool
+        Whether what was measured was only simulated.
     """
 
     workers: int
@@ -50,6 +52,7 @@ class Prediction:
     ratio: float
     law: str
     banded: bool = True
+    simulated: bool = False
 
     @property
     def scenario(self) -> bool:
@@ -62,7 +65,8 @@ class Prediction:
         many = "1 worker" if self.workers == 1 else f"{self.workers:,} workers"
         far = f"{self.ratio:.3g} times as many as were measured"
         times = f"{self.speedup:.3g} times one worker"
-        said = f"{rate_in_words(self.rate)} samples/s{self._known()} with {many}, {times}, by {self.law!r}"
+        kind = "simulated, " if self.simulated else ""
+        said = f"{kind}{rate_in_words(self.rate)} samples/s{self._known()} with {many}, {times}, by {self.law!r}"
         if self.scenario:
             said = f"A scenario, not a prediction: {said}; that is {far}."
         else:
@@ -114,6 +118,8 @@ class Comparison:
         Why the best is the best.
     off : dict of str to float
         How far models from elsewhere are off, over all that was measured.
+    simulated : bool
+        Whether what was measured was only simulated.
     """
 
     best: str
@@ -124,6 +130,7 @@ class Comparison:
     asked: tuple[float, ...] = ()
     reason: str = ""
     off: Mapping[str, float] = field(default_factory=dict)
+    simulated: bool = False
 
     def predict(self, n: int) -> Prediction:
         """What a number of workers should bring.
@@ -140,8 +147,9 @@ class Comparison:
         rate = float(chosen.predict(int(n)))
         low, high = self.envelope(int(n))
         return Prediction(
-            int(n), rate, low, high, rate / float(chosen.predict(1)), float(n / self.largest), self.best, self._banded
-        )
+            int(n), rate, low, high, rate / float(chosen.predict(1)), float(n / self.largest), self.best, self._banded,
+            self.simulated,
+        )  # fmt: skip
 
     def envelope(self, n: int) -> tuple[float, float]:
         """From the lowest to the highest of the bands of all plausible laws, in samples a second."""
@@ -179,10 +187,12 @@ class Comparison:
 
     def __repr__(self) -> str:
         lines = [f"  {name:12} {error:>9}  {mark}".rstrip() for name, error, mark in self._rows()]
-        return "\n".join([f"<Comparison: {self._heading}>", *lines, self.reason]).rstrip()
+        what = "Comparison (simulated)" if self.simulated else "Comparison"
+        return "\n".join([f"<{what}: {self._heading}>", *lines, self.reason]).rstrip()
 
     def _repr_html_(self) -> str:
         rows = "".join(f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in row)}</tr>" for row in self._rows())
-        head = f"<th>law</th><th>{self._heading}</th><th></th>"
+        law = "law (simulated)" if self.simulated else "law"
+        head = f"<th>{law}</th><th>{self._heading}</th><th></th>"
         said = f"<p>{html.escape(self.reason)}</p>" if self.reason else ""
         return f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>{said}"

@@ -10,24 +10,30 @@ Karp and Flatt: "Measuring parallel processor performance", Commun. ACM 33 (1990
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from parakit.checking import brief
 from parakit.errors import InputError
 from parakit.events import PHASES
-from parakit.progress import rival_name
+from parakit.progress import many, rival_name
 from parakit.scaling.laws import karp_flatt
 
 __all__ = [
-    "NOTHING", "About", "Measurement", "Row", "Spread", "from_plain", "rows", "spread_of",
+    "NOTHING", "About", "Measurement", "Row", "Spread", "check_different", "from_plain", "rival_gain", "rows",
+    "spread_of",
 ]  # fmt: skip
 
 #: Kinds of a measurement.
 KINDS = ("workers", "plain")
 MODES = ("strong", "weak")
+#: The least that the whole numbers of a study may be.
+_LEAST = {"batch_size": 1, "parameters": 0, "samples": 0, "threads": 1, "cores": 1, "repeats": 0, "seed": 0}
+_MOST = 2**63 - 1  # what arrays can hold
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,31 +101,41 @@ class Measurement:
 def _check_kinds(measured: Measurement) -> None:
     for name in ("workers", "repeat", "block", "steps", "threads", "cores"):
         least = 1 if name in ("steps", "threads", "cores") else 0
-        value = getattr(measured, name)
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise InputError(f"{name} of a measurement is {value!r}; it must be a whole number of at least {least}.")
+        _check_count(f"{name} of a measurement", getattr(measured, name), least)
     if measured.kind not in KINDS:
         raise InputError(f"kind of a measurement is {measured.kind!r}; it must be one of 'workers', 'plain'.")
     if (measured.workers == 0) != (measured.kind == "plain"):
         raise InputError(f"A measurement of kind {measured.kind!r} cannot have {measured.workers} workers.")
-    if not isinstance(measured.simulated, bool):
-        raise InputError(f"simulated of a measurement is {measured.simulated!r}; it must be True or False.")
+    _check_flag("simulated of a measurement", measured.simulated)
+
+
+def _check_count(name: str, value: Any, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= _MOST:
+        raise InputError(f"{name} is {brief(value)}; it must be a whole number from {least} to {_MOST:,}.")
+
+
+def _check_flag(name: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise InputError(f"{name} is {brief(value)}; it must be True or False.")
 
 
 def _check_ranges(measured: Measurement) -> None:
     for name in ("rate", "step_seconds", "seconds"):
         value = getattr(measured, name)
         if not _is_number(value) or value <= 0:
-            raise InputError(f"{name} of a measurement is {value!r}; it must be a finite number above 0.")
+            raise InputError(f"{name} of a measurement is {brief(value)}; it must be a finite number above 0.")
     if not _is_number(measured.at_seconds):
-        raise InputError(f"at_seconds of a measurement is {measured.at_seconds!r}; it must be a finite number.")
+        raise InputError(f"at_seconds of a measurement is {brief(measured.at_seconds)}; it must be a finite number.")
     shares = measured.breakdown
     if not isinstance(shares, tuple) or len(shares) not in (0, len(PHASES)) or not all(map(_is_number, shares)):
-        raise InputError(f"The breakdown of a measurement is {shares!r}; it must hold seconds for {', '.join(PHASES)}.")
+        raise InputError(
+            f"The breakdown of a measurement is {brief(shares)}; it must hold seconds for {', '.join(PHASES)}."
+        )
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    known = isinstance(value, int | float) and not isinstance(value, bool)
+    return known and abs(value) <= sys.float_info.max  # which no int may exceed, and NaN never does
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -146,6 +162,10 @@ class About:
         That each repeat was to be timed.
     seed : int
         Of the order of visits.
+    simulated : bool
+        Whether the workers live by a virtual clock.
+    in_turns : bool
+        Whether workers take turns in one process.
     """
 
     mode: str = "strong"
@@ -161,15 +181,22 @@ class About:
     repeats: int = 0
     seconds: float = 0.0
     seed: int = 0
+    simulated: bool = False
+    in_turns: bool = False
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
-            raise InputError(f"mode of a study is {self.mode!r}; it must be one of 'strong', 'weak'.")
-
-    @property
-    def simulated(self) -> bool:
-        """Whether the workers live by a virtual clock."""
-        return self.pool.startswith("simulated")
+            raise InputError(f"mode of a study is {brief(self.mode)}; it must be one of 'strong', 'weak'.")
+        for name, least in _LEAST.items():
+            _check_count(f"{name} of a study", getattr(self, name), least)
+        if not isinstance(self.counts, tuple):
+            raise InputError(f"counts of a study is {brief(self.counts)}; it must be a tuple of worker counts.")
+        for count in self.counts:
+            _check_count("A worker count in counts of a study", count, 1)
+        if not _is_number(self.seconds) or self.seconds < 0:
+            raise InputError(f"seconds of a study is {brief(self.seconds)}; it must be a finite number of at least 0.")
+        for name in ("simulated", "in_turns"):
+            _check_flag(f"{name} of a study", getattr(self, name))
 
 
 # --- summing up
@@ -217,6 +244,8 @@ class Row:
         Serial fraction; NaN for one worker, and where the batch grows with the workers.
     crowded : bool
         Whether there were more busy threads than cores.
+    simulated : bool
+        Whether any of it was priced on a virtual clock.
     """
 
     workers: int
@@ -226,6 +255,7 @@ class Row:
     efficiency: float
     karp_flatt: float
     crowded: bool
+    simulated: bool = False
 
 
 def rows(measurements: Sequence[Measurement], mode: str = "strong") -> tuple[Row, ...]:
@@ -246,7 +276,7 @@ def _row(
     serial = float(karp_flatt(speedup.median, count)) if mode == "strong" else math.nan
     return Row(
         count, spread_of(m.rate for m in mine), speedup, over_plain, speedup.median / count, serial,
-        any(m.crowded for m in mine),
+        any(m.crowded for m in mine), any(m.simulated for m in mine),
     )  # fmt: skip
 
 
@@ -275,6 +305,25 @@ def _by_block(measurements: list[Measurement]) -> dict[int, float]:
     for measured in measurements:
         rates.setdefault(measured.block, []).append(measured.rate)
     return {block: float(np.median(values)) for block, values in rates.items()}
+
+
+def rival_gain(measurements: Iterable[Measurement]) -> Spread:
+    """Rate of the rival with most threads over that of the one with fewest, within blocks; NaN without two rivals."""
+    by_threads = list(_rivals(measurements).values())
+    return _ratio(by_threads[-1], by_threads[0]) if len(by_threads) > 1 else NOTHING
+
+
+def check_different(measurements: Sequence[Measurement]) -> None:
+    """Refuse the same repeat twice: a doubled file would look more certain than it is."""
+    seen: set[tuple[Any, ...]] = set()
+    for measured in measurements:
+        key = measured.kind, measured.workers, measured.threads, measured.repeat
+        if key in seen:
+            who = many(measured.workers, "worker") if measured.workers else rival_name(measured.threads)
+            raise InputError(
+                f"Repeat {measured.repeat} of {who} is there twice.", cause="measurements that were joined"
+            )
+        seen.add(key)
 
 
 def from_plain(measurements: Iterable[Measurement]) -> dict[str, Spread]:

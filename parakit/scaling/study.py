@@ -10,10 +10,10 @@ import importlib
 import json
 import os
 from collections.abc import Iterable, Sequence
-from contextlib import suppress
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -21,11 +21,11 @@ import numpy.typing as npt
 from parakit.checking import brief, check_whole, plain
 from parakit.errors import InputError
 from parakit.events import History
-from parakit.progress import many
 from parakit.scaling import archive
 from parakit.scaling.costs import CostModel
-from parakit.scaling.records import About, Measurement, Row, Spread, from_plain, rows
-from parakit.scaling.tables import Table, about_rivals
+from parakit.scaling.records import About, Measurement, Row, Spread, check_different, from_plain, rows
+from parakit.scaling.remarks import remarks, title
+from parakit.scaling.tables import Table
 
 if TYPE_CHECKING:
     import pandas
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 __all__ = ["Scaling"]
 
 _ENOUGH = 3  # worker counts with a core for each worker, from which on the crowded ones are left out of fits
-_INLINE = "Inline workers take turns in one process: what they show is the cost of dividing work, and no speedup."
+_Found = TypeVar("_Found")
 
 
 class Scaling:
@@ -86,7 +86,7 @@ class Scaling:
         for measured in self.measurements:
             if not isinstance(measured, Measurement):
                 raise InputError(f"A study is made of Measurement, not of {brief(measured)}.")
-        _check_different(self.measurements)
+        check_different(self.measurements)
         self.about = About() if about is None else about
         self.histories = tuple(histories)
         self.stopped = stopped
@@ -124,6 +124,11 @@ class Scaling:
     def crowded(self) -> tuple[int, ...]:
         """Those of them with more busy threads than cores."""
         return tuple(row.workers for row in self._rows if row.crowded)
+
+    @property
+    def fits_crowded(self) -> bool:
+        """Whether fits rest on crowded counts too, unless told otherwise, as there are too few others."""
+        return bool(self.crowded) and len(self._rows) - len(self.crowded) < _ENOUGH
 
     @property
     def baselines(self) -> dict[str, Spread]:
@@ -166,8 +171,8 @@ class Scaling:
         return self.speedup(workers).median / workers
 
     def table(self) -> Table:
-        """A row a worker count: rate, speedups, efficiency and the Karp–Flatt serial fraction."""
-        return Table(self._rows, self._title, self._remarks())
+        """A row a worker count: rate, speedups, efficiency and the Karp–Flatt serial fraction; below, remarks."""
+        return Table(self._rows, title(self), remarks(self))
 
     # --- what follows
 
@@ -180,7 +185,7 @@ class Scaling:
             Such as "usl", "amdahl", "linear"; see `parakit.scaling.laws`.
         crowded : bool, optional
             Whether counts with more workers than cores take part. Default: only if fewer than three others were
-            measured; then the fit says what this machine does when it is crowded, and `notes` says so.
+            measured; then the fit says what this machine does when it is crowded, and the study says so.
 
         Returns
         -------
@@ -195,21 +200,20 @@ class Scaling:
         taken = self._for_fits(crowded)
         from parakit.scaling.fitting import fit
 
-        found = fit(law, *taken)
+        found = self._marked(fit(law, *taken))
         self.fits[law if isinstance(law, str) else str(getattr(law, "name", law))] = found
         return found
 
     def compare(self, *, crowded: bool | None = None) -> Comparison:
         """Fit all candidate laws and compare how well they predict what they have not seen; parameters as for `fit`.
 
-        The cost model stands beside them, where there is one: it was calibrated, not fitted.
+        The cost model stands beside them, where one can be calibrated (`costs` says why not): it was not fitted.
         """
         taken = self._for_fits(crowded)
         from parakit.scaling.choosing import compare
 
-        with suppress(InputError):
-            return compare(*taken, extra=[self.costs])
-        return compare(*taken)
+        found = compare(*taken, extra=self._calibrated())
+        return replace(self._marked(found), fits={name: self._marked(each) for name, each in found.fits.items()})
 
     def predict(self, n: int, *, crowded: bool | None = None) -> Prediction:
         """What N workers would do, with how far the laws that fit differ about it.
@@ -231,8 +235,7 @@ class Scaling:
 
     def _for_fits(self, crowded: bool | None) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
         """Worker counts and rates of all repeats that take part in a fit; (repeats,) each."""
-        free = [row.workers for row in self._rows if not row.crowded]
-        left_out = self.crowded if crowded is False or (crowded is None and len(free) >= _ENOUGH) else ()
+        left_out = () if crowded or (crowded is None and self.fits_crowded) else self.crowded
         taken = [m for m in self.measurements if m.kind == "workers" and m.workers not in left_out]
         counts = sorted({m.workers for m in taken})
         if len(counts) < 2:
@@ -242,16 +245,19 @@ class Scaling:
                 cause="more workers than cores are left out" if left_out else "the sweep was made at one count",
                 remedy="parakit.sweep(..., workers=[1, 2, 4])" + (", or crowded=True" if left_out else ""),
             )
-        if crowded is None and not left_out and self.crowded:
-            self._note(
-                f"Fits rest on {_listed(self.crowded)} workers too, more than there are cores: they say what this "
-                "machine does, not what as many workers with a core each would do."
-            )
         return np.array([m.workers for m in taken], np.int64), np.array([m.rate for m in taken], np.float64)
 
-    def _note(self, text: str) -> None:
-        if text not in self.notes:
-            self.notes = (*self.notes, text)
+    def _marked(self, found: _Found) -> _Found:
+        """What was found, marked as simulated if the measurements were."""
+        marked: Any = found
+        return replace(marked, simulated=True) if self.simulated else found
+
+    def _calibrated(self) -> list[CostModel]:
+        """The cost model, where the steps suffice for one."""
+        try:
+            return [self.costs]
+        except InputError:
+            return []
 
     @cached_property
     def costs(self) -> CostModel:
@@ -269,7 +275,7 @@ class Scaling:
                 remedy="make one with parakit.sweep",
             )
         changes: dict[str, Any] = {"weak": True, "batch_size": self.about.batch_size} if self.mode == "weak" else {}
-        return CostModel.from_history(self.histories, **changes)
+        return self._marked(CostModel.from_history(self.histories, **changes))
 
     # --- keeping
 
@@ -320,39 +326,6 @@ class Scaling:
 
     # --- showing
 
-    @property
-    def _title(self) -> str:
-        about = self.about
-        batch = f"batch of {about.batch_size:,}" + (" for each worker" if self.mode == "weak" else "")
-        return f"{'Simulated: ' * self.simulated}{self.mode} scaling, {batch}" + (
-            f", {about.strategy}" if about.strategy else ""
-        )
-
-    def _remarks(self) -> list[str]:
-        """What a reader of the table must know."""
-        about, told = self.about, []
-        where = "; ".join(part for part in (about.pool, about.machine) if part)
-        if where:
-            told.append(f"On: {where}.")
-        if self.measurements:
-            told.append(f"{many(max(m.repeat for m in self.measurements) + 1, 'repeat')}; medians and quartiles, "
-                        "speedups within blocks.")  # fmt: skip
-        if rivals := about_rivals(self.baselines):
-            told.append(f"In one process: {rivals}.")
-        if self.crowded:
-            told.append(f"* more workers than cores ({many(about.cores, 'core')}): they take turns.")
-        if about.pool.startswith("inline"):
-            told.append(_INLINE)
-        if self.simulated:
-            told.append("Simulated: times are priced by a cost model, not measured.")
-        lacking = [] if 1 in self.workers else ["one worker"]
-        lacking += [] if self.baselines or self.simulated else ["plain PyTorch"]
-        if lacking:
-            told.append(f"Not measured: {' and '.join(lacking)}.")
-        if not self.complete:
-            told.append(f"Incomplete: {self.stopped or 'some counts could not be measured'}")
-        return [*told, *self.notes]
-
     def __repr__(self) -> str:
         return repr(self.table())
 
@@ -369,19 +342,6 @@ class Scaling:
             return None
         picture: bytes = scaling.picture(self)
         return picture
-
-
-def _check_different(measurements: Sequence[Measurement]) -> None:
-    """Refuse the same repeat twice: a doubled file would look more certain than it is."""
-    seen: set[tuple[Any, ...]] = set()
-    for measured in measurements:
-        key = measured.kind, measured.workers, measured.threads, measured.repeat
-        if key in seen:
-            who = many(measured.workers, "worker") if measured.workers else f"plain PyTorch, {measured.threads} threads"
-            raise InputError(
-                f"Repeat {measured.repeat} of {who} is there twice.", cause="measurements that were joined"
-            )
-        seen.add(key)
 
 
 def _listed(counts: Sequence[int]) -> str:

@@ -2,29 +2,31 @@
 
 Every block visits each worker count and each rival once, in a random order, so that what disturbs the machine for
 longer than a block disturbs all of them alike. A visit is a short time of training after a warm-up. The rivals are one
-worker and plain PyTorch, with one core and with all of them. Owns the order of visits and the gathering of what they
-bring; refuses to sum it up.
+worker and plain PyTorch, with one core and with all of them. Owns the gathering of what visits bring; refuses to sum it
+up.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from torch import Tensor, nn
 
-from parakit.checking import brief, check_choice, check_pool, check_positive, check_whole, plain
+from parakit.checking import brief, check_choice, check_pool, check_whole, plain
 from parakit.data import Samples
-from parakit.errors import InputError, ParakitError, RunError, WorkerCountError
+from parakit.errors import InputError, ParakitError, RunError
 from parakit.events import History, RunStart
 from parakit.plans import Plan
-from parakit.progress import many, rival_name
+from parakit.progress import many
 from parakit.replica import OptimizerFactory
 from parakit.run import check_chunks
+from parakit.scaling.extent import AROUND_SECONDS, check_extent, rows_of_a_worker, usual_counts, wanted_counts
 from parakit.scaling.hosts import cores_here, name_here
+from parakit.scaling.order import Visit, visits
 from parakit.scaling.records import About, Measurement
 from parakit.scaling.study import Scaling
 from parakit.scaling.ticker import Ticker
@@ -32,13 +34,9 @@ from parakit.scaling.visits import Elastic, OneByOne, Rig, Rivals, Timed, Unreac
 from parakit.training import plan
 from parakit.workers.base import Strategy, Workers
 
-__all__ = ["Visit", "sweep", "visits"]
+__all__ = ["sweep"]
 
 _ENDLESS = 10**9  # steps: the sweep ends the run
-_DEFAULT_BATCH = 256
-_MOST_COUNT = 100_000
-_AT_LEAST = 4  # workers that virtual ones are taken to be, where nobody says how many
-_AROUND_SECONDS = 0.6  # of a visit go into its warm-up and the change to it
 _NAME_SECONDS = 10.0
 
 
@@ -82,12 +80,12 @@ def sweep(
     on : Workers
         From `parakit.connect`. A pool that can grow is grown as far as is needed.
     workers : sequence of int, optional
-        The worker counts to measure, such as [1, 2, 4]; one worker is measured in any case. Default: powers of two up
-        to what the pool has, and all that it has.
+        The worker counts to measure, such as [1, 2, 4], a thousand at most; one worker is measured in any case.
+        Default: powers of two up to what the pool has, and all that it has.
     repeats : int
         How often each.
     seconds : float
-        To time each visit, at least one segment.
+        To time each visit, at least one segment. All visits together may take a day.
     scaling : {"strong", "weak"}
         Whether the global batch stays the same, or grows with the workers.
     batch_size : int, optional
@@ -123,17 +121,16 @@ def sweep(
     ((1, 2), True)
     """
     pool = check_pool(on)
-    counts = _counts(_usual_counts(pool) if workers is None else workers)
+    counts = wanted_counts(usual_counts(pool) if workers is None else workers)
     repeats, seconds, batch_size, seed = map(plain, (repeats, seconds, batch_size, seed))
-    check_whole("repeats", repeats, 1)
-    check_positive("seconds", seconds)
+    check_extent(len(counts), repeats, seconds)
     check_choice("scaling", scaling, ("strong", "weak"))
     check_whole("seed", seed, 0)
     if not isinstance(progress, bool):
         raise InputError(f"progress is {brief(progress)}; it must be True or False.")
     samples = _readable(data)
     weak = scaling == "weak"
-    size = _share(batch_size, samples, counts[-1]) if weak else batch_size
+    size = rows_of_a_worker(batch_size, samples, counts[-1]) if weak else batch_size
 
     def make(count: int) -> Plan:
         beginning = count if weak and count <= pool.size else 1
@@ -153,41 +150,7 @@ def sweep(
     about = _about(first, on, scaling, counts, repeats, float(seconds), seed)
     order = visits(counts, () if about.simulated else _rival_threads(on), repeats, seed)
     _check_free(on)
-    return _Sweeping(on, rig, about, first, Ticker(len(order), seconds + _AROUND_SECONDS, shown=progress)).go(order)
-
-
-@dataclass(frozen=True, slots=True)
-class Visit:
-    """A place in the order of visits: a worker count, or plain PyTorch with some threads (and no workers)."""
-
-    block: int
-    workers: int
-    threads: int = 0
-
-    def __str__(self) -> str:
-        return many(self.workers, "worker") if self.workers else rival_name(self.threads)
-
-
-def visits(counts: Iterable[int], rivals: Iterable[int], repeats: int, seed: int) -> list[Visit]:
-    """The order of visits: in each block every count and every rival once, in an order of its own.
-
-    Parameters
-    ----------
-    counts : iterable of int
-        Numbers of workers.
-    rivals : iterable of int
-        Threads of plain PyTorch.
-    repeats : int
-        Blocks.
-    seed : int
-    """
-    generator = np.random.default_rng(seed)
-    places = [*((count, 0) for count in counts), *((0, threads) for threads in rivals)]
-    return [
-        Visit(block, *places[place])
-        for block in range(repeats)
-        for place in generator.permutation(len(places)).tolist()
-    ]  # fmt: skip
+    return _Sweeping(on, rig, about, first, Ticker(len(order), seconds + AROUND_SECONDS, shown=progress)).go(order)
 
 
 class _Sweeping:
@@ -290,48 +253,11 @@ class _Sweeping:
 # --- what is given
 
 
-def _usual_counts(pool: Workers) -> list[int]:
-    """Powers of two up to what a pool has, or four if it can; and all that it has."""
-    most = max(pool.size, min(_AT_LEAST, pool.most))
-    return sorted({most, *(2**power for power in range(most.bit_length()))})
-
-
-def _counts(workers: Any) -> tuple[int, ...]:
-    """The worker counts to measure, ascending, with one among them."""
-    given = [workers] if isinstance(plain(workers), int) else workers
-    if isinstance(given, str | bytes | dict) or not hasattr(given, "__iter__"):
-        raise WorkerCountError(f"workers is {brief(workers)}; it must be a list of worker counts, such as [1, 2, 4].")
-    counts = [plain(count) for count in given]
-    if not counts:
-        raise WorkerCountError("workers is empty: there is nothing to measure.", remedy="such as workers=[1, 2, 4]")
-    for count in counts:
-        if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= _MOST_COUNT:
-            raise WorkerCountError(
-                f"workers has {brief(count)}; each must be a whole number from 1 to {_MOST_COUNT:,}.",
-                remedy="such as workers=[1, 2, 4]",
-            )
-    if len(set(counts)) < len(counts):
-        twice = sorted({count for count in counts if counts.count(count) > 1})
-        raise WorkerCountError(
-            f"workers has {', '.join(map(str, twice))} more than once.", remedy="for more repeats of each: repeats=..."
-        )
-    return tuple(sorted({1, *counts}))
-
-
 def _readable(data: Any) -> Any:
     """Data that can be read again and again at no cost; what cannot be read is refused later, in better words."""
     with suppress(ParakitError):
         return Samples.of(data)
     return data
-
-
-def _share(batch_size: int | None, samples: Any, most: int) -> int:
-    """Rows in a worker's batch, for weak scaling."""
-    check_whole("batch_size", batch_size, 1, none=True)
-    if batch_size is not None:
-        return batch_size
-    rows = len(samples) if isinstance(samples, Samples) else _DEFAULT_BATCH
-    return max(1, min(_DEFAULT_BATCH, rows // most))
 
 
 def _rival_threads(pool: Workers) -> list[int]:
@@ -353,7 +279,7 @@ def _about(
     return About(
         mode=mode, batch_size=start.batch_size, parameters=start.parameters, samples=start.samples,
         strategy=start.strategy, pool=start.pool, machine=where, threads=pool.threads, cores=pool.cores,
-        counts=counts, repeats=repeats, seconds=seconds, seed=seed,
+        counts=counts, repeats=repeats, seconds=seconds, seed=seed, simulated=pool.simulated, in_turns=pool.in_turns,
     )  # fmt: skip
 
 

@@ -14,7 +14,8 @@ __all__ = ["Table", "about_rivals"]
 
 _DASH = "–"
 _CROWDED = "*"
-_WIDTH = 84
+_WIDTH = 80  # of a line, as terminals and mails have them
+_GAPS = (2, 1)  # between columns, where they fit
 
 
 class Table:
@@ -62,12 +63,9 @@ class Table:
         return [_cells(row) for row in self.rows]
 
     def __repr__(self) -> str:
-        heads = [short for short, _ in self._heads()]
-        lines = [heads, *self._cells()]
-        widths = [max(len(line[place]) for line in lines) for place in range(len(heads))]
-        text = ["  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines]
-        remarks = [textwrap.fill(remark, _WIDTH, subsequent_indent="  ") for remark in self.remarks]
-        return "\n".join([self.title, *(text if self.rows else ["Nothing was measured."]), *remarks])
+        text = _laid_out([[short for short, _ in self._heads()], *self._cells()])
+        title, *remarks = (textwrap.fill(said, _WIDTH, subsequent_indent="  ") for said in (self.title, *self.remarks))
+        return "\n".join([title, *(text if self.rows else ["Nothing was measured."]), *remarks])
 
     def _repr_html_(self) -> str:
         """The table for a notebook: every column says in full what it is, every row what it is of."""
@@ -78,6 +76,26 @@ class Table:
             f'<table><caption style="text-align:left">{html.escape(self.title)}</caption>'
             f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>{remarks}"
         )
+
+
+def _laid_out(lines: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of cells as text; where they are too wide, the columns on the right follow below, after the first again."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    gap = next((gap for gap in _GAPS if sum(widths) + gap * (len(widths) - 1) <= _WIDTH), _GAPS[-1])
+    text: list[str] = []
+    for places in _blocks(widths, gap):
+        text += [(" " * gap).join(line[place].rjust(widths[place]) for place in places) for line in lines]
+    return text
+
+
+def _blocks(widths: Sequence[int], gap: int) -> list[list[int]]:
+    """The columns of each block, the first column at the head of all of them."""
+    blocks = [[0]]
+    for place in range(1, len(widths)):
+        if sum(widths[each] + gap for each in blocks[-1]) + widths[place] > _WIDTH and len(blocks[-1]) > 1:
+            blocks.append([0])
+        blocks[-1].append(place)
+    return blocks
 
 
 def _short(rival: str) -> str:

@@ -321,6 +321,8 @@ class Workers(ABC):
     clock: Callable[[], float] = perf_counter
     #: Whether the workers, and all times, are only simulated.
     simulated: bool = False
+    #: Whether workers take turns in one process: whoever computes has the machine to itself, and nothing travels.
+    in_turns: bool = False
     #: Pieces to cut data into, unless a run asks for another number.
     chunks: int = DEFAULT_CHUNKS
 
@@ -363,6 +365,24 @@ class Workers(ABC):
     def closed(self) -> bool:
         """Whether the pool was closed."""
         return self._closed
+
+    @property
+    def one_host(self) -> bool:
+        """Whether all workers are processes of one host; False where nobody knows."""
+        return False
+
+    def exchange_of(self, strategy: Strategy) -> str:
+        """How a strategy's gradients are added up on this pool: one of `parakit.events.EXCHANGE_WAYS`.
+
+        What is expected at the start of a run: where a host has too little shared memory after all, workers that may
+        choose make connections instead, and an optimizer whose update cannot be divided is run by all of them.
+        """
+        if strategy.runs_on == "driver":
+            return "tasks"
+        wished = getattr(strategy, "exchange", "auto")
+        if wished == "gloo" or (wished == "auto" and not self.one_host):
+            return "gloo"
+        return "shared memory, divided update" if getattr(strategy, "shard", False) else "shared memory"
 
     def check_count(self, count: Any, *, most: int | None = None) -> int:
         """A number of workers that this pool can serve.

@@ -20,7 +20,7 @@ from parakit.evaluation import Tally, tally
 from parakit.gradients import GradientSum
 from parakit.machine import usable_cores
 from parakit.replica import BACKWARD, EXCHANGE, UPDATE, Holding, Replica, StepRecord, average_buffers
-from parakit.workers.base import Job, Remnant, Report, Roster, Workers
+from parakit.workers.base import Job, Remnant, Report, Roster, Strategy, Workers
 
 __all__ = ["InlineWorkers"]
 
@@ -29,6 +29,7 @@ class InlineWorkers(Workers):
     """Virtual workers in this process; as many as a run has chunks, at no cost."""
 
     kind = "inline, in this process"
+    in_turns = True
 
     def __init__(self, threads: int | None = None) -> None:
         super().__init__()
@@ -45,6 +46,15 @@ class InlineWorkers(Workers):
     def most(self) -> int:
         """As many as there are chunks by default."""
         return DEFAULT_CHUNKS
+
+    @property
+    def one_host(self) -> bool:
+        """All are in this process."""
+        return True
+
+    def exchange_of(self, strategy: Strategy) -> str:
+        """Nothing has to travel."""
+        return "in turns"
 
     def check_count(self, count: Any, *, most: int | None = None) -> int:
         """As for any pool; but virtual workers come into being when a run asks for more than there are."""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
+import torch
 from distributed import Future
 
 from parakit.commits import State
@@ -19,7 +21,7 @@ from parakit.workers.messages import Answer, Failure
 if TYPE_CHECKING:
     from parakit.workers.dask.crew import DaskCrew
 
-__all__ = ["DriverTeam", "settled"]
+__all__ = ["DriverTeam", "settled", "squared_norm"]
 
 
 class DriverTeam:
@@ -30,12 +32,16 @@ class DriverTeam:
         self._job = job
         self.replica = Replica(job.recipe)
         self.halted = 0
+        self._measuring = False
+        self._norms: list[Future[Any]] = []  # of the members' mean gradients in the first step of a segment
 
     def segment(self, first: int, count: int, wish: int) -> Report:
         """Run the strategy's text for some steps."""
         committed = self.replica.commit()
+        self._measuring, self._norms = len(self._crew.members) > 1, []
         for step in range(first, first + count):
             self._job.strategy.step(self, step)
+            self.replica.share_norm = None
             if self.halted > wish:
                 break
         self.replica.check_parameters()
@@ -46,10 +52,18 @@ class DriverTeam:
         crew = self._crew
         flat = flatten(self.replica.model.parameters(), self.replica.buffer.dtype).numpy()
         parameters = crew.spread(flat, crew.members)
-        return [
+        parts = [
             crew.submit_to([member], resident.map_gradient, *crew.order_for(member, step, rank, parameters))
             for rank, member in enumerate(crew.members)
         ]
+        if self._measuring:
+            self._measuring = False
+            # Where the parts are: they need not travel for it, and nobody waits before the segment's end.
+            self._norms = [
+                crew.submit_to([member], squared_norm, part) for member, part in zip(crew.members, parts, strict=True)
+            ]
+            self.replica.share_norm = math.nan  # the driver has no share, but the replica is to measure the sum's
+        return parts
 
     def add(self, parts: Sequence[Future[Any]]) -> Future[Any]:
         """A task that adds some parts."""
@@ -97,17 +111,30 @@ class DriverTeam:
         collected = list(self._crew.everyone(resident.collect, limits=self._crew.patience()).values())
         average_buffers(self.replica.model, [buffers for _, buffers in collected])
         together = self.replica.take_records()
-        return tuple([_completed(record, records) for record in together] for records, _ in collected)
+        norms = [settled(norm, self._job.limit_seconds).value for norm in self._norms] or [None] * len(collected)
+        return tuple(
+            [_completed(record, records, norm) for record in together]
+            for (records, _), norm in zip(collected, norms, strict=True)
+        )
 
 
-def _completed(step: StepRecord, parts: Sequence[StepRecord]) -> StepRecord:
+def squared_norm(part: Answer) -> Answer:
+    """The squared 2-norm of a part's mean gradient; a task on the worker that has the part."""
+    if part.failure is not None:
+        return part
+    total, count = part.value.total, part.value.count
+    return Answer(float(torch.dot(total, total)) / count**2 if count else 0.0)
+
+
+def _completed(step: StepRecord, parts: Sequence[StepRecord], norm: float | None) -> StepRecord:
     """A member's account of a step: what it computed is its own; the wall time left is exchange and waiting."""
     mine = [part for part in parts if part.step == step.step]
     seconds = [sum(column) for column in zip(*(part.seconds for part in mine), strict=True)]
     computing = sum(seconds)
     seconds[UPDATE] = step.seconds[UPDATE]
     seconds[EXCHANGE] = max(0.0, step.wall_seconds - computing - step.seconds[UPDATE])
-    return StepRecord(step.step, step.loss, step.learning_rate, seconds, step.wall_seconds, mine[-1].samples)
+    norms = None if norm is None or step.norms is None else (norm, step.norms[1])
+    return StepRecord(step.step, step.loss, step.learning_rate, seconds, step.wall_seconds, mine[-1].samples, norms)
 
 
 def settled(future: Future[Any], limit_seconds: float) -> Answer:

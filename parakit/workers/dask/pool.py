@@ -73,6 +73,7 @@ class DaskWorkers(Workers):
                 logging.getLogger(logger).addFilter(_of_no_concern)
         self._labels: dict[str, Any] = {}  # of all workers ever seen: a lost one is still named
         self._pids: dict[str, int] = {}
+        self._hosts: dict[str, str] = {}
         self._banished: set[str] = set()
         try:
             self._await_workers(expected, timeout)
@@ -95,6 +96,11 @@ class DaskWorkers(Workers):
     def most(self) -> int:
         """How far the pool can grow."""
         return self.size if self._most is None else max(self._most, self.size)
+
+    @property
+    def one_host(self) -> bool:
+        """Whether all workers that were looked at are on one host."""
+        return len(set(self._hosts.values())) == 1
 
     @property
     def dashboard(self) -> str:
@@ -250,6 +256,7 @@ class DaskWorkers(Workers):
                 f"(Python {ours['python']})",
             )
         self._pids.update({address: facts["pid"] for address, facts in found.items()})
+        self._hosts.update({address: facts["host"] for address, facts in found.items()})
         hosts = {facts["host"]: facts["cores"] for facts in found.values()}
         return sum(hosts.values())
 
