@@ -74,8 +74,8 @@ ROOMS = (
     ("parakit.run",),
     ("parakit.training", "parakit.course", "parakit.scaling.visits"),
     ("parakit.scaling.archive", "parakit.scaling.tables", "parakit.scaling.ticker"),
-    ("parakit.scaling.study",),
-    ("parakit.scaling.sweep",),
+    ("parakit.scaling.advice", "parakit.scaling.study"),
+    ("parakit.scaling.advising", "parakit.scaling.sweep"),
     ("parakit.plots.style",),
     (
         "parakit.plots.costs", "parakit.plots.curves", "parakit.plots.phases", "parakit.plots.scaling",

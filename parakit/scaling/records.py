@@ -22,7 +22,7 @@ from parakit.progress import rival_name
 from parakit.scaling.laws import karp_flatt
 
 __all__ = [
-    "NOTHING", "About", "Measurement", "Row", "Spread", "from_plain", "rows", "spread_of",
+    "NOTHING", "About", "Measurement", "Row", "Spread", "from_plain", "ratio", "rows", "spread_of",
 ]  # fmt: skip
 
 #: Kinds of a measurement.
@@ -241,8 +241,8 @@ def rows(measurements: Sequence[Measurement], mode: str = "strong") -> tuple[Row
 def _row(
     count: int, mine: list[Measurement], ones: list[Measurement], rivals: dict[str, list[Measurement]], mode: str
 ) -> Row:
-    speedup = _ratio(mine, ones)
-    over_plain = {name: _ratio(mine, theirs) for name, theirs in rivals.items()}
+    speedup = ratio(mine, ones)
+    over_plain = {name: ratio(mine, theirs) for name, theirs in rivals.items()}
     serial = float(karp_flatt(speedup.median, count)) if mode == "strong" else math.nan
     return Row(
         count, spread_of(m.rate for m in mine), speedup, over_plain, speedup.median / count, serial,
@@ -258,7 +258,7 @@ def _rivals(measurements: Iterable[Measurement]) -> dict[str, list[Measurement]]
     return rivals
 
 
-def _ratio(mine: list[Measurement], base: list[Measurement]) -> Spread:
+def ratio(mine: list[Measurement], base: list[Measurement]) -> Spread:
     """Rates over those of a base, within the blocks that have both; where there are none, over the base's median."""
     unit = _by_block(base)
     if not unit:
