@@ -167,9 +167,9 @@ def train(
     """
     checked = plan(
         model, data, on=on, workers=workers, threads=threads, loss=loss, optimizer=optimizer,
-        learning_rate=learning_rate, scheduler=scheduler, scheduler_every=scheduler_every, clip_norm=clip_norm, strategy=strategy,
-        batch_size=batch_size, epochs=epochs, steps=steps, validation=validation, seed=seed, chunks=chunks,
-        limit_seconds=limit_seconds, on_nonfinite=on_nonfinite, checkpoint=checkpoint,
+        learning_rate=learning_rate, scheduler=scheduler, scheduler_every=scheduler_every, clip_norm=clip_norm,
+        strategy=strategy, batch_size=batch_size, epochs=epochs, steps=steps, validation=validation, seed=seed,
+        chunks=chunks, limit_seconds=limit_seconds, on_nonfinite=on_nonfinite, checkpoint=checkpoint,
         checkpoint_seconds=checkpoint_seconds, checkpoint_keep=checkpoint_keep, resume=resume,
     )  # fmt: skip
     _check_only_writer(checked.saving)

@@ -24,7 +24,7 @@ from parakit.plans import Plan
 from parakit.progress import many, rival_name
 from parakit.run import Run
 from parakit.scaling.measuring import plain_trial, try_plain
-from parakit.scaling.plain import MOST_SECONDS, PlainRates, PlainTrial
+from parakit.scaling.plain import PlainRates, PlainTrial
 from parakit.workers.base import Job, Workers
 
 __all__ = ["Elastic", "OneByOne", "Rig", "Rivals", "Timed", "Unreachable", "begun", "end", "timed"]
@@ -260,11 +260,11 @@ class Rivals:
     pool : Workers
     seconds : float
         To time each.
-    most_seconds : float
+    most_seconds : float, optional
         That each may take, unless a single step takes longer.
     """
 
-    def __init__(self, job: Job, pool: Workers, seconds: float, most_seconds: float = MOST_SECONDS) -> None:
+    def __init__(self, job: Job, pool: Workers, seconds: float, most_seconds: float | None = None) -> None:
         self._trial = replace(plain_trial(job), seconds=seconds, most_seconds=most_seconds)
         self._pool = pool
         self._limit_seconds = job.limit_seconds
