@@ -1,4 +1,4 @@
-"""What a benchmark found: a table headed by the machine, as text, as Markdown, and as JSON for the one that collects."""
+"""What a benchmark found: a table headed by the machine, as text, Markdown, and JSON for the one that collects."""
 
 from __future__ import annotations
 

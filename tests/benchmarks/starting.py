@@ -23,7 +23,7 @@ from tests.benchmarks import resize
 from tests.benchmarks.reports import Pace, Report, run, spread, until
 
 ROOT = Path(__file__).resolve().parents[2]
-CHANGES, QUICK_CHANGES = 20, 8
+CHANGES, QUICK_CHANGES = 20, 4
 
 SCRIPT = """
 import time
@@ -57,8 +57,9 @@ if __name__ == "__main__":
 
 
 def measure(pace: Pace) -> Iterator[Report]:
-    _start()  # fills the system's cache
-    found = [_start() for _ in range(pace.repeats)]
+    if not pace.quick:
+        _start()  # fills the system's cache
+    found = [_start() for _ in range(pace.choose(pace.repeats, 2))]
     rows = [[what, spread([one[what] for one in found])] for what in found[0]]
     changes = resize.changes(pace.choose(CHANGES, QUICK_CHANGES))
     rows += [

@@ -42,8 +42,11 @@ def measure(pace: Pace) -> Iterator[Report]:
                 for way, times in found.items()
             ]
     window = pace.choose(WINDOW_SECONDS, QUICK_WINDOW_SECONDS)
-    remark = f"Windows of {window:g} s. Tuned: malloc keeps freed memory, as in parakit's workers. Above 1: parakit is faster."
-    yield Report("step_time", "Time of a training step", heads, rows, [remark], figures)
+    remarks = [
+        f"Windows of {window:g} s; above 1, parakit is faster.",
+        "Tuned: malloc keeps freed memory, as in parakit's workers; otherwise, the usual environment.",
+    ]
+    yield Report("step_time", "Time of a training step", heads, rows, remarks, figures)
 
 
 def ratios(found: dict[str, list[float]], way: str) -> list[float]:
