@@ -174,7 +174,7 @@ def memory(pace: Pace) -> Report:
     return Report(
         "memory", "Memory of a run, beyond what the processes held before", heads, rows,
         [
-            "The notebook holds its data already before the run, and that is not counted. SGD with momentum: parameters,",
+            "The notebook holds its data already before the run, which is not counted. SGD with momentum: parameters,",
             "gradients, momentum, and a commit of parameters and momentum are 5 models.",
         ],
     )  # fmt: skip
