@@ -102,10 +102,10 @@ def advise(
     --------
     >>> import torch, parakit as pk
     >>> digits = pk.datasets.digits()
-    >>> with pk.connect("inline", threads=1) as workers:
+    >>> with pk.connect("inline") as workers:
     ...     advice = pk.advise(torch.nn.Linear(64, 10), digits.train, on=workers, seconds=0.1, progress=False)
-    >>> advice.options
-    {'workers': 1, 'threads': 1}
+    >>> advice.options["workers"]
+    1
     """
     pool = check_pool(on)
     seconds, seed = map(plain, (seconds, seed))
