@@ -65,6 +65,7 @@ def _by_workers(report: Report, axis: Any) -> None:
     counts = [int(count) for count in report.figures]
     axis.plot(counts, list(report.figures.values()), marker="o")
     axis.set(xlabel="workers", ylabel="ms a step", title="A step that computes nearly nothing", xscale="log")
+    axis.minorticks_off()
     axis.set_xticks(counts, [str(count) for count in counts])
     axis.set_ylim(0, 1.2 * max(median([value]) for value in report.figures.values()))
 
