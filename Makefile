@@ -16,7 +16,7 @@ LAB_FLAGS := $(shell [ "$$(id -u)" != 0 ] || echo --allow-root) \
 	$(shell [ "$$(uname)" != Linux ] || [ -n "$$DISPLAY$$WAYLAND_DISPLAY" ] || echo --no-browser)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lab test soak browser binder lint format notebooks pins clean
+.PHONY: help setup lab test soak bench browser binder lint format notebooks pins clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -37,6 +37,9 @@ test: setup browser lint ## Check style and types, then run all tests
 
 soak: setup ## Let 200 random faults happen to real runs (ARGS: --faults 50 --seed 1)
 	@$(BIN)/python -m tests.soak $(ARGS)
+
+bench: setup ## Time parakit against its rivals, and what else it costs (ARGS: --quick, --markdown FILE)
+	@$(BIN)/python -m tests.benchmarks $(ARGS)
 
 browser: setup
 	@$(BIN)/python tools/browser.py

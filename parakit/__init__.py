@@ -6,6 +6,7 @@ from parakit import datasets, strategies
 from parakit.errors import ParakitError
 from parakit.events import History
 from parakit.run import Run
+from parakit.scaling.advising import advise
 from parakit.scaling.study import Scaling
 from parakit.scaling.sweep import sweep
 from parakit.training import evaluate, train
@@ -23,6 +24,7 @@ __all__ = [
     "Run",
     "Scaling",
     "Workers",
+    "advise",
     "connect",
     "datasets",
     "evaluate",

@@ -56,6 +56,7 @@ def train(
     *,
     on: Workers,
     workers: int | None = None,
+    threads: int | None = None,
     loss: Callable[[Any, Any], Tensor] | None = None,
     optimizer: OptimizerFactory | None = None,
     learning_rate: float | None = None,
@@ -93,6 +94,8 @@ def train(
         From `parakit.connect`.
     workers : int, optional
         How many to begin with; all of the pool by default.
+    threads : int, optional
+        Threads that torch uses in each worker, the same for every worker count. Default: as the pool was connected.
     loss : callable, optional
         Takes (output, target) and returns a mean or a sum over samples. Default: cross entropy for integer targets,
         mean squared error otherwise.
@@ -163,10 +166,10 @@ def train(
     ('finished', 12)
     """
     checked = plan(
-        model, data, on=on, workers=workers, loss=loss, optimizer=optimizer, learning_rate=learning_rate,
-        scheduler=scheduler, scheduler_every=scheduler_every, clip_norm=clip_norm, strategy=strategy,
-        batch_size=batch_size, epochs=epochs, steps=steps, validation=validation, seed=seed, chunks=chunks,
-        limit_seconds=limit_seconds, on_nonfinite=on_nonfinite, checkpoint=checkpoint,
+        model, data, on=on, workers=workers, threads=threads, loss=loss, optimizer=optimizer,
+        learning_rate=learning_rate, scheduler=scheduler, scheduler_every=scheduler_every, clip_norm=clip_norm,
+        strategy=strategy, batch_size=batch_size, epochs=epochs, steps=steps, validation=validation, seed=seed,
+        chunks=chunks, limit_seconds=limit_seconds, on_nonfinite=on_nonfinite, checkpoint=checkpoint,
         checkpoint_seconds=checkpoint_seconds, checkpoint_keep=checkpoint_keep, resume=resume,
     )  # fmt: skip
     _check_only_writer(checked.saving)
@@ -182,6 +185,7 @@ def plan(
     *,
     on: Workers,
     workers: int | None = None,
+    threads: int | None = None,
     loss: Callable[[Any, Any], Tensor] | None = None,
     optimizer: OptimizerFactory | None = None,
     learning_rate: float | None = None,
@@ -205,10 +209,11 @@ def plan(
     """Check what `train` is given, and plan the run without starting it; parameters and errors as for `train`."""
     pool = check_pool(on)
     # Loops over numpy's ranges give numpy's numbers.
-    workers, batch_size, epochs, steps = map(plain, (workers, batch_size, epochs, steps))
+    workers, threads, batch_size, epochs, steps = map(plain, (workers, threads, batch_size, epochs, steps))
     seed, chunks, checkpoint_keep, checkpoint_seconds = map(plain, (seed, chunks, checkpoint_keep, checkpoint_seconds))
     learning_rate, clip_norm, limit_seconds = map(plain, (learning_rate, clip_norm, limit_seconds))
     active = pool.check_count(pool.size if workers is None else workers)
+    _check_threads(threads, pool)
     check_positive("checkpoint_seconds", checkpoint_seconds)
     check_whole("checkpoint_keep", checkpoint_keep, 1)
     samples = _samples(model, data)
@@ -251,14 +256,14 @@ def plan(
         uuid.uuid4().hex[:8], recipe, chosen,
         lambda chunk: samples.take(pieces[chunk]),
         lambda chunk: held_out.take(validation_pieces[chunk]) if held_out is not None else _nothing(),
-        float(limit_seconds),
+        float(limit_seconds), threads,
     )  # fmt: skip
     if active > pool.size:  # virtual workers, which come into being when they are needed
         pool.grow(active)
     members = pool.names[:active]
     roster = _roster(members, order, validation_pieces)
     start = RunStart(
-        0.0, repr(chosen), members, pool.kind, pool.cores, pool.threads,
+        0.0, repr(chosen), members, pool.kind, pool.cores, threads or pool.threads,
         sum(p.numel() for p in initial.parameters() if p.requires_grad), len(samples), len(pieces), batch, total,
         order.steps_per_epoch, seed, pool.exchange_of(chosen), pool.simulated,
     )  # fmt: skip
@@ -366,6 +371,16 @@ def _check_only_writer(saving: Saving | None) -> None:
 def _absolute(place: Any) -> str:
     text = os.fspath(place)
     return text if "://" in text else str(Path(text).expanduser().resolve())
+
+
+def _check_threads(threads: Any, pool: Workers) -> None:
+    check_whole("threads", threads, 1, none=True)
+    if pool.simulated and threads not in (None, pool.threads):
+        raise InputError(
+            f"threads is {threads}, but these workers are simulated with {pool.threads} each.",
+            cause="their speed is that of the steps they were made from",
+            remedy="leave threads out, or simulate workers like a study that was made with as many threads",
+        )
 
 
 def _samples(model: Any, data: Any) -> Samples:

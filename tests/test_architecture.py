@@ -79,8 +79,8 @@ ROOMS = (
         "parakit.scaling.tables", "parakit.scaling.ticker",
     ),
     ("parakit.scaling.remarks",),
-    ("parakit.scaling.study",),
-    ("parakit.scaling.sweep",),
+    ("parakit.scaling.advice", "parakit.scaling.study"),
+    ("parakit.scaling.advising", "parakit.scaling.sweep"),
     ("parakit.plots.style",),
     ("parakit.plots.labels",),
     (

@@ -9,12 +9,17 @@ from pathlib import Path
 
 from parakit.machine import usable_cores
 
-__all__ = ["cores_here", "name_here"]
+__all__ = ["cores_here", "host_here", "name_here"]
 
 
 def cores_here(_: None = None) -> int:
     """Cores that this process may use."""
     return usable_cores()
+
+
+def host_here(_: None = None) -> str:
+    """What this host calls itself."""
+    return platform.node()
 
 
 def name_here(_: None = None) -> str:

@@ -48,9 +48,11 @@ class PlainTrial:
     batch_size : int
         Rows in a batch; all rows where there are fewer.
     seconds : float
-        How long to time steps; longer until there are five, but 6 s with the warm-up at most.
+        How long to time steps; longer until there are five, but no longer than the most with the warm-up.
     cores : int, optional
         Threads to train with. Default: all cores that the process may use.
+    most_seconds : float, optional
+        After which warm-up and timing end, after the present step. Default: 6.
     """
 
     name: str
@@ -59,6 +61,7 @@ class PlainTrial:
     batch_size: int
     seconds: float = SECONDS
     cores: int | None = None
+    most_seconds: float | None = None
 
 
 @dataclass(frozen=True)
@@ -105,13 +108,14 @@ def measure(trial: PlainTrial) -> PlainRates:
 def _timed(loop: Iterator[int], trial: PlainTrial) -> list[float]:
     began = perf_counter()
     _warm_up(loop)
+    most_seconds = trial.most_seconds or MOST_SECONDS
     first, rates = perf_counter(), list[float]()
     while trial.name not in _halted:
         start = perf_counter()
         rows = next(loop)
         now = perf_counter()
         rates.append(rows / max(1e-9, now - start))
-        if now - began > MOST_SECONDS or (len(rates) >= _FEWEST_STEPS and now - first > trial.seconds):
+        if now - began > most_seconds or (len(rates) >= _FEWEST_STEPS and now - first > trial.seconds):
             break
     return rates
 

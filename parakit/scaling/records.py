@@ -24,7 +24,7 @@ from parakit.progress import many, rival_name
 from parakit.scaling.laws import karp_flatt
 
 __all__ = [
-    "NOTHING", "About", "Measurement", "Row", "Spread", "check_different", "from_plain", "rival_gain", "rows",
+    "NOTHING", "About", "Measurement", "Row", "Spread", "check_different", "from_plain", "ratio", "rival_gain", "rows",
     "spread_of",
 ]  # fmt: skip
 
@@ -271,8 +271,8 @@ def rows(measurements: Sequence[Measurement], mode: str = "strong") -> tuple[Row
 def _row(
     count: int, mine: list[Measurement], ones: list[Measurement], rivals: dict[str, list[Measurement]], mode: str
 ) -> Row:
-    speedup = _ratio(mine, ones)
-    over_plain = {name: _ratio(mine, theirs) for name, theirs in rivals.items()}
+    speedup = ratio(mine, ones)
+    over_plain = {name: ratio(mine, theirs) for name, theirs in rivals.items()}
     serial = float(karp_flatt(speedup.median, count)) if mode == "strong" else math.nan
     return Row(
         count, spread_of(m.rate for m in mine), speedup, over_plain, speedup.median / count, serial,
@@ -288,7 +288,7 @@ def _rivals(measurements: Iterable[Measurement]) -> dict[str, list[Measurement]]
     return rivals
 
 
-def _ratio(mine: list[Measurement], base: list[Measurement]) -> Spread:
+def ratio(mine: list[Measurement], base: list[Measurement]) -> Spread:
     """Rates over those of a base, within the blocks that have both; where there are none, over the base's median."""
     unit = _by_block(base)
     if not unit:
@@ -310,7 +310,7 @@ def _by_block(measurements: list[Measurement]) -> dict[int, float]:
 def rival_gain(measurements: Iterable[Measurement]) -> Spread:
     """Rate of the rival with most threads over that of the one with fewest, within blocks; NaN without two rivals."""
     by_threads = list(_rivals(measurements).values())
-    return _ratio(by_threads[-1], by_threads[0]) if len(by_threads) > 1 else NOTHING
+    return ratio(by_threads[-1], by_threads[0]) if len(by_threads) > 1 else NOTHING
 
 
 def check_different(measurements: Sequence[Measurement]) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from parakit.progress import three_digits
 from parakit.scaling.records import Row, Spread
 
-__all__ = ["Table", "about_rivals"]
+__all__ = ["Table", "about_rivals", "between", "html_table", "rate", "text_table", "times"]
 
 _DASH = "–"
 _CROWDED = "*"
@@ -63,29 +63,45 @@ class Table:
         return [_cells(row) for row in self.rows]
 
     def __repr__(self) -> str:
-        text = _laid_out([[short for short, _ in self._heads()], *self._cells()])
-        title, *remarks = (textwrap.fill(said, _WIDTH, subsequent_indent="  ") for said in (self.title, *self.remarks))
-        return "\n".join([title, *(text if self.rows else ["Nothing was measured."]), *remarks])
+        return text_table(self.title, [short for short, _ in self._heads()], self._cells(), self.remarks)
 
     def _repr_html_(self) -> str:
         """The table for a notebook: every column says in full what it is, every row what it is of."""
-        head = "".join(f'<th scope="col">{html.escape(full)}</th>' for _, full in self._heads())
-        body = "".join(_html_row(cells) for cells in self._cells())
-        remarks = "".join(f"<p>{html.escape(remark)}</p>" for remark in self.remarks)
-        return (
-            f'<table><caption style="text-align:left">{html.escape(self.title)}</caption>'
-            f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>{remarks}"
-        )
+        return html_table(self.title, [full for _, full in self._heads()], self._cells(), self.remarks)
 
 
-def _laid_out(lines: Sequence[Sequence[str]]) -> list[str]:
+def text_table(
+    title: str, heads: Sequence[str], cells: Sequence[Sequence[str]], remarks: Sequence[str], *, left: bool = False
+) -> str:
+    """A table as text, with a title above it and remarks below; its first column may be set to the left."""
+    text = _laid_out([heads, *cells], left=left) if cells else ["Nothing was measured."]
+    above, *below = (textwrap.fill(said, _WIDTH, subsequent_indent="  ") for said in (title, *remarks))
+    return "\n".join([above, *text, *below])
+
+
+def html_table(title: str, heads: Sequence[str], cells: Sequence[Sequence[str]], remarks: Sequence[str]) -> str:
+    """The same as HTML, in which the first cell of a row says what the row is of."""
+    head = "".join(f'<th scope="col">{html.escape(name)}</th>' for name in heads)
+    body = "".join(_html_row(row) for row in cells)
+    below = "".join(f"<p>{html.escape(remark)}</p>" for remark in remarks)
+    return (
+        f'<table><caption style="text-align:left">{html.escape(title)}</caption>'
+        f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>{below}"
+    )
+
+
+def _laid_out(lines: Sequence[Sequence[str]], *, left: bool) -> list[str]:
     """Lines of cells as text; where they are too wide, the columns on the right follow below, after the first again."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     gap = next((gap for gap in _GAPS if sum(widths) + gap * (len(widths) - 1) <= _WIDTH), _GAPS[-1])
     text: list[str] = []
     for places in _blocks(widths, gap):
-        text += [(" " * gap).join(line[place].rjust(widths[place]) for place in places) for line in lines]
+        text += [(" " * gap).join(_set(line[p], widths[p], left and p == 0) for p in places).rstrip() for line in lines]
     return text
+
+
+def _set(cell: str, width: int, left: bool) -> str:
+    return cell.ljust(width) if left else cell.rjust(width)
 
 
 def _blocks(widths: Sequence[int], gap: int) -> list[list[int]]:
@@ -111,32 +127,33 @@ def _html_row(cells: Sequence[str]) -> str:
 def _cells(row: Row) -> list[str]:
     return [
         f"{row.workers:,}{_CROWDED if row.crowded else ''}",
-        _rate(row.rate.median),
-        _between(_rate(row.rate.low), _rate(row.rate.high)),
-        _times(row.speedup.median),
+        rate(row.rate.median),
+        between(rate(row.rate.low), rate(row.rate.high)),
+        times(row.speedup.median),
         # One worker is what the others are compared with: its ratio has no spread.
-        _DASH if row.workers == 1 else _between(_times(row.speedup.low), _times(row.speedup.high)),
-        *(_times(over.median) for over in row.over_plain.values()),
+        _DASH if row.workers == 1 else between(times(row.speedup.low), times(row.speedup.high)),
+        *(times(over.median) for over in row.over_plain.values()),
         _DASH if math.isnan(row.efficiency) else f"{100 * row.efficiency:.0f} %",
         _DASH if math.isnan(row.karp_flatt) else f"{row.karp_flatt:.3f}",
     ]
 
 
-def _rate(value: float) -> str:
+def rate(value: float) -> str:
+    """Samples per second, to three digits; a dash where there are none."""
     return _DASH if math.isnan(value) else three_digits(value)
 
 
-def _times(value: float) -> str:
+def times(value: float) -> str:
+    """A ratio; a dash where there is none."""
     return _DASH if math.isnan(value) else f"{value:.2f}" if value < 10 else f"{value:.1f}"
 
 
-def _between(low: str, high: str) -> str:
+def between(low: str, high: str) -> str:
+    """A range; a dash where there is none."""
     return _DASH if low == _DASH else f"{low}–{high}"
 
 
 def about_rivals(rivals: dict[str, Spread]) -> str:
     """The rates of the rivals in one sentence; "" where none was measured."""
-    told = [
-        f"{name}: {_rate(s.median)} samples/s ({_between(_rate(s.low), _rate(s.high))})" for name, s in rivals.items()
-    ]
+    told = [f"{name}: {rate(s.median)} samples/s ({between(rate(s.low), rate(s.high))})" for name, s in rivals.items()]
     return "; ".join(told)

@@ -7,6 +7,7 @@ know in which order visits are made, and what becomes of them.
 
 from __future__ import annotations
 
+import math
 import time
 import uuid
 from collections.abc import Callable, Sequence
@@ -20,13 +21,13 @@ from parakit.errors import ParakitError, PoolError, RunError, WorkerCountError
 from parakit.events import PLAIN, GradientNorms, History, Said, SegmentDone, StepDone
 from parakit.machine import uninterrupted
 from parakit.plans import Plan
-from parakit.progress import rival_name
+from parakit.progress import many, rival_name
 from parakit.run import Run
 from parakit.scaling.measuring import plain_trial, try_plain
 from parakit.scaling.plain import PlainRates, PlainTrial
 from parakit.workers.base import Job, Workers
 
-__all__ = ["Elastic", "OneByOne", "Rig", "Rivals", "Timed", "Unreachable", "end", "timed"]
+__all__ = ["Elastic", "OneByOne", "Rig", "Rivals", "Timed", "Unreachable", "begun", "end", "timed"]
 
 _LOOK_SECONDS = 0.01
 _WARM_UP_SECONDS = 0.2  # a segment in any case: caches are cold, and the pace of segments is still that of before
@@ -118,7 +119,7 @@ class Elastic:
     def visit(self, count: int, seconds: float) -> Timed:
         """Train at a count until so many seconds are timed."""
         if self.run is None:
-            self.run = _begun(self._made, self._pool)
+            self.run = begun(self._made, self._pool)
         return timed(self.run, count, seconds)
 
     def rest(self) -> None:
@@ -150,7 +151,7 @@ class OneByOne:
 
     def visit(self, count: int, seconds: float) -> Timed:
         """Train at a count until so many seconds are timed, and end that run."""
-        self.run = _begun(self._make(count), self._pool)
+        self.run = begun(self._make(count), self._pool)
         try:
             return timed(self.run, count, seconds)
         finally:
@@ -160,7 +161,7 @@ class OneByOne:
         """Nothing goes on between visits."""
 
 
-def _begun(made: Plan, pool: Workers) -> Run:
+def begun(made: Plan, pool: Workers) -> Run:
     """A run; an interrupt in the middle leaves none that nobody knows of."""
     return uninterrupted(lambda: Run(made, pool, History()), end, _END_SECONDS)
 
@@ -172,13 +173,21 @@ def end(run: Run) -> None:
         run.wait(_END_SECONDS, progress=False)
 
 
-def timed(run: Run, count: int, seconds: float) -> Timed:
+def timed(run: Run, count: int, seconds: float, limit_seconds: float = math.inf) -> Timed:
     """Let a run train at a worker count until so many seconds are timed.
+
+    Parameters
+    ----------
+    run : Run
+    count : int
+    seconds : float
+    limit_seconds : float
+        That it may take in all.
 
     Raises
     ------
     Unreachable
-        If the count does not come about.
+        If the count does not come about, or not in time.
     RunError, PoolError
         If the run ended.
     """
@@ -197,6 +206,8 @@ def timed(run: Run, count: int, seconds: float) -> Timed:
         if run.world_size != count and (run.target != count or time.monotonic() - asked > _ARRIVAL_SECONDS):
             raise _unreachable(run, count)
         _check_going(run)
+        if time.monotonic() - asked > limit_seconds:
+            raise Unreachable(f"{many(count, 'worker')} did too few steps within {limit_seconds:.0f} s to be timed.")
         time.sleep(_LOOK_SECONDS)
 
 
@@ -249,10 +260,12 @@ class Rivals:
     pool : Workers
     seconds : float
         To time each.
+    most_seconds : float, optional
+        That each may take, unless a single step takes longer.
     """
 
-    def __init__(self, job: Job, pool: Workers, seconds: float) -> None:
-        self._trial = replace(plain_trial(job), seconds=seconds)
+    def __init__(self, job: Job, pool: Workers, seconds: float, most_seconds: float | None = None) -> None:
+        self._trial = replace(plain_trial(job), seconds=seconds, most_seconds=most_seconds)
         self._pool = pool
         self._limit_seconds = job.limit_seconds
 

@@ -108,6 +108,8 @@ class Job:
         Give the samples of a chunk from its source, as often as they are lost.
     limit_seconds : float
         The longest that a worker may say nothing beyond what its work should take.
+    threads : int or None
+        That torch uses in each worker; None for those of the pool.
     """
 
     run_id: str
@@ -116,6 +118,7 @@ class Job:
     load: Callable[[int], Samples]
     load_validation: Callable[[int], Samples]
     limit_seconds: float
+    threads: int | None = None
 
 
 @dataclass(frozen=True)

@@ -69,7 +69,7 @@ class InlineWorkers(Workers):
 
     def open(self, job: Job) -> InlineCrew:
         """Begin a run."""
-        return InlineCrew(job, self.threads)
+        return InlineCrew(job, job.threads or self.threads)
 
     def map(self, function: Callable[[Any], Any], items: Sequence[Any], limit_seconds: float) -> list[Any]:
         """Apply a function to items, here."""

@@ -1,26 +1,25 @@
 """Time of an all-reduce on one host: memory that the workers share, against gloo over loopback.
 
-Run with ``python -m tests.benchmarks.all_reduce``; ``--help`` says how to shorten it. Prints a table; asserts nothing.
 The ways take turns within each repeat, so that a noisy neighbour hits all of them, and a ratio is the median of those
 within the repeats. Vectors are float32; "in place" ones lie in the group's memory, as gradients can.
 """
 
 from __future__ import annotations
 
-import argparse
-import platform
 import tempfile
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import torch
 
-from parakit.machine import usable_cores
 from parakit.workers.group import Group
 from parakit.workers.shared import SharedGroup
+from tests.benchmarks.reports import Pace, Report, median, run, significant, spread
 from tests.members import FolderBoard, Member, ask, members
 
+QUICK_SIZES = (1_000, 2_000_000, 16_000_000)
 SIZES = (1_000, 30_000, 250_000, 2_000_000, 16_000_000, 100_000_000)  # bytes
 WORKERS = (2, 4)
 WAYS = ("gloo", "shared", "in place")
@@ -28,23 +27,17 @@ ROUND_SECONDS = 0.1  # of one measurement, which repeats the operation
 LIMIT_SECONDS = 60.0
 
 
-def main() -> None:
-    options = _options()
-    print(f"{_machine()}; torch {torch.__version__}, 1 thread a worker; {options.repeats} repeats, in ms\n")
-    print(f"workers {'bytes':>11}" + "".join(f"   {way + ': median (quartiles)':>32}" for way in WAYS), end="")
-    print("   gloo/shared   gloo/in place")
-    for size in options.workers:
+def measure(pace: Pace) -> Iterator[Report]:
+    heads = ["workers", "bytes", *(f"{way}, ms" for way in WAYS), "gloo/shared", "gloo/in place"]
+    rows, figures = [], []
+    for size in pace.choose(WORKERS, WORKERS[:1]):
         with members(size) as team:
-            for nbytes in options.sizes:
-                _report(size, nbytes, _measure(team, nbytes, options.repeats))
-
-
-def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--workers", type=int, nargs="+", default=WORKERS)
-    parser.add_argument("--sizes", type=int, nargs="+", default=SIZES, help="bytes of a vector")
-    parser.add_argument("--repeats", type=int, default=9)
-    return parser.parse_args()
+            for nbytes in pace.choose(SIZES, QUICK_SIZES):
+                found = _measure(team, nbytes, pace.repeats)
+                figures.append([size, nbytes, {way: median(times) for way, times in found.items()}])
+                ratios = [significant(median(np.array(found["gloo"]) / np.array(found[way])), 2) for way in WAYS[1:]]
+                rows.append([str(size), f"{nbytes:,}", *(spread(found[way]) for way in WAYS), *ratios])
+    yield Report("all_reduce", "Time of an all-reduce, float32, 1 thread a worker", heads, rows, [], {"cases": figures})
 
 
 def _measure(team: list[Member], nbytes: int, repeats: int) -> dict[str, list[float]]:
@@ -91,21 +84,5 @@ def leave(kept: dict[str, Any], _: int) -> None:
         kept.pop(way)[0].close()
 
 
-def _report(size: int, nbytes: int, found: dict[str, list[float]]) -> None:
-    gloo = np.array(found["gloo"])
-    spreads = "".join(f"   {_spread(found[way]):>32}" for way in WAYS)
-    ratios = [float(np.median(gloo / np.array(found[way]))) for way in WAYS[1:]]
-    print(f"{size:7} {nbytes:11,}{spreads}   {ratios[0]:11.1f}   {ratios[1]:13.1f}", flush=True)
-
-
-def _spread(values: list[float]) -> str:
-    low, middle, high = np.percentile(values, [25, 50, 75])
-    return f"{middle:.3f} ({low:.3f} to {high:.3f})"
-
-
-def _machine() -> str:
-    return f"{platform.processor() or platform.machine()}, {usable_cores()} cores, {platform.system()}"
-
-
 if __name__ == "__main__":
-    main()
+    run(__doc__, measure)

@@ -1,20 +1,20 @@
 """What an open panel costs a run: throughput with and without it, turn by turn in one kernel.
 
-    python -m tests.benchmarks.panel_overhead [rounds]
-
 Runs in a real Jupyter kernel, so that frames and texts are sent as they are to a browser; there is no browser to draw
-them, whose work on the same machine would come on top. Prints a table.
+them, whose work on the same machine would come on top.
 """
 
 from __future__ import annotations
 
-import platform
-import sys
+import json
+from collections.abc import Iterator
 
 from jupyter_client.manager import start_new_kernel
 
+from tests.benchmarks.reports import Pace, Report, run, spread
+
 SETUP = """
-import statistics, time, torch, warnings, parakit as pk
+import json, time, torch, warnings, parakit as pk
 warnings.simplefilter("ignore")
 from torch import nn
 from parakit.events import SegmentDone
@@ -61,33 +61,46 @@ def measure(name, rounds, seconds):
         else:
             plain = speed
     run.stop(); run.wait(30)
-    low, mid, high = statistics.quantiles(ratios, n=4)
-    print(f"{name:22} {mid:8.3f}   {low:.3f} to {high:.3f}   {statistics.median(frames):6.1f}   {len(ratios):5}")
+    print("found", json.dumps([name, ratios, frames]))
 """
 
 
-def main(rounds: int, seconds: float = 6.0) -> None:
+WORKS = ("CNN 0.55 M, batch 64", "MLP 4.2 M, batch 256")
+
+
+def overheads(rounds: int, seconds: float, works: tuple[str, ...]) -> Iterator[tuple[str, list[float], list[float]]]:
+    """Of each work, throughput with a panel over that without, turn by turn, and frames per second."""
     manager, client = start_new_kernel()
+    said: list[str] = []
+
+    def hear(message: dict) -> None:
+        content = message["content"]
+        if message["msg_type"] == "stream" and content["name"] == "stdout":
+            said.append(content["text"])
+        if message["msg_type"] == "error":
+            raise RuntimeError("\n".join(content["traceback"]))
+
     try:
-        client.execute_interactive(SETUP, timeout=120)
-        print(f"{platform.machine()}, Python {platform.python_version()}; throughput with the panel over without")
-        print(f"{'workload, 2 workers':22} {'median':>8}   {'quartiles':14}   {'frames/s':>6}   {'turns':>5}")
-        for name in ("CNN 0.55 M, batch 64", "MLP 4.2 M, batch 256"):
+        client.execute_interactive(SETUP, timeout=120, output_hook=hear)
+        for name in works:
             code = f"measure({name!r}, {rounds}, {seconds})"
-            client.execute_interactive(code, timeout=rounds * 4 * seconds + 60, output_hook=show)
-        client.execute_interactive("workers.close()", timeout=60)
+            client.execute_interactive(code, timeout=rounds * 4 * seconds + 60, output_hook=hear)
+            (line,) = [line for line in "".join(said).splitlines() if line.startswith("found ")]
+            said.clear()
+            found, ratios, frames = json.loads(line.removeprefix("found "))
+            yield found, ratios, frames
+        client.execute_interactive("workers.close()", timeout=60, output_hook=hear)
     finally:
         client.stop_channels()
         manager.shutdown_kernel(now=False)
 
 
-def show(message: dict) -> None:
-    content = message["content"]
-    if message["msg_type"] == "stream":
-        print(content["text"], end="", flush=True)
-    if message["msg_type"] == "error":
-        print("\n".join(content["traceback"]))
+def measure(pace: Pace) -> Iterator[Report]:
+    rounds, seconds = 2 * pace.repeats, pace.choose(6.0, 3.0)
+    rows = [[name, spread(ratios), spread(frames, 2)] for name, ratios, frames in overheads(rounds, seconds, WORKS)]
+    heads = ["workload, 2 workers", "throughput with over without", "frames/s"]
+    yield Report("panel_overhead", "What an open panel costs", heads, rows, [f"{rounds} turns of {seconds:g} s."])
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]) if len(sys.argv) > 1 else 10)
+    run(__doc__, measure)

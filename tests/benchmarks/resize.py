@@ -1,75 +1,67 @@
-"""Time of a resize within the pool: from `run.resize(n)` to the first finished step at the new size.
-
-Run with ``python -m tests.benchmarks.resize``. Prints a table; asserts nothing.
-"""
+"""Time of a resize within the pool: from `run.resize(n)` to the first finished step at the new size."""
 
 from __future__ import annotations
 
 import itertools
-import platform
 import time
+from collections.abc import Iterator
+from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import nn
 
 import parakit as pk
-from parakit.events import Asked, Resized, SegmentDone
-from parakit.machine import usable_cores
+from parakit.events import Asked, Resized
+from tests.benchmarks.reports import Pace, Report, run, spread, until
 
-CHANGES = 20
+CHANGES, QUICK_CHANGES = 20, 8
 COURSE = (2, 4, 3, 1)
 
 
-def main() -> None:
+@dataclass(frozen=True)
+class Change:
+    """A resize: to which size, how long it took, how long the run stood still, and how many chunks moved."""
+
+    size: int
+    wish_to_step_seconds: float
+    still_seconds: float
+    chunks_moved: int
+
+
+def changes(count: int) -> list[Change]:
+    """Resize a run so many times, on four processes."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 10))
     with pk.connect(4) as workers:
-        run = pk.train(model, pk.datasets.digits().train, on=workers, workers=1, steps=1_000_000)
-        _await(lambda: run.step > 0)
-        for size in itertools.islice(itertools.cycle(COURSE), CHANGES):
-            run.resize(size)
-            _await(lambda size=size: run.history.steps[-1].world_size == size)
+        going = pk.train(model, pk.datasets.digits().train, on=workers, workers=1, steps=10**9)
+        until(lambda: going.step > 0)
+        for size in itertools.islice(itertools.cycle(COURSE), count):
+            going.resize(size)
+            until(lambda size=size: going.history.steps[-1].world_size == size)
             time.sleep(0.2)
-        run.stop()
-        run.wait(60, progress=False)
-    _report(run)
+        going.stop()
+        going.wait(60, progress=False)
+    return list(_told(going.history))
 
 
-def _await(condition: object, seconds: float = 30.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():  # type: ignore[operator]
-        if time.monotonic() > deadline:
-            raise TimeoutError("the resize did not take effect")
-        time.sleep(0.002)
-
-
-def _report(run: pk.Run) -> None:
-    history = run.history
+def _told(history: pk.History) -> Iterator[Change]:
     asked = [event for event in history.of(Asked) if event.wish == "resize"]
-    formed = history.of(Resized)[1:]
-    rows = []
-    for wish, event in zip(asked, formed, strict=True):
+    for wish, event in zip(asked, history.of(Resized)[1:], strict=True):
         first = next(step for step in history.steps if step.generation == event.generation)
-        rows.append((wish.value, first.at_seconds - wish.at_seconds, event.seconds, event.chunks_moved))
-    print(f"{platform.processor() or platform.machine()}, {usable_cores()} cores; {CHANGES} changes on 4 processes\n")
-    print("to workers   wish to first step / s   standing still / s   chunks moved (of 64)")
-    for size in COURSE:
-        mine = [row for row in rows if row[0] == size]
-        print(
-            f"{size:10}   {_spread([r[1] for r in mine]):>22}   {_spread([r[2] for r in mine]):>18}   "
-            f"{sorted({r[3] for r in mine})}"
-        )
-    print(f"{'all':>10}   {_spread([r[1] for r in rows]):>22}   {_spread([r[2] for r in rows]):>18}")
-    segments = history.of(SegmentDone)
-    control = [s.control_seconds for s in segments]
-    print(f"\ncontrol per segment / s: {_spread(control)} over {len(segments)} segments")
+        assert wish.value is not None
+        yield Change(int(wish.value), first.at_seconds - wish.at_seconds, event.seconds, event.chunks_moved)
 
 
-def _spread(values: list[float]) -> str:
-    low, middle, high = np.percentile(values, [25, 50, 75])
-    return f"{middle:.3f} ({low:.3f} to {high:.3f})"
+def measure(pace: Pace) -> Iterator[Report]:
+    found = changes(pace.choose(CHANGES, QUICK_CHANGES))
+    rows = []
+    for name, mine in [*((str(n), [c for c in found if c.size == n]) for n in COURSE), ("all", found)]:
+        moved = ", ".join(map(str, sorted({change.chunks_moved for change in mine})))
+        took = spread([change.wish_to_step_seconds for change in mine])
+        rows.append([name, took, spread([change.still_seconds for change in mine]), moved])
+    heads = ["to workers", "wish to first step, s", "standing still, s", "chunks moved, of 64"]
+    yield Report("resize", f"{len(found)} changes of a run on 4 processes", heads, rows)
 
 
 if __name__ == "__main__":
-    main()
+    run(__doc__, measure)

@@ -81,13 +81,14 @@ class DaskCrew:
 
     def _bring(self, roster: Roster) -> None:
         newcomers = [member for member in roster.members if member not in self._held]
+        threads = self._job.threads or self._pool.threads
         try:
             self._pool.make_ready(roster.members)
             self._answers(
                 self._submit(
                     newcomers,
                     resident.prepare,
-                    lambda m: (self._job.run_id, self._sent(self._blob, m), self._pool.threads),
+                    lambda m: (self._job.run_id, self._sent(self._blob, m), threads),
                 ),
                 self.patience(_SETTING_UP),
             )
