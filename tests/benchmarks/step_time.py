@@ -35,6 +35,7 @@ def measure(pace: Pace) -> Iterator[Report]:
     with pk.connect(2) as workers:
         for place in pace.choose(range(len(WORKLOADS)), QUICK):
             name = WORKLOADS[place].name
+            print(f"{name} ...", flush=True)  # the table comes at the end, minutes later
             found = turns(place, workers, pace)
             figures[name] = found
             rows += [
