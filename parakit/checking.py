@@ -266,11 +266,15 @@ def _probe_rows(targets: Any) -> Tensor:
     rows = torch.arange(min(_PROBE_ROWS, len(first)))
     if first.is_floating_point() or first.is_complex():
         return rows
-    labels, where = torch.unique(first.reshape(len(first), -1)[:, 0], return_inverse=True)
-    if len(labels) > _PROBE_LABELS:
-        return rows
-    one_each = torch.full((len(labels),), len(first)).scatter_reduce(0, where, torch.arange(len(first)), "amin")
-    chosen: Tensor = torch.cat([rows, one_each]).unique()
+    labels = first.reshape(len(first), -1)[:, 0]
+    one_each: list[int] = []
+    others = torch.ones(len(labels), dtype=torch.uint8)
+    while len(labels) and others[place := int(others.argmax())]:  # the first of a label not seen yet
+        one_each.append(place)
+        if len(one_each) > _PROBE_LABELS:
+            return rows
+        others &= labels != labels[place]  # some passes are cheaper than to sort all labels
+    chosen: Tensor = torch.cat([rows, torch.tensor(one_each, dtype=torch.int64)]).unique()
     return chosen
 
 

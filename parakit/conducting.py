@@ -25,7 +25,7 @@ from parakit.replica import Replica
 from parakit.scaling.measuring import measure_plain
 from parakit.stragglers import Stragglers
 from parakit.wishes import Wishes
-from parakit.workers.base import Workers
+from parakit.workers.base import Report, Workers
 
 __all__ = ["Conductor"]
 
@@ -169,16 +169,17 @@ class Conductor:
         steps = steps_done(report, group.labels, order, group.roster.generation, began, ended)
         self._pace.learn(report.steps, sum(step.seconds for step in steps))
         self._history.append(*steps, *gradient_norms(report, ended))
-        self._history.append(self._finished(steps, began, ended, report.commit_seconds))
+        self._history.append(self._finished(steps, began, ended, report))
         self._history.append(*self._stragglers.look(steps))
         self.step += report.steps
         group.progress()
         self._keep()
 
-    def _finished(self, steps: Sequence[StepDone], began: float, ended: float, commit_seconds: float) -> SegmentDone:
-        control = max(0.0, ended - began - sum(step.seconds for step in steps))
+    def _finished(self, steps: Sequence[StepDone], began: float, ended: float, report: Report) -> SegmentDone:
+        # Of whoever was busy longest; the slowest of each step together may be more than the segment.
+        busy = max(sum(record.wall_seconds for record in records) for records in report.records)
         return SegmentDone(
-            ended, self.step, len(steps), ended - began, control, commit_seconds,
+            ended, self.step, len(steps), ended - began, max(0.0, ended - began - busy), report.commit_seconds,
             sum(step.samples for step in steps), self.world_size, self._membership.roster.generation,
         )  # fmt: skip
 

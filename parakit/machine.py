@@ -19,6 +19,7 @@ __all__ = [
     "in_thread",
     "keep_freed_memory",
     "quick_thread_switches",
+    "return_free_memory",
     "uninterrupted",
     "usable_cores",
     "yield_to_others",
@@ -85,6 +86,11 @@ def give_back_freed_memory() -> None:
         _keepers -= 1
         if _keepers == 0:
             _set_thresholds(*(_threshold(f"MALLOC_{which}_THRESHOLD_") for which in ("TRIM", "MMAP")))
+    return_free_memory()
+
+
+def return_free_memory() -> None:
+    """Return what is free now to the system: what a set-up needed, say, and no step will."""
     if platform.libc_ver()[0] == "glibc":
         ctypes.CDLL(None).malloc_trim(0)
 

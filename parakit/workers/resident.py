@@ -26,7 +26,7 @@ from parakit.data import Samples, pack, unpack
 from parakit.errors import Diverged, ParakitError, StaleGeneration
 from parakit.evaluation import Tally, tally
 from parakit.gradients import GradientSum, unflatten_into
-from parakit.machine import give_back_freed_memory, keep_freed_memory
+from parakit.machine import give_back_freed_memory, keep_freed_memory, return_free_memory
 from parakit.replica import EXCHANGE, Holding, Recipe, Replica, StepRecord, load_model_state
 from parakit.vault import Vault, VaultKey
 from parakit.workers.base import Strategy
@@ -58,6 +58,7 @@ class Resident:
         self._heeded = 0
         self._halt = 0
         self._ended = False
+        self._untidy = False
         self._busy = False
         self._moved = perf_counter()
         self._waiting = False
@@ -114,6 +115,7 @@ class Resident:
             self._meet(orders, board)
         self._alone = orders.size == 1
         self._commit_to_vault(orders.vault)
+        self._untidy = bool(training or validation) or state is not None
         return self._vault_key
 
     def _meet(self, orders: Orders, board: Board) -> None:
@@ -168,6 +170,9 @@ class Resident:
         self._settle()
         if self._alone and self._vault is not None:
             committed += self.replica.commit()
+        if self._untidy:  # by now, what came in messages is gone from them
+            self._untidy = False
+            return_free_memory()
         return Segment(self.replica.take_records(), committed, self._vault_key)
 
     def _settle(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import importlib
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -13,7 +14,7 @@ from distributed.deploy import Cluster
 from distributed.security import Security
 
 from parakit.errors import ConnectError, InputError
-from parakit.machine import uninterrupted, usable_cores
+from parakit.machine import in_thread, uninterrupted, usable_cores
 from parakit.workers.dask.janitor import Janitor
 from parakit.workers.dask.local import WatchedCluster
 from parakit.workers.dask.nursery import Nursery
@@ -22,6 +23,7 @@ from parakit.workers.dask.pool import DaskWorkers
 __all__ = ["connect_client", "connect_cluster", "connect_local", "what_is"]
 
 _UNLIMITED = 100_000
+_LATER = "torch._dynamo"  # what the first optimizer of this process imports, for a second: time to do so is now
 _CLOSE_SECONDS = 10.0
 
 
@@ -52,6 +54,7 @@ def _start_local(count: int, threads: int, most: int, timeout: float) -> DaskWor
         try:
             nursery = Nursery()
             undo.callback(nursery.close)
+            in_thread(importlib.import_module, _LATER)
             janitor = Janitor()
             undo.callback(janitor.close)
             cluster = WatchedCluster(count, janitor)
