@@ -68,6 +68,7 @@ class Membership:
         self._lost_at = float("-inf")
         self._fruitless = self._prepared_in_vain = 0
         self._looked = 0.0
+        self._there: set[str] = set()  # workers of the pool, active or not, when somebody last looked
 
     @property
     def crew(self) -> Crew:
@@ -103,6 +104,7 @@ class Membership:
         """Form the first group, from a state or the beginning; says whether the run was not stopped before that."""
         if not self._await(self.crew.prepare(self.roster), self.roster, lambda: self._wishes.stopping):
             return False
+        self._there = set(self._pool.names)
         self._muster(self.roster, step, state, len(self.roster.training.sizes), wished=False)
         return True
 
@@ -197,9 +199,13 @@ class Membership:
 
     def _those_left(self, remnant: Remnant) -> list[str]:
         members = [*remnant.intact, *(m for m in remnant.training if m not in remnant.intact)]
-        if not remnant.intact:
-            members += [name for name in self._pool.names if name not in members]
+        there = self._pool.names
+        # Whoever came in place of the lost is as good as an idle one; but when all are lost, that is for the user to
+        # know, before it happens again.
+        if not remnant.intact and (members or self._there.intersection(there)):
+            members += [name for name in there if name not in members]
             members = members[: self.world_size]
+        self._there = set(there)
         return members
 
     # --- wishes
@@ -222,6 +228,7 @@ class Membership:
 
     def _prepare(self, target: int) -> None:
         there = self._pool.names
+        self._there = set(there)
         if target > len(there):
             if not self._grow(target, len(there)):
                 return

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-import signal
+import subprocess
 import sys
-import time
+from pathlib import Path
 from typing import Any
 
 import dask.config
@@ -14,8 +14,6 @@ import psutil
 import pytest
 
 import parakit as pk
-from tests.test_exact import wait_for
-from tests.test_run import endless
 
 pytestmark = [
     pytest.mark.dask,
@@ -62,18 +60,30 @@ def test_this_process_is_left_as_it_was(nothing_left: None) -> None:
     assert dask.config.get("distributed.worker.multiprocessing-method") == method
 
 
-def test_a_run_goes_on_when_the_nursery_is_killed(nothing_left: None) -> None:
+KILLED = """
+import os, signal, sys, threading, time
+import psutil
+import parakit as pk
+
+def family():
+    return [child for child in psutil.Process().children(recursive=True)
+            if "resource_tracker" not in " ".join(child.cmdline())]
+
+if __name__ == "__main__":
     with pk.connect(2) as workers:
-        run = endless(workers, workers=2)
-        wait_for(run, lambda: run.step > 5)
-        for nursery in parents(workers):
-            os.kill(nursery, signal.SIGKILL)
+        before = set(workers.names)
+        os.kill(psutil.Process(next(iter(workers.pids.values()))).ppid(), signal.SIGKILL)
         # Dask takes its children for dead as well, and starts others from a new one.
-        done = run.step
-        wait_for(run, lambda: run.step > done + 50, 60)
-        deadline = time.monotonic() + 60
-        while workers.size < 2 and time.monotonic() < deadline:
+        while set(workers.names) & before or (sys.argv[1] == "waited" and workers.size < 2):
             time.sleep(0.05)
-        assert workers.size == 2
-        run.stop()
-        run.wait(30, progress=False)
+    print(family(), [thread.name for thread in threading.enumerate() if "Dask Worker" in thread.name])
+"""
+
+
+@pytest.mark.parametrize("when", ["waited", "at once"])
+def test_workers_whose_nursery_is_killed_are_replaced_and_nothing_stays(tmp_path: Path, when: str) -> None:
+    (tmp_path / "killed.py").write_text(KILLED)
+    told = subprocess.run(
+        [sys.executable, tmp_path / "killed.py", when], capture_output=True, text=True, timeout=90, check=True
+    )
+    assert told.stdout == "[] []\n"

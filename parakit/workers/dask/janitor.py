@@ -7,9 +7,10 @@ processes as the owner tells of them through a pipe. When the pipe ends, or the 
 those that are left, removes what is left of the folder, and ends.
 
 The owner imports this module; the janitor's process runs the same file as a script, which therefore imports nothing
-but the standard library. It refuses to touch a process that was no child or grandchild of the owner's, or is not the
-one it was told of, and semaphores that the owner had before the pool. Where there is no /proc, `ps` tells of processes,
-and semaphores are nowhere to be found. See signal(7) and multiprocessing's resource tracker, whose work this completes.
+but the standard library. It refuses to touch a process that was not the owner's child, or one's that forks for the
+owner, or is not the one it was told of; and semaphores that the owner had before the pool. Where there is no /proc,
+`ps` tells of processes, and semaphores are nowhere to be found. See signal(7) and multiprocessing's resource tracker,
+whose work this completes.
 """
 
 from __future__ import annotations
@@ -42,14 +43,19 @@ _SHARED_MEMORY = Path("/dev/shm")
 class Janitor:
     """The owner's hold on its janitor.
 
+    Parameters
+    ----------
+    place : str, optional
+        Where its folder is to be; where temporary files are, if it is not given.
+
     Attributes
     ----------
     folder : Path
         Private to the pool, and removed in the end.
     """
 
-    def __init__(self) -> None:
-        self.folder = Path(tempfile.gettempdir(), f"parakit-{os.urandom(8).hex()}")
+    def __init__(self, place: str | None = None) -> None:
+        self.folder = Path(place or tempfile.gettempdir(), f"parakit-{os.urandom(8).hex()}")
         self._semaphores = _mapped_semaphores()
         # A session of its own keeps a terminal's and a kernel's signals away. Were the output not cut off, whoever
         # reads the owner's would wait for the janitor's end too. Python hands the pipe to no process that it starts.
@@ -64,12 +70,12 @@ class Janitor:
             self.close()
             raise
 
-    def watch(self, pid: int) -> None:
-        """Tell of a process of the pool, just started: a child of this one, or of one that forks others for it."""
+    def watch(self, pid: int, *, forked_by: int | None = None) -> None:
+        """Tell of a process of the pool, just started: a child of this one, or of a child of its that forks for it."""
         semaphores = _mapped_semaphores()
         fresh = semaphores - self._semaphores
         self._semaphores = semaphores
-        self._tell(f"{pid} {' '.join(map(str, fresh))}")
+        self._tell(f"{pid} {forked_by or 0} {' '.join(map(str, fresh))}")
 
     def close(self, timeout: float = _CLOSE_SECONDS) -> None:
         """Let the janitor do its work, and wait for its end."""
@@ -111,10 +117,13 @@ def _serve(owner: int, folder: Path) -> None:
     births: dict[int, str] = {}
     semaphores: set[int] = set()
     for line in _told(owner):
-        pid, *fresh = map(int, line.split())
+        pid, forker, *fresh = map(int, line.split())
         semaphores.update(fresh)
         life = _life(pid)
-        if life is not None and _descends(life[0], owner):
+        elders = {owner, os.getppid()}  # who adopts the owner's orphans adopts the janitor
+        if forker and (forkers := _life(forker)) is not None and forkers[0] in elders:
+            elders.add(forker)
+        if life is not None and life[0] in elders:
             births[pid] = life[1]
     _end(births)
     _within(_GRACE_SECONDS, lambda: _removed(folder))
@@ -123,13 +132,6 @@ def _serve(owner: int, folder: Path) -> None:
         _within(_GRACE_SECONDS, lambda: not _named(semaphores))
         for path in _named(semaphores):
             path.unlink(missing_ok=True)
-
-
-def _descends(parent: int, owner: int) -> bool:
-    """Whether a parent is the owner, a child of its that forks others, or who adopts orphans, as the janitor's own."""
-    elders = owner, os.getppid()
-    life = _life(parent) if parent not in elders else None
-    return parent in elders or (life is not None and life[0] in elders)
 
 
 def _told(owner: int) -> Iterator[str]:

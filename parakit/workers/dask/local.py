@@ -16,6 +16,7 @@ from distributed.core import Status
 from distributed.deploy import Cluster
 
 from parakit.workers.dask.janitor import Janitor
+from parakit.workers.dask.nursery import Nursery
 
 __all__ = ["WatchedCluster"]
 
@@ -27,7 +28,7 @@ _TELL_SECONDS = 0.01
 class WatchedCluster(LocalCluster):
     """Dask's local cluster, but one that a janitor watches, and that a failure does not leave half started."""
 
-    def __init__(self, count: int, janitor: Janitor) -> None:
+    def __init__(self, count: int, janitor: Janitor, nursery: Nursery) -> None:
         folder = str(janitor.folder)
         try:
             super().__init__(  # type: ignore[no-untyped-call]  # Dask's, without annotations
@@ -35,7 +36,7 @@ class WatchedCluster(LocalCluster):
                 threads_per_worker=1,
                 processes=True,
                 worker_class=_WatchedNanny,
-                watch=janitor.watch,
+                watch=lambda pid: janitor.watch(pid, forked_by=nursery.pid),
                 local_directory=folder,
                 scheduler_kwargs={"local_directory": folder},
                 host=_LOOPBACK,

@@ -14,6 +14,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import tempfile
 import threading
 from collections.abc import Iterator, Mapping, MutableMapping
 from contextlib import contextmanager, suppress
@@ -31,6 +32,7 @@ _FORKS = sys.platform == "linux"
 _METHOD = "distributed.worker.multiprocessing-method"
 _ENVIRONMENT = "distributed.nanny.pre-spawn-environ"
 _TRIM = "MALLOC_TRIM_THRESHOLD_"  # what Dask says of it makes training slow: see `parakit.machine`
+_LONGEST_PLACE = 60  # bytes: the socket's own folder and name come to it, and 107 is all there is (unix(7))
 _IMPORTED = ["distributed", "distributed.nanny", "parakit.workers.warm"]
 
 _lock = threading.Lock()
@@ -49,6 +51,11 @@ class Nursery:
             if _users == 1 and _FORKS:
                 _running = _Server()
 
+    @property
+    def pid(self) -> int | None:
+        """The process that forks; None where workers are spawned."""
+        return None if _running is None else _server()._forkserver_pid
+
     def close(self, timeout: float | None = None) -> None:  # it takes no time
         """Give up the claim; with the last one, the nursery ends."""
         global _users, _running
@@ -66,7 +73,7 @@ class _Server:
     def __init__(self) -> None:
         self._method = dask.config.get(_METHOD)
         # Somebody may have started it for other purposes. Then it forks our workers too, which import what they need.
-        self._janitor = Janitor() if _server()._forkserver_pid is None else None
+        self._janitor = Janitor(_short_place()) if _server()._forkserver_pid is None else None
         if self._janitor is not None:
             self._start(self._janitor)
         dask.config.set({_METHOD: "forkserver"})
@@ -95,6 +102,12 @@ class _Server:
             with suppress(OSError):
                 _server()._stop()
             self._janitor.close()
+
+
+def _short_place() -> str:
+    """Where temporary files are, if the path of a socket in a folder there is not too long for the system."""
+    usual = tempfile.gettempdir()
+    return usual if len(os.fsencode(usual)) <= _LONGEST_PLACE else "/tmp"  # private folders, random names
 
 
 def _server() -> Any:

@@ -57,7 +57,7 @@ def _start_local(count: int, threads: int, most: int, timeout: float) -> DaskWor
             in_thread(importlib.import_module, _LATER)
             janitor = Janitor()
             undo.callback(janitor.close)
-            cluster = WatchedCluster(count, janitor)
+            cluster = WatchedCluster(count, janitor, nursery)
             undo.callback(cluster.close, timeout=_CLOSE_SECONDS)
         except Exception as error:
             raise ConnectError(
