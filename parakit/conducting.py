@@ -1,6 +1,6 @@
 """Conducting a run: a chain of committed segments, between which wishes take effect.
 
-Runs in a thread of its own. A segment is a few steps, about a quarter of a second of them; every member keeps its
+Runs in a thread of its own. A segment is a few steps, a quarter to half a second of them; every member keeps its
 state when a segment begins, that is, when the driver knows that all members reached its first step. A wish is a mark
 in `Wishes` and a vote that ends the segment early; only this thread acts on it. A rival is measured between two
 segments, in time that no segment counts. When members are lost, whatever was going on is given up, and the run goes on
@@ -9,7 +9,9 @@ from its last commit with the group that `Membership` makes of the others.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
+from statistics import median
 
 from torch import nn
 
@@ -20,6 +22,7 @@ from parakit.errors import Diverged, ParakitError, RunError, RunFailed, WorkerLo
 from parakit.events import EpochEnded, History, RunEnd, Said, SegmentDone, StepDone
 from parakit.keeping import Keeper
 from parakit.membership import Membership
+from parakit.pacing import SEGMENT_SECONDS, segment_seconds
 from parakit.plans import Plan, Resumption
 from parakit.replica import Replica
 from parakit.scaling.measuring import measure_plain
@@ -29,7 +32,7 @@ from parakit.workers.base import Report, Workers
 
 __all__ = ["Conductor"]
 
-SEGMENT_SECONDS = 0.25
+_CONTROLS = 9
 _GROWTH = 4  # a segment is at most this many times longer than the one before
 _POLL_SECONDS = 0.25
 
@@ -167,9 +170,9 @@ class Conductor:
         report = group.crew.advance(self.step, count, self._number, self._pace.seconds(count))
         ended = self.now()
         steps = steps_done(report, group.labels, order, group.roster.generation, began, ended)
-        self._pace.learn(report.steps, sum(step.seconds for step in steps))
-        self._history.append(*steps, *gradient_norms(report, ended))
-        self._history.append(self._finished(steps, began, ended, report))
+        done = self._finished(steps, began, ended, report)
+        self._pace.learn(report.steps, sum(step.seconds for step in steps), done.control_seconds)
+        self._history.append(*steps, *gradient_norms(report, ended), done)
         self._history.append(*self._stragglers.look(steps))
         self.step += report.steps
         group.progress()
@@ -277,10 +280,12 @@ class _Pace:
     def __init__(self) -> None:
         self.steps = 1
         self._step_seconds = SEGMENT_SECONDS
+        self._control: deque[float] = deque(maxlen=_CONTROLS)
 
-    def learn(self, steps: int, seconds: float) -> None:
+    def learn(self, steps: int, seconds: float, control_seconds: float) -> None:
         self._step_seconds = max(1e-6, seconds / steps)
-        wanted = round(SEGMENT_SECONDS / self._step_seconds)
+        self._control.append(control_seconds)
+        wanted = round(segment_seconds(median(self._control)) / self._step_seconds)
         self.steps = max(1, min(wanted, _GROWTH * self.steps))
 
     def seconds(self, steps: int) -> float:

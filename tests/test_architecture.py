@@ -26,7 +26,7 @@ ROOMS = (
     ("parakit.export",),
     (
         "parakit.commits", "parakit.events", "parakit.chunks", "parakit.rates", "parakit.shards",
-        "parakit.fusing",
+        "parakit.fusing", "parakit.pacing",
         "parakit.scaling.exchange", "parakit.scaling.noise", "parakit.scaling.breakdown", "parakit.scaling.laws",
         "parakit.scaling.hosts", "parakit.scaling.points",
         "parakit.checkpoints.fitting", "parakit.checkpoints.places",

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from parakit.pacing import segment_seconds
 from parakit.scaling import exchange
 from parakit.scaling.breakdown import Breakdown
 from parakit.scaling.exchange import Counts, like_given, worker_counts
@@ -27,14 +28,11 @@ if TYPE_CHECKING:
     from parakit.scaling.costs import CostModel
 
 __all__ = [
-    "SEGMENT_SECONDS", "breakdown", "computing_seconds", "crowding", "exchange_seconds", "exposed_exchange_seconds",
+    "breakdown", "computing_seconds", "crowding", "exchange_seconds", "exposed_exchange_seconds",
     "rows", "updating_seconds",
 ]  # fmt: skip
 
 Floats = npt.NDArray[np.float64]
-
-#: What a run sizes its segments to.
-SEGMENT_SECONDS = 0.25
 
 
 def rows(model: CostModel, n: Counts, batch_size: int | None = None) -> Any:
@@ -158,6 +156,6 @@ def exposed_exchange_seconds(model: CostModel, n: Counts, computing: Any) -> Any
 
 def _control(model: CostModel, step_seconds: Floats) -> Floats:
     """A step's share of what its segment costs."""
-    steps = np.maximum(1.0, np.round(SEGMENT_SECONDS / np.maximum(step_seconds, 1e-9)))
+    steps = np.maximum(1.0, np.round(segment_seconds(model.control_seconds) / np.maximum(step_seconds, 1e-9)))
     share: Floats = model.control_seconds / steps
     return share
