@@ -32,7 +32,8 @@ lab: setup ## Open the first notebook in JupyterLab
 		$(BIN)/python -m jupyterlab --ip=127.0.0.1 $(LAB_FLAGS) \
 		--LabApp.default_url=/lab/tree/notebooks/00_start_here.ipynb $(ARGS)
 
-test: setup browser lint ## Check style and types, then run all tests
+test: setup ## Check style and types, then run all tests
+	@$(MAKE) --no-print-directory -j2 browser lint
 	@$(BIN)/python -m pytest $(ARGS)
 
 soak: setup ## Let 200 random faults happen to real runs (ARGS: --faults 50 --seed 1)
