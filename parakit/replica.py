@@ -12,7 +12,7 @@ import copy
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from time import perf_counter
 
 import numpy as np
@@ -162,8 +162,8 @@ class Replica:
     """
 
     def __init__(self, recipe: Recipe) -> None:
-        self.recipe = recipe
         self.model = copy.deepcopy(recipe.model).train()
+        self.recipe = replace(recipe, model=self.model)  # no need to hold what it began with
         parameters = list(self.model.parameters())
         self.buffer = GradientBuffer([p for p in parameters if p.requires_grad])
         self.optimizer = recipe.optimizer(parameters)

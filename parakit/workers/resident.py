@@ -9,6 +9,7 @@ picklable. Knows nothing of Dask.
 from __future__ import annotations
 
 import functools
+import gc
 import os
 import pickle
 import threading
@@ -436,6 +437,7 @@ def release(run_id: str) -> None:
         resident.leave_group()
         resident.close_vault()
         del resident
+        gc.collect()  # parameters and what is told of their gradients know each other
         give_back_freed_memory()
 
 
