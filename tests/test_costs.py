@@ -34,6 +34,16 @@ def test_a_step_is_its_terms_in_order() -> None:
     assert costs.throughput(8) == costs.predict(8) == pytest.approx(240 / parts.step_seconds)
 
 
+def test_workers_that_shared_memory_use_a_ring_on_a_network_that_is_named() -> None:
+    shared = QUIET.with_(algorithm="shared memory", divided_update=True, network="shared memory")
+    apart = shared.with_(network="10GbE")
+    assert (apart.algorithm, apart.divided_update) == ("ring", False)
+    assert shared.with_(network="shared memory") == shared
+    assert shared.with_(network="10GbE", algorithm="shared memory").algorithm == "shared memory"
+    nodes = shared.with_(machine="server, 16 cores", network="10GbE")
+    assert nodes.algorithm == "shared memory"  # within a node
+
+
 def test_arrays_hold_what_single_counts_give() -> None:
     costs = QUIET.with_(spread=0.1, stragglers=0.02, cores=4, control_seconds=0.01)
     counts = [1, 2, 3, 7, 64, 1024]

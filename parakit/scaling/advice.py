@@ -189,7 +189,7 @@ class Advice:
         return [*told, *self.notes]
 
     def __repr__(self) -> str:
-        heads = ["", "samples/s", "quartiles", "/plain", "ms/step", "exchange", "waiting", "control"]
+        heads = ["", "samples/s", "quartiles", "/plain", "ms", "exchange", "idle", "control"]
         return text_table(self.sentence, heads, self._cells(), self._remarks(), left=True)
 
     def _repr_html_(self) -> str:
@@ -225,7 +225,7 @@ def _median_rate(mine: list[Measurement]) -> float:
 
 
 def _percent(share: float) -> str:
-    return f"{100 * share:.0f} %" if share >= 0.01 or not share else "below 1 %"
+    return f"{100 * share:.0f} %" if share >= 0.01 or not share else "< 1 %"
 
 
 def _short(parameters: int) -> str:

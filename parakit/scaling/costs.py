@@ -25,6 +25,8 @@ from parakit.scaling.waiting import check_probability
 
 __all__ = ["CostModel", "costs_of"]
 
+_SHARED = "shared memory"
+_ON_ONE_HOST = (_SHARED, "loopback")  # networks
 _STRATEGIES = ("all-reduce", "parameter server", "local SGD")
 
 
@@ -169,7 +171,8 @@ class CostModel:
         ----------
         **changes
             Any of the parameters, such as network="10GbE", batch_size=1024, stragglers=0.0; and machine="server, 16
-            cores", which sets the workers of a node, its cores, ports, speed and networks.
+            cores", which sets the workers of a node, its cores, ports, speed and networks. Workers that shared memory
+            use a ring on a network that is named, and each updates everything, unless an algorithm or nodes are given.
 
         Raises
         ------
@@ -185,7 +188,11 @@ class CostModel:
             raise InputError(
                 f"A cost model has no {', '.join(unknown)}.", remedy=f"change any of {', '.join([*known, 'machine'])}"
             )
-        return dataclasses.replace(self, **changes)
+        changed = dataclasses.replace(self, **changes)
+        apart = isinstance(changes.get("network"), str) and changed.network.name not in _ON_ONE_HOST
+        if apart and changed.algorithm == _SHARED and "algorithm" not in changes and changed.workers_per_node is None:
+            return dataclasses.replace(changed, algorithm="ring", divided_update=False)
+        return changed
 
     # --- the terms
 

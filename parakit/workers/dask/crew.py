@@ -129,7 +129,7 @@ class DaskCrew:
         given = None if state is None else self.spread(pack(state), roster.members)
         joining = given
         if state is None and len(staying) < len(roster.members):
-            joining = self._state_for_newcomers(staying)
+            joining = self._state_for_newcomers(staying, [m for m in roster.members if m not in staying])
 
         def order(member: str) -> tuple[Any, ...]:
             training, validation = brought[member]
@@ -177,9 +177,9 @@ class DaskCrew:
         if gone:
             raise self._lost(gone)
 
-    def _state_for_newcomers(self, staying: Sequence[str]) -> Any:
+    def _state_for_newcomers(self, staying: Sequence[str], newcomers: Sequence[str]) -> Any:
         if self._driver is not None:
-            return pack(copy_state(self._driver.replica.live_state()))
+            return self.spread(pack(copy_state(self._driver.replica.live_state())), newcomers)
         if not staying:
             return None
         # Newcomers fetch it from the first of those who stay. It must be there before that one is told to wait for
