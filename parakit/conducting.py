@@ -1,8 +1,8 @@
 """Conducting a run: a chain of committed segments, between which wishes take effect.
 
-Runs in a thread of its own. A segment is a few steps, a quarter to half a second of them; every member keeps its
-state when a segment begins, that is, when the driver knows that all members reached its first step. A wish is a mark
-in `Wishes` and a vote that ends the segment early; only this thread acts on it. A rival is measured between two
+Runs in a thread of its own. A segment is a few steps, a quarter of a second of them or somewhat more; every member
+keeps its state when a segment begins, that is, when the driver knows that all members reached its first step. A wish is
+a mark in `Wishes` and a vote that ends the segment early; only this thread acts on it. A rival is measured between two
 segments, in time that no segment counts. When members are lost, whatever was going on is given up, and the run goes on
 from its last commit with the group that `Membership` makes of the others.
 """
