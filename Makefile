@@ -34,7 +34,7 @@ lab: setup ## Open the first notebook in JupyterLab
 
 test: setup ## Check style and types, then run all tests
 	@$(MAKE) --no-print-directory -j2 browser lint
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(BIN)/python tools/run_tests.py $(ARGS)
 
 soak: setup ## Let 200 random faults happen to real runs (ARGS: --faults 50 --seed 1)
 	@$(BIN)/python -m tests.soak $(ARGS)

@@ -205,7 +205,8 @@ class Membership:
         if not remnant.intact and (members or self._there.intersection(there)):
             members += [name for name in there if name not in members]
             members = members[: self.world_size]
-        self._there = set(there)
+        if members:
+            self._there = set(there)
         return members
 
     # --- wishes

@@ -103,11 +103,14 @@ class _Watch:
         look = _LOOK_SECONDS
         every = len(self._waiting)
         while True:
-            began = time.monotonic()
+            began, before = time.monotonic(), len(self._waiting)
             self._waiting = self._pool.wait_for_one(self._waiting, look)
             self._excuse(time.monotonic() - began - look)
             if not self._waiting:
                 return Outcome()
+            if len(self._waiting) < before:  # the others come in a moment; to ask who is there would take longer
+                look = _CLOSE_LOOK_SECONDS
+                continue
             gone = frozenset(self._members) - set(self._pool.names)
             if gone and self._is_settled(gone):
                 return Outcome(tuple(self._waiting), gone=gone)
