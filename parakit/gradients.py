@@ -72,6 +72,11 @@ class GradientSum:
         return float(self.vector[-_TAIL + 1])
 
     @property
+    def mean_squared_norm(self) -> float:
+        """Squared 2-norm of the mean gradient; 0 if it is of no samples."""
+        return float(torch.dot(self.total, self.total)) / self.count**2 if self.count else 0.0
+
+    @property
     def votes(self) -> float:
         """How many workers ask to end the segment after this step."""
         return float(self.vector[-1])

@@ -72,7 +72,7 @@ def keep_freed_memory(*, for_good: bool = False) -> None:
     """
     global _keepers
     if for_good:
-        _tell_malloc(_ARENA_MAX, 1)
+        _call_glibc("mallopt", _ARENA_MAX, 1)
     with _lock:
         _keepers += 1
         if _keepers == 1:
@@ -91,18 +91,18 @@ def give_back_freed_memory() -> None:
 
 def return_free_memory() -> None:
     """Return what is free now to the system: what a set-up needed, say, and no step will."""
-    if platform.libc_ver()[0] == "glibc":
-        ctypes.CDLL(None).malloc_trim(0)
+    _call_glibc("malloc_trim", 0)
 
 
 def _set_thresholds(trim: int, mmap: int) -> None:
-    _tell_malloc(_TRIM_THRESHOLD, trim)
-    _tell_malloc(_MMAP_THRESHOLD, mmap)
+    _call_glibc("mallopt", _TRIM_THRESHOLD, trim)
+    _call_glibc("mallopt", _MMAP_THRESHOLD, mmap)
 
 
-def _tell_malloc(what: int, value: int) -> None:
+def _call_glibc(name: str, *numbers: int) -> None:
+    """Call a function of glibc's, where that is the C library."""
     if platform.libc_ver()[0] == "glibc":
-        ctypes.CDLL(None).mallopt(what, value)
+        getattr(ctypes.CDLL(None), name)(*numbers)
 
 
 def _threshold(variable: str) -> int:

@@ -215,7 +215,7 @@ class Replica:
             self.spent[FORWARD] += forwarded - loaded
             self.spent[BACKWARD] += perf_counter() - forwarded
         self.share_rows = len(share) if share is not None else 0
-        self.share_norm = _mean_norm(self.buffer.sum) if self._measuring else None
+        self.share_norm = self.buffer.sum.mean_squared_norm if self._measuring else None
         return self.buffer.sum
 
     def measure_norms(self) -> None:
@@ -290,9 +290,8 @@ class Replica:
     @property
     def common_nbytes(self) -> int:
         """Bytes of common memory in which workers can divide the update among them; 0 if they cannot."""
-        if not self.buffer.parameters or not self.buffer.direct or self._by_closure:
-            return 0
-        if not can_shard(self.optimizer, self.buffer.parameters):
+        trained = self.buffer.parameters
+        if not trained or not self.buffer.direct or not can_shard(self.optimizer, trained):
             return 0
         return common_nbytes(self.buffer.sum.total.numel(), self.buffer.dtype)
 
@@ -419,11 +418,6 @@ class Replica:
         self._forget_accounts()
         self._changed = True
         self.commit()
-
-
-def _mean_norm(part: GradientSum) -> float:
-    """Squared 2-norm of a mean gradient."""
-    return float(torch.dot(part.total, part.total)) / part.count**2 if part.count else 0.0
 
 
 @contextmanager

@@ -212,9 +212,8 @@ class Shard:
         """
         for ours, theirs in zip(self._inner.param_groups, self._optimizer.param_groups, strict=True):
             ours.update({name: value for name, value in theirs.items() if name != "params"})
-        everywhere = bool(reached.all())
         for piece, by in zip(self._pieces, reached.tolist(), strict=True):
-            piece.values.grad = piece.gradient if everywhere or by else None
+            piece.values.grad = piece.gradient if by else None
         self._inner.step()
         self._optimizer._opt_called = True  # type: ignore[attr-defined]  # as schedules want to see
         if self._waiting:

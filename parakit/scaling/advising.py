@@ -26,13 +26,12 @@ from parakit.scaling.advice import Advice, Layout
 from parakit.scaling.hosts import cores_here, host_here, name_here
 from parakit.scaling.records import Measurement
 from parakit.scaling.ticker import Ticker
-from parakit.scaling.visits import Rivals, Unreachable, begun, end, timed
+from parakit.scaling.visits import ENDLESS, Rivals, Unreachable, begun, end, timed
 from parakit.training import plan
 from parakit.workers.base import Strategy, Workers
 
 __all__ = ["advise", "layouts"]
 
-_ENDLESS = 10**9  # steps: the visit ends the run
 _BATCHES = 8  # that everything trains, again and again
 _MOST_LAYOUTS = 5
 _MOST_BLOCKS = 9
@@ -118,7 +117,7 @@ def advise(
     def make(layout: Layout, rows: Any) -> Plan:
         return plan(
             model, rows, on=on, workers=layout.workers, threads=layout.threads, loss=loss, optimizer=optimizer,
-            clip_norm=clip_norm, strategy=strategy, batch_size=batch_size, steps=_ENDLESS, seed=seed,
+            clip_norm=clip_norm, strategy=strategy, batch_size=batch_size, steps=ENDLESS, seed=seed,
             limit_seconds=limit_seconds, on_nonfinite="continue",
         )  # fmt: skip
 
@@ -173,7 +172,7 @@ def _choice(pool: Workers, chunks: int) -> _Choice:
                 f"This pool has {many(pool.size, 'worker')} on {many(cores, 'core')}: with parakit.connect({cores}), "
                 "more layouts could be tried."
             )
-        if pool.kind.startswith("inline"):
+        if pool.in_turns:
             notes.append("Inline workers take turns in one process; parakit.connect() starts processes.")
     else:
         ours = (Layout(size, pool.threads),)

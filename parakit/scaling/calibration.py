@@ -21,7 +21,7 @@ from parakit.scaling.exchange import Link, algorithm_named, all_reduce_seconds
 from parakit.scaling.groups import DIVIDED, FEWEST_STEPS, WARM_UP_STEPS, Group, groups_of
 from parakit.scaling.networks import NETWORKS, Network
 
-__all__ = ["Calibration", "calibrate"]
+__all__ = ["Calibration", "calibrate", "usual_seconds"]
 
 Floats = npt.NDArray[np.float64]
 
@@ -123,8 +123,8 @@ def calibrate(histories: History | Iterable[History], *, algorithm: str | None =
     control = [segment.control_seconds for history in every for segment in history.of(SegmentDone)]
     return Calibration(
         sample_seconds, fixed_seconds, contention, spread, _phase_shares(groups), stragglers, times,
-        _usual(np.concatenate([g.updating(contention).ravel() for g in groups])),
-        _usual(np.array(control)) if control else 0.0,
+        usual_seconds(np.concatenate([g.updating(contention).ravel() for g in groups])),
+        usual_seconds(np.array(control)) if control else 0.0,
         nbytes, start.batch_size, start.cores, start.threads_per_worker,
         any(start.exchange == DIVIDED for start in starts), chosen, network, simulated,
         tuple(remarks),
@@ -188,7 +188,7 @@ def _points(group: Group) -> list[tuple[float, float, float, float]]:
     """Samples, other busy threads, usual seconds and how often, for every size of share."""
     sizes, times = np.unique(group.samples[group.samples > 0], return_counts=True)
     computing = group.computing
-    usual = [_usual(computing[group.samples == size]) for size in sizes]
+    usual = [usual_seconds(computing[group.samples == size]) for size in sizes]
     return [
         (float(size), group.others, seconds, float(count))
         for size, seconds, count in zip(sizes, usual, times, strict=True)
@@ -226,11 +226,11 @@ def _relative(group: Group) -> Floats:
     relative: Floats = np.full_like(group.samples, np.nan)
     for size in np.unique(group.samples[group.samples > 0]):
         same = group.samples == size
-        relative[same] = group.computing[same] / _usual(group.computing[same])
+        relative[same] = group.computing[same] / usual_seconds(group.computing[same])
     return relative
 
 
-def _usual(seconds: Floats) -> float:
+def usual_seconds(seconds: Floats) -> float:
     """The mean of all that took at most twice the median."""
     return float(seconds[seconds <= _STRAGGLES * np.median(seconds)].mean())
 
@@ -270,7 +270,7 @@ def _network(groups: Sequence[Group], start: RunStart, algorithm: str, nbytes: i
         remarks.append(f"No exchange between processes was seen: that of {assumed} is assumed.")
         return assumed
     counts = np.array([group.workers for group in exchanging], np.float64)
-    seconds = np.array([_usual(group.exchange) for group in exchanging])
+    seconds = np.array([usual_seconds(group.exchange) for group in exchanging])
     per_latency = np.asarray(all_reduce_seconds(algorithm, counts, 0.0, Link(1.0, 0.0)))
     per_byte_time = np.asarray(all_reduce_seconds(algorithm, counts, float(nbytes), Link(0.0, 1.0)))
     if len(np.unique(counts)) < 2:

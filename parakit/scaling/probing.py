@@ -18,8 +18,10 @@ from torch import Tensor, nn
 from parakit.checking import check_pool, check_positive, check_whole
 from parakit.errors import InputError, RunError
 from parakit.scaling import plain
+from parakit.scaling.calibration import usual_seconds
 from parakit.scaling.costs import CostModel
 from parakit.scaling.measuring import plain_trial
+from parakit.scaling.visits import ENDLESS
 from parakit.training import plan, train
 from parakit.workers.base import Workers
 
@@ -27,9 +29,7 @@ __all__ = ["probe_contention", "probe_exchange"]
 
 _PATIENCE_SECONDS = 60.0
 _ROWS = 64  # of the data that an exchange is probed with
-_STRAGGLES = 2.0  # times the median: left out, as in calibrating
 _FEWEST_STEPS = 30
-_ENDLESS = 10**9  # steps: the probe ends the run
 _LOOK_SECONDS = 0.02
 
 
@@ -85,7 +85,7 @@ def _seconds_of_a_step(pool: Workers, trial: plain.PlainTrial, count: int) -> fl
     if failed is not None:
         raise RunError(f"The plain loop cannot be timed on a worker: {failed}")
     spent = np.concatenate([trial.batch_size / np.array(each.rates) for each in found])
-    return float(spent[spent <= _STRAGGLES * np.median(spent)].mean())
+    return usual_seconds(spent)
 
 
 def probe_exchange(
@@ -120,7 +120,7 @@ def probe_exchange(
     check_whole("parameters", parameters, 1)
     data = torch.zeros(_ROWS * workers, 1), torch.zeros(_ROWS * workers)
     run = train(
-        _Weights(parameters), data, on=on, workers=workers, steps=_ENDLESS, batch_size=len(data[0]), chunks=workers,
+        _Weights(parameters), data, on=on, workers=workers, steps=ENDLESS, batch_size=len(data[0]), chunks=workers,
         loss=nn.MSELoss(), optimizer=_never_moving, strategy=strategy,
     )  # fmt: skip
     began = time.monotonic()

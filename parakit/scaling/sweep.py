@@ -30,13 +30,12 @@ from parakit.scaling.order import Visit, visits
 from parakit.scaling.records import About, Measurement
 from parakit.scaling.study import Scaling
 from parakit.scaling.ticker import Ticker
-from parakit.scaling.visits import Elastic, OneByOne, Rig, Rivals, Timed, Unreachable, end
+from parakit.scaling.visits import ENDLESS, Elastic, OneByOne, Rig, Rivals, Timed, Unreachable, end
 from parakit.training import plan
 from parakit.workers.base import Strategy, Workers
 
 __all__ = ["sweep"]
 
-_ENDLESS = 10**9  # steps: the sweep ends the run
 _NAME_SECONDS = 10.0
 
 
@@ -137,7 +136,7 @@ def sweep(
         rows = None if size is None else size * (count if weak else 1)
         return plan(
             model, samples, on=on, workers=beginning, loss=loss, optimizer=optimizer, learning_rate=learning_rate,
-            clip_norm=clip_norm, strategy=strategy, batch_size=rows, steps=_ENDLESS, seed=seed, chunks=chunks,
+            clip_norm=clip_norm, strategy=strategy, batch_size=rows, steps=ENDLESS, seed=seed, chunks=chunks,
             limit_seconds=limit_seconds, on_nonfinite=on_nonfinite,
         )  # fmt: skip
 

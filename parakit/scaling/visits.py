@@ -27,7 +27,10 @@ from parakit.scaling.measuring import plain_trial, try_plain
 from parakit.scaling.plain import PlainRates, PlainTrial
 from parakit.workers.base import Job, Workers
 
-__all__ = ["Elastic", "OneByOne", "Rig", "Rivals", "Timed", "Unreachable", "begun", "end", "timed"]
+__all__ = ["ENDLESS", "Elastic", "OneByOne", "Rig", "Rivals", "Timed", "Unreachable", "begun", "end", "timed"]
+
+#: Steps of a run that is timed: whoever times it ends it.
+ENDLESS = 10**9
 
 _LOOK_SECONDS = 0.01
 _WARM_UP_SECONDS = 0.2  # a segment in any case: caches are cold, and the pace of segments is still that of before

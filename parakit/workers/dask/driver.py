@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
-import torch
 from distributed import Future
 
 from parakit.commits import State
@@ -120,10 +119,7 @@ class DriverTeam:
 
 def squared_norm(part: Answer) -> Answer:
     """The squared 2-norm of a part's mean gradient; a task on the worker that has the part."""
-    if part.failure is not None:
-        return part
-    total, count = part.value.total, part.value.count
-    return Answer(float(torch.dot(total, total)) / count**2 if count else 0.0)
+    return part if part.failure is not None else Answer(part.value.mean_squared_norm)
 
 
 def _completed(step: StepRecord, parts: Sequence[StepRecord], norm: float | None) -> StepRecord:
