@@ -24,30 +24,42 @@ class Commits(Protocol):
         """Steps of the newest state that is kept."""
 
     def keep(self, state: State) -> None:
-        """Keep a copy of a state; an older one may be given up for it."""
+        """Keep a copy of a state; older ones may be given up for it, and those of later steps are: they were undone."""
 
     def of_step(self, step: int) -> State | None:
         """The state of a step, if it is kept; its tensors are not to be changed."""
 
 
 class PrivateCommits:
-    """The newest state, in this process's own memory."""
+    """The newest states, in this process's own memory.
 
-    def __init__(self) -> None:
-        self._state: State = {"step": -1}
+    Parameters
+    ----------
+    most : int
+        How many to keep. A state is written into the memory of the oldest one.
+    """
+
+    def __init__(self, most: int = 1) -> None:
+        self._most = most
+        self._states: list[State] = []  # the newest first
+        self._spare: list[State] = []  # memory of states that do not count any more
 
     @property
     def step(self) -> int:
-        """Steps of the state that is kept."""
-        return int(self._state["step"])
+        """Steps of the newest state."""
+        return int(self._states[0]["step"]) if self._states else -1
 
     def keep(self, state: State) -> None:
-        """Keep a copy of a state, in the memory of the one before it."""
-        self._state = copy_state(state, self._state)
+        """Keep a copy of a state; those of the same step and of later ones count no more."""
+        earlier = [kept for kept in self._states if kept["step"] < state["step"]]
+        self._spare += [kept for kept in self._states if kept["step"] >= state["step"]]
+        self._spare += earlier[self._most - 1 :]
+        into = self._spare.pop() if self._spare else None
+        self._states = [copy_state(state, into), *earlier[: self._most - 1]]
 
     def of_step(self, step: int) -> State | None:
-        """The state that is kept, if it is of this step."""
-        return self._state if self.step == step else None
+        """The state of a step, if it is kept."""
+        return next((kept for kept in self._states if kept["step"] == step), None)
 
 
 def copy_state(tree: Any, into: Any = None) -> Any:

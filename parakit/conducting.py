@@ -1,16 +1,21 @@
 """Conducting a run: a chain of committed segments, between which wishes take effect.
 
 Runs in a thread of its own. A segment is a few steps, a quarter of a second of them or somewhat more; every member
-keeps its state when a segment begins, that is, when the driver knows that all members reached its first step. A wish is
-a mark in `Wishes` and a vote that ends the segment early; only this thread acts on it. A rival is measured between two
-segments, in time that no segment counts. When members are lost, whatever was going on is given up, and the run goes on
-from its last commit with the group that `Membership` makes of the others.
+keeps its state when a segment begins. As long as nobody wants anything, a segment is ordered while the one before it
+goes on, so that members go from one to the next without waiting for the driver. A segment counts when all members have
+reported it. Each keeps two states, so that all can go back to where the driver is, even if some have begun the next.
+
+A wish is a mark in `Wishes` and a vote that ends the segment early, and with it any that was ordered ahead; only this
+thread acts on it, and only when no segment is left to be reported. A rival is measured between two segments, in time
+that no segment counts. When members are lost, whatever was going on is given up, and the run goes on from its last
+commit with the group that `Membership` makes of the others.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
+from dataclasses import dataclass
 from statistics import median
 
 from torch import nn
@@ -48,6 +53,8 @@ class Conductor:
         self._membership = Membership(plan, pool, history, wishes, self.now)
         self._pace = _Pace()
         self._stragglers = Stragglers()
+        self._ordered: deque[_Segment] = deque()  # segments without a report yet
+        self._reported = 0.0  # when the last report came
         self._epochs = 0  # that were closed
         saving = plan.saving
         saver = Saver(saving.checkpoints, saving.every_seconds, plan.identity) if saving else None
@@ -118,7 +125,7 @@ class Conductor:
             if not self._membership.formed and not self._form():
                 return True
             self._close_epochs()
-            while self.step < self._plan.steps and self._grant():
+            while self._ordered or (self.step < self._plan.steps and self._grant()):
                 self._advance()
                 self._close_epochs()
             self._keep(final=True)
@@ -136,6 +143,7 @@ class Conductor:
 
     def _recover(self, loss: WorkerLost) -> None:
         """Go back to the last commit, or else to the newest state that is left."""
+        self._ordered.clear()
         self.step = self._membership.recover(loss, self.step, self._newest_left)
         self._epochs = min(self._epochs, self.step // self._plan.job.recipe.order.steps_per_epoch)
 
@@ -162,13 +170,41 @@ class Conductor:
     # --- segments
 
     def _advance(self) -> None:
+        """Come to the end of a segment: of the one that was ordered ahead, or else of a new one."""
+        if not self._ordered:
+            self._order(self.step)
+        if self._may_order_ahead():
+            self._order(self._ordered[0].end)
+        segment = self._ordered.popleft()
+        report = self._membership.crew.report()
+        began, self._reported = max(segment.ordered, self._reported), self.now()
+        if report.steps:
+            self._take(report, began, self._reported)
+        self._keep()
+
+    def _order(self, first: int) -> None:
+        order = self._plan.job.recipe.order
+        count = min(self._pace.steps, self._plan.steps - first)
+        if self._membership.roster.validation is not None:
+            count = min(count, order.steps_per_epoch - first % order.steps_per_epoch)
+        self._ordered.append(_Segment(first, count, self.now()))
+        self._membership.crew.order(first, count, self._number, self._pace.seconds(count))
+
+    def _may_order_ahead(self) -> bool:
+        """Whether nothing is to happen between the segment going on and the next."""
+        group, (segment,) = self._membership, self._ordered
+        epoch_ends = segment.end % self._plan.job.recipe.order.steps_per_epoch == 0
+        return (
+            group.crew.orders_ahead
+            and segment.end < self._plan.steps
+            and not (epoch_ends and group.roster.validation is not None)
+            and self._wishes.number == self._number
+            and group.settled
+            and not self._keeper.due(self.now())
+        )
+
+    def _take(self, report: Report, began: float, ended: float) -> None:
         group, order = self._membership, self._plan.job.recipe.order
-        count = min(self._pace.steps, self._plan.steps - self.step)
-        if group.roster.validation is not None:
-            count = min(count, order.steps_per_epoch - self.step % order.steps_per_epoch)
-        began = self.now()
-        report = group.crew.advance(self.step, count, self._number, self._pace.seconds(count))
-        ended = self.now()
         steps = steps_done(report, group.labels, order, group.roster.generation, began, ended)
         done = self._finished(steps, began, ended, report)
         self._pace.learn(report.steps, sum(step.seconds for step in steps), done.control_seconds)
@@ -176,7 +212,6 @@ class Conductor:
         self._history.append(*self._stragglers.look(steps))
         self.step += report.steps
         group.progress()
-        self._keep()
 
     def _finished(self, steps: Sequence[StepDone], began: float, ended: float, report: Report) -> SegmentDone:
         # Of whoever was busy longest; the slowest of each step together may be more than the segment.
@@ -257,12 +292,13 @@ class Conductor:
     # --- the notebook's copy
 
     def _keep(self, *, final: bool = False) -> None:
-        self._keeper.keep(self._membership.crew, self.step, self.now(), final=final)
+        busy = bool(self._ordered)
+        self._keeper.keep(self._membership.crew, self.step, self.now(), busy=busy, final=final)
 
     def _rescue(self, error: Exception) -> None:
         """After a failure: fetch the last commit, or what is left of it; a state that diverged is none."""
         try:
-            self._keeper.take(self._membership.crew.state())
+            self._keeper.take(self._membership.crew.state(self.step))
         except Exception:
             self._newest_left()
             if self._keeper.step < self.step:
@@ -272,6 +308,19 @@ class Conductor:
             self._keeper.take(self._keeper.older_than(error.step) or self._first())
         self.step = self._keeper.step
         self._history.retract(self.step)
+
+
+@dataclass(frozen=True)
+class _Segment:
+    """A segment that was ordered, and when."""
+
+    first: int
+    count: int
+    ordered: float
+
+    @property
+    def end(self) -> int:
+        return self.first + self.count
 
 
 class _Pace:

@@ -17,6 +17,7 @@ from parakit.workers.base import Crew
 __all__ = ["Keeper"]
 
 _KEEP_SHARE = 0.02  # of the time may go into fetching the state
+_LEAST_SECONDS = 1.0  # from one to the next: workers wait for orders meanwhile, or share the memory's bandwidth
 _SAVING_SECONDS = 30.0  # that the last checkpoint may take
 
 
@@ -47,15 +48,28 @@ class Keeper:
         self._not_before = 0.0
         self.step = 0
 
-    def keep(self, crew: Crew, step: int, now: float, *, final: bool) -> None:
-        """Fetch the state of a step if it is time to, or in any case at the end; hand it on if that is due."""
-        due = final or (self._saver is not None and self._saver.due(now))
-        if (due or now >= self._not_before) and (step != self.step or self._state is None):
+    def due(self, now: float) -> bool:
+        """Whether it is time for a newer state."""
+        return now >= self._not_before or (self._saver is not None and self._saver.due(now))
+
+    def keep(self, crew: Crew, step: int, now: float, *, busy: bool = False, final: bool = False) -> None:
+        """Fetch a state if it is time to, or the one of this step at the end; hand it on if that is due.
+
+        One that lies where this process can read it may be a segment older. While workers are busy with a segment that
+        was ordered ahead, only such a one is taken.
+        """
+        saving = final or (self._saver is not None and self._saver.due(now))
+        if (saving or self.due(now)) and (step != self.step or self._state is None):
             began = time.perf_counter()
-            self.take(crew.state())
+            state = None if final else crew.salvage(step)
+            if state is None or (self._state is not None and int(state["step"]) <= self.step):
+                if busy:
+                    return
+                state = crew.state(step)
+            self.take(state)
             spent = time.perf_counter() - began
-            self._not_before = now + spent / _KEEP_SHARE
-        if due:
+            self._not_before = now + max(_LEAST_SECONDS, spent / _KEEP_SHARE)
+        if saving:
             self._save(now)
 
     def _save(self, now: float) -> None:

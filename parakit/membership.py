@@ -86,6 +86,11 @@ class Membership:
         """Short names of the active workers, in the order of their ranks."""
         return tuple(self.crew.label(member) for member in self.roster.members)
 
+    @property
+    def settled(self) -> bool:
+        """Whether the group is as it is wanted."""
+        return self._change is None and self._wishes.target == self.world_size
+
     def open(self) -> None:
         """Take hold of the pool."""
         self._opened = self._pool.open(self._plan.job)

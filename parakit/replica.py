@@ -384,6 +384,10 @@ class Replica:
         """Return to the last commit."""
         self._return_to(self._commits.step)
 
+    def state_of(self, step: int) -> State | None:
+        """The present state or a commit, if one of them is of this step; not to be changed."""
+        return self.live_state() if self.step == step else self._commits.of_step(step)
+
     def _return_to(self, step: int) -> bool:
         """Return to the commit of a step; says whether there is one."""
         state = self._commits.of_step(step)

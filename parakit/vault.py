@@ -27,7 +27,7 @@ __all__ = ["OpenVault", "Vault", "VaultKey", "open_vault"]
 
 _LINE = 64  # bytes; tensors begin at a multiple
 _PLAIN_BYTES = 1 << 16  # room for what is not tensors, beyond what there is of it at first
-_TITLE = struct.Struct("16sqq")  # the vault's name; bytes of a place, and of its room for plain values
+_TITLE = struct.Struct("16sqqq")  # the vault's name; places, bytes of one, and of its room for plain values
 _HEAD = struct.Struct("qqq")  # of a place: number of the state in it (0 while it is written), its step, plain bytes
 _MACHINE = Path("/proc/sys/kernel/random/boot_id")
 
@@ -47,15 +47,17 @@ class VaultKey(NamedTuple):
 
 
 class Vault:
-    """The two newest states of this process, in memory that others can hold on to.
+    """The newest states of this process, in memory that others can hold on to.
 
-    A state is written in place of the older of the two, and counts from the moment when its number is set: whoever dies
-    in between leaves the newer one as it was.
+    A state is written in place of the oldest, and counts from the moment when its number is set: whoever dies in
+    between leaves the newer ones as they were.
 
     Parameters
     ----------
     state : State
         The first to keep. A later one that needs more room gets new memory.
+    places : int
+        How many states to keep, at least two.
 
     Raises
     ------
@@ -63,10 +65,11 @@ class Vault:
         If this system has no such memory, or not enough.
     """
 
-    def __init__(self, state: State) -> None:
+    def __init__(self, state: State, places: int = 2) -> None:
         if not hasattr(os, "memfd_create"):
             raise OSError("This system has no shared memory without a name.")
         self._machine = _MACHINE.read_text()
+        self.places = places
         self._number = 0
         self._descriptor = -1
         self._room = 0, 0
@@ -83,13 +86,13 @@ class Vault:
         return self._step
 
     def keep(self, state: State) -> None:
-        """Keep a copy of a state, in place of the older of two."""
+        """Keep a copy of a state, in place of the oldest; those of the same step and of later ones count no more."""
         tensors: list[tuple[int, Tensor]] = []
         plain = pickle.dumps(_with_holes(state, tensors))
         if len(plain) > self._room[0] or _end(tensors) > self._room[1]:
             self._move(len(plain) + _PLAIN_BYTES, _end(tensors))
         self._number += 1
-        at = _LINE + self._number % 2 * _place_size(*self._room)
+        at = _LINE + self._number % self.places * _place_size(*self._room)
         struct.pack_into("q", self._memory, at, 0)
         self._memory[at + _LINE : at + _LINE + len(plain)] = plain
         first = _first_tensor(at, self._room[0])
@@ -105,15 +108,15 @@ class Vault:
         """Go on in new memory; whoever has opened the old one still holds that."""
         self.close()
         self._room = plain, tensors
-        nbytes = _LINE + 2 * _place_size(plain, tensors)
+        nbytes = _LINE + self.places * _place_size(plain, tensors)
         self._name = uuid.uuid4().bytes
         self._descriptor = os.memfd_create("parakit-vault", os.MFD_CLOEXEC)
         os.ftruncate(self._descriptor, nbytes)
         self._memory = mmap.mmap(self._descriptor, nbytes)
-        _TITLE.pack_into(self._memory, 0, self._name, _place_size(plain, tensors), plain)
+        _TITLE.pack_into(self._memory, 0, self._name, self.places, _place_size(plain, tensors), plain)
 
     def of_step(self, step: int) -> State | None:
-        """A copy of the state of a step, if it is one of the two."""
+        """A copy of the state of a step, if it is kept."""
         return _newest(self._memory, lambda kept: kept == step)
 
     def close(self) -> None:
@@ -151,7 +154,7 @@ class OpenVault:
         self.key = key
 
     def newest(self, step: int) -> State | None:
-        """A copy of the newest state of at most a step; None if there is none. Only while nobody writes."""
+        """A copy of the newest state of at most a step; None if there is none. Only while nobody writes over it."""
         return _newest(self._memory, lambda kept: kept <= step)
 
 
@@ -203,11 +206,15 @@ def _filled(tree: Any, tensor_of: Callable[[_Hole], Tensor]) -> Any:
 
 def _newest(memory: mmap.mmap, fits: Callable[[int], bool]) -> State | None:
     """A copy of the newest state in a memory whose step fits."""
-    _, size, plain_room = _TITLE.unpack_from(memory)
-    heads = [(*_HEAD.unpack_from(memory, at), at) for at in (_LINE, _LINE + size)]
-    number, _, nbytes, at = max(head if head[0] and fits(head[1]) else (0, 0, 0, 0) for head in heads)
-    if not number:
+    _, places, size, plain_room = _TITLE.unpack_from(memory)
+    written = [(*_HEAD.unpack_from(memory, at), at) for at in range(_LINE, _LINE + places * size, size)]
+    heads = sorted((head for head in written if head[0]), reverse=True)
+    # What was kept before, of the same step or a later one, was undone.
+    counting = [head for place, head in enumerate(heads) if all(head[1] < newer[1] for newer in heads[:place])]
+    found = next((head for head in counting if fits(head[1])), None)
+    if found is None:
         return None
+    _, _, nbytes, at = found
 
     def tensor_of(hole: _Hole) -> Tensor:
         if not hole.nbytes:

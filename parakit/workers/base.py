@@ -234,6 +234,9 @@ class Report:
 class Crew(Protocol):
     """A run's hold on a pool. Only the run's own thread calls it, `halt` excepted."""
 
+    #: Whether a segment can be ordered while the one before it goes on.
+    orders_ahead: bool
+
     def prepare(self, roster: Roster) -> Future[None]:
         """Begin to bring what a roster needs to its members, while the run goes on."""
 
@@ -253,8 +256,10 @@ class Crew(Protocol):
             `regroup`, `prepare` and `muster`.
         """
 
-    def advance(self, first: int, count: int, wish: int, expected_seconds: float) -> Report:
-        """Do a segment.
+    def order(self, first: int, count: int, wish: int, expected_seconds: float) -> None:
+        """Order a segment; where `orders_ahead`, also one that is to follow on one that was not reported yet.
+
+        As long as there is an order without a report, no other verb but these two is used, unless one of them raised.
 
         Parameters
         ----------
@@ -264,6 +269,19 @@ class Crew(Protocol):
             The number of the newest wish that was heeded; a `halt` with a higher number ends the segment early.
         expected_seconds : float
             What the segment should take.
+        """
+
+    def report(self) -> Report:
+        """Wait for the end of the segment that was ordered first; all members then stand where it ended.
+
+        A segment that was ordered ahead has no steps if the one before it ended early: it was left out.
+
+        Raises
+        ------
+        WorkerLost
+            If a member was lost.
+        RunFailed
+            If the user's code failed. Then all members are back where the segment began.
         """
 
     def regroup(self, generation: int, step: int) -> Remnant:
@@ -286,11 +304,14 @@ class Crew(Protocol):
     def set_learning_rate(self, value: float) -> None:
         """Let all members go on at another learning rate; only between segments."""
 
-    def state(self) -> State:
-        """The state after the last segment."""
+    def state(self, step: int) -> State:
+        """The state of a step to which the last report came."""
 
     def salvage(self, step: int) -> State | None:
-        """The newest state, of at most a step, that is left although its workers are not; None if there is none."""
+        """The newest commit of at most a step that can be read here, workers or no workers; None if there is none.
+
+        May be asked for at any time, also while a segment goes on that was ordered when the run was at this step.
+        """
 
     def evaluate(self) -> Tally:
         """Evaluate the present model on the validation chunks."""

@@ -83,6 +83,8 @@ class InlineWorkers(Workers):
 class InlineCrew:
     """A run's hold on the workers of this process."""
 
+    orders_ahead = False
+
     def __init__(self, job: Job, threads: int) -> None:
         self._job = job
         self._threads = threads
@@ -92,6 +94,7 @@ class InlineCrew:
         self._validation = Holding()
         self._team = InlineTeam(self._replica, self._holdings)
         self._halt = 0
+        self._ordered: tuple[int, int, int] | None = None
 
     def prepare(self, roster: Roster) -> Future[None]:
         """Nothing needs to be brought anywhere."""
@@ -115,8 +118,17 @@ class InlineCrew:
         if state is not None:
             self._replica.load(state)
 
-    def advance(self, first: int, count: int, wish: int, expected_seconds: float) -> Report:
-        """Do a segment."""
+    def order(self, first: int, count: int, wish: int, expected_seconds: float) -> None:
+        """Note what is to be done."""
+        self._ordered = first, count, wish
+
+    def report(self) -> Report:
+        """Do the segment that was ordered."""
+        assert self._ordered is not None
+        (first, count, wish), self._ordered = self._ordered, None
+        return self._advance(first, count, wish)
+
+    def _advance(self, first: int, count: int, wish: int) -> Report:
         committed = self._replica.commit()
         used = torch.get_num_threads()
         torch.set_num_threads(self._threads)
@@ -154,7 +166,7 @@ class InlineCrew:
         """Go on at another learning rate."""
         self._replica.set_learning_rate(value)
 
-    def state(self) -> State:
+    def state(self, step: int) -> State:
         """The state after the last segment."""
         return dict(copy_state(self._replica.live_state()))
 

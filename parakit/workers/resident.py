@@ -38,6 +38,14 @@ from parakit.workers.shared import SharedGroup
 
 P = ParamSpec("P")
 
+_COMMITS = 2  # that a member keeps: the driver may be one segment behind
+
+
+def _private_commits(replica: Replica) -> PrivateCommits:
+    own = PrivateCommits(_COMMITS)
+    own.keep(replica.live_state())
+    return own
+
 
 class Resident:
     """A run's part on this worker, and the team that a strategy's text sees when it runs here."""
@@ -49,6 +57,7 @@ class Resident:
         self.generation = -1
         torch.set_num_threads(threads)
         self.replica = Replica(recipe)
+        self.replica.commit_to(_private_commits(self.replica))
         self.training = Holding(recipe.order)
         self.validation = Holding()
         self.rank = 0
@@ -59,6 +68,8 @@ class Resident:
         self._heeded = 0
         self._halt = 0
         self._ended = False
+        self._ordered = 0  # segments that this generation ordered of this worker
+        self._faltered = False  # in one of them
         self._untidy = False
         self._busy = False
         self._moved = perf_counter()
@@ -93,9 +104,8 @@ class Resident:
         """Become what a roster says; tells where the commits can be found, if others can reach them."""
         if orders.generation <= self.generation:
             raise StaleGeneration(f"Generation {orders.generation} comes after {self.generation}.")
-        self.generation, self.rank = orders.generation, orders.rank
-        self.leave_group()
-        self.replica.unshare()
+        self.rank = orders.rank
+        self._begin(orders.generation)
         for holding, wanted, brought in (
             (self.training, orders.training, training),
             (self.validation, orders.validation, validation),
@@ -131,16 +141,28 @@ class Resident:
         if common and isinstance(self.group, SharedGroup):
             self.replica.share(_Common(self, self.group))
 
+    def _begin(self, generation: int) -> None:
+        """Belong to another generation, and to no group yet."""
+        self.generation = generation
+        self.leave_group()
+        self.replica.unshare()
+        self._ordered, self._faltered, self._ended = 0, False, False
+
     def _commit_to_vault(self, wanted: bool) -> None:
-        """Keep commits in a vault from now on, or in this process's own memory."""
-        if wanted and self._vault is None:
+        """Keep commits in a vault from now on, or in this process's own memory.
+
+        The driver may still be where a segment began that this member has finished, and the one after it too. A group
+        keeps a state as a segment begins, so there are two; a member alone keeps one more.
+        """
+        places = _COMMITS + self._alone
+        if wanted and (self._vault is None or self._vault.places != places):
             with suppress(OSError):
-                self._vault = Vault(self.replica.live_state())
-                self.replica.commit_to(self._vault)
+                vault = Vault(self.replica.live_state(), places)
+                self.close_vault()
+                self._vault = vault
+                self.replica.commit_to(vault)
         elif not wanted and self._vault is not None:
-            own = PrivateCommits()
-            own.keep(self.replica.live_state())
-            self.replica.commit_to(own)
+            self.replica.commit_to(_private_commits(self.replica))
             self.close_vault()
 
     @property
@@ -153,12 +175,30 @@ class Resident:
         if vault is not None:
             vault.close()
 
-    def segment(self, first: int, count: int, wish: int) -> Segment:
+    def segment(self, number: int, first: int, count: int, wish: int, *, ahead: bool) -> Segment:
         """Commit, then run the strategy's text for some steps.
 
-        A group commits as a segment begins, when all of its members are known to have come that far. A member alone
-        knows that as the segment ends, and nobody else has what it did: it commits then, where it has a vault.
+        One that was ordered ahead, while the one before it went on, is left out if that one did not come to its end:
+        then all members leave it out, as a segment ends for all at the same step.
+
+        A group commits as a segment begins, when all of its members have come that far. A member alone knows that as
+        the segment ends, and nobody else has what it did: it commits then, where it has a vault.
         """
+        self._ordered += 1
+        if number != self._ordered:
+            raise GroupBroken(f"Order {number} came where order {self._ordered} was due.")
+        if self._faltered:
+            self.leave_group()  # nobody need wait for this member
+        if ahead and (self._faltered or self.replica.step != first):
+            return Segment([], 0.0, self._vault_key)
+        if self.replica.step != first:
+            raise ParakitError(f"This worker is at step {self.replica.step}, but step {first} was ordered.")
+        self._faltered = True  # until the end is reached
+        segment = self._segment(first, count, wish)
+        self._faltered = False
+        return segment
+
+    def _segment(self, first: int, count: int, wish: int) -> Segment:
         committed = self.replica.commit()
         self.progress()
         self._heeded, self._ended = wish, False
@@ -186,10 +226,7 @@ class Resident:
         """After a loss: leave the group, refuse older orders from now on, and go back to a step."""
         if generation <= self.generation:
             raise StaleGeneration(f"Generation {generation} comes after {self.generation}.")
-        self.generation = generation
-        self.leave_group()
-        self.replica.unshare()
-        self._ended = False
+        self._begin(generation)
         return Standing(self.replica.fall_back(step), self.training.chunks, self.validation.chunks)
 
     def set_learning_rate(self, value: float) -> None:
@@ -345,11 +382,9 @@ def muster(
 
 
 @_order
-def advance(resident: Resident, first: int, count: int, wish: int) -> Segment:
-    """Do a segment."""
-    if resident.replica.step != first:
-        raise ParakitError(f"This worker is at step {resident.replica.step}, but step {first} was ordered.")
-    return resident.segment(first, count, wish)
+def advance(resident: Resident, number: int, first: int, count: int, wish: int, ahead: bool) -> Segment:
+    """Do a segment; the orders of a generation are numbered from 1."""
+    return resident.segment(number, first, count, wish, ahead=ahead)
 
 
 def fall_back(run_id: str, generation: int, step: int) -> Answer:
@@ -361,10 +396,9 @@ def fall_back(run_id: str, generation: int, step: int) -> Answer:
 
 
 @_order
-def roll_back(resident: Resident) -> int:
-    """Return to the last commit; says at which step that is."""
-    resident.replica.roll_back()
-    return resident.replica.step
+def roll_back(resident: Resident, step: int) -> bool:
+    """Return to a step after a failure; says whether its state is here."""
+    return resident.replica.fall_back(step)
 
 
 @_order
@@ -402,9 +436,12 @@ def collect(resident: Resident) -> tuple[list[StepRecord], dict[str, Tensor]]:
 
 
 @_order
-def state(resident: Resident) -> State:
-    """The present state, as arrays of its own."""
-    return dict(pack(copy_state(resident.replica.live_state())))
+def state(resident: Resident, step: int | None = None) -> State:
+    """The state of a step, or the present one, as arrays of its own."""
+    found = resident.replica.state_of(resident.replica.step if step is None else step)
+    if found is None:
+        raise ParakitError(f"This worker is at step {resident.replica.step} and has no state of step {step}.")
+    return dict(pack(copy_state(found)))
 
 
 @_order

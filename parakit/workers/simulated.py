@@ -275,7 +275,7 @@ class SimulatedCrew(InlineCrew):
         self._workers = len(roster.members)
         self._clock.advance(_FORM_SECONDS)
 
-    def advance(self, first: int, count: int, wish: int, expected_seconds: float) -> Report:
+    def _advance(self, first: int, count: int, wish: int) -> Report:
         """Do a segment; a shorter one, where the real clock would let wishes wait."""
         began = perf_counter()
         records = self._do(first, min(count, self._steps_at_once), wish)
@@ -287,7 +287,7 @@ class SimulatedCrew(InlineCrew):
 
     def _do(self, first: int, count: int, wish: int) -> tuple[list[StepRecord], ...]:
         self._timed.forget()  # what a segment left that was rolled back
-        return super().advance(first, count, wish, 0.0).records
+        return super()._advance(first, count, wish).records
 
     def evaluate(self) -> Tally:
         """Evaluate the present model on the validation chunks, in virtual time."""

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import itertools
 import time
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future as LocalFuture
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import cloudpickle
@@ -58,6 +60,7 @@ class DaskCrew:
         self._client = pool.client
         self._job = job
         self._resident = job.strategy.runs_on == "workers"
+        self.orders_ahead = self._resident
         self._blob = cloudpickle.dumps((job.recipe, job.strategy))
         #: Addresses of the active workers, in the order of their ranks.
         self.members: tuple[str, ...] = ()
@@ -66,6 +69,8 @@ class DaskCrew:
         self._intact: tuple[str, ...] = ()  # members that have the present state
         self._vault: OpenVault | None = None  # of the member of rank 0, if it can be reached
         self._step_seconds: float | None = None
+        self._ordered: deque[_Ordered] = deque()  # segments without a report yet
+        self._numbers = itertools.count(1)  # of the segments that this generation ordered
         self._halting: set[LocalFuture[None]] = set()
         self._brought: dict[int, dict[str, tuple[Any, Any]]] = {}
         self._touched: set[str] = set()  # workers that hold something of this run
@@ -136,7 +141,7 @@ class DaskCrew:
             start = given if member in staying else joining
             return self._job.run_id, self._orders(roster, member), training, validation, start, self._board(roster)
 
-        self.members, self._generation = roster.members, roster.generation
+        self._belong(roster.members, roster.generation)
         answers = self._answers(self._submit(roster.members, resident.muster, order), self.patience(_SETTING_UP))
         self._vault = open_vault(answers[roster.members[0]], self._vault)
         if self._driver is not None and state is not None:
@@ -147,11 +152,12 @@ class DaskCrew:
     def regroup(self, generation: int, step: int) -> Remnant:
         """After a loss: who is left, each of them back at a step and deaf to older orders."""
         self._brought.clear()
+        self._abandon()
         # Those of a change that was under way as well: they may have become members already.
         reachable = [m for m in {**dict.fromkeys(self.members), **self._held} if m in self._pool.names]
         orders = self._submit(reachable, resident.fall_back, lambda _: (self._job.run_id, generation, step))
         standings = self._those_who_answer(orders, self.patience(_SETTING_UP))
-        self._generation, self.members = generation, tuple(standings)
+        self._belong(tuple(standings), generation)
         self._held = {m: (standing.training, standing.validation) for m, standing in standings.items()}
         if self._driver is not None:
             intact = self.members if self._driver.replica.fall_back(step) else ()
@@ -162,6 +168,10 @@ class DaskCrew:
         return Remnant(
             {m: held for m, (held, _) in self._held.items()}, {m: held for m, (_, held) in self._held.items()}, intact
         )
+
+    def _belong(self, members: tuple[str, ...], generation: int) -> None:
+        """Speak for a group from now on."""
+        self.members, self._generation, self._numbers = members, generation, itertools.count(1)
 
     def _those_who_answer(self, futures: Mapping[str, Future[Any]], limits: Limits) -> dict[str, Standing]:
         """What members answer; those that are gone, hang or fail are left out."""
@@ -244,23 +254,39 @@ class DaskCrew:
 
     # --- segments
 
-    def advance(self, first: int, count: int, wish: int, expected_seconds: float) -> Report:
-        """Do a segment; if a user's code fails in it, all members are back at the last commit."""
-        limits = self.patience(work_seconds=expected_seconds)
+    def order(self, first: int, count: int, wish: int, expected_seconds: float) -> None:
+        """Order a segment; workers begin it as soon as they have done the one before it."""
+        futures = {}
+        if self._driver is None:
+            order = next(self._numbers), first, count, wish, bool(self._ordered)
+            futures = self._submit(self.members, resident.advance, lambda member: self.order_for(member, *order))
+        self._ordered.append(_Ordered(first, count, wish, expected_seconds, futures))
+
+    def report(self) -> Report:
+        """Wait for the end of a segment; if a user's code fails in it, all members are back where it began."""
+        ordered = self._ordered.popleft()
         try:
-            if self._driver is not None:
-                report = self._driver.segment(first, count, wish)
-            else:
-                segments: list[Segment] = list(
-                    self.everyone(resident.advance, first, count, wish, limits=limits).values()
-                )
-                report = Report(tuple(s.records for s in segments), max(s.commit_seconds for s in segments))
-                self._vault = open_vault(segments[0].vault, self._vault)
+            report = self._report(ordered)
         except RunFailed:
-            self._roll_back()
+            self._abandon()
+            self._roll_back(ordered.first)
             raise
-        self._step_seconds = max(record.wall_seconds for records in report.records for record in records)
+        if report.steps:
+            self._step_seconds = max(record.wall_seconds for records in report.records for record in records)
         return report
+
+    def _report(self, ordered: _Ordered) -> Report:
+        if self._driver is not None:
+            return self._driver.segment(ordered.first, ordered.count, ordered.wish)
+        answers = self._answers(ordered.futures, self.patience(work_seconds=ordered.expected_seconds))
+        segments: list[Segment] = list(answers.values())
+        self._vault = open_vault(segments[0].vault, self._vault)
+        return Report(tuple(s.records for s in segments), max(s.commit_seconds for s in segments))
+
+    def _abandon(self) -> None:
+        """Let go of the segments that were ordered ahead."""
+        while self._ordered:
+            self._client.cancel(list(self._ordered.popleft().futures.values()))
 
     def patience(self, times: float = 1.0, work_seconds: float = 0.0) -> Limits:
         """How long members may say nothing; longer as long as nobody knows how long a step takes."""
@@ -268,13 +294,14 @@ class DaskCrew:
         progress = times * max(limit, _SLOW_STEPS * self._step_seconds) if self._step_seconds else _UNKNOWN * limit
         return Limits(limit, progress, progress + 5 * work_seconds + limit)
 
-    def _roll_back(self) -> None:
+    def _roll_back(self, step: int) -> None:
         if self._driver is not None:
             self._driver.replica.roll_back()
             return
         present = [m for m in self.members if m in self._pool.names]
         with suppress(RunFailed, WorkerLost):
-            self._answers(self._submit(present, resident.roll_back, self.order_for), self.patience())
+            orders = self._submit(present, resident.roll_back, lambda member: self.order_for(member, step))
+            self._answers(orders, self.patience())
 
     def halt(self, wish: int) -> None:
         """Let one member vote for the end of the segment; one vote ends it for all at the same step."""
@@ -297,18 +324,19 @@ class DaskCrew:
         else:
             self.everyone(resident.set_learning_rate, value, limits=self.patience())
 
-    def state(self) -> State:
-        """The state after the last segment."""
+    def state(self, step: int) -> State:
+        """The state of a step to which the last report came."""
         if self._driver is not None:
             return dict(copy_state(self._driver.replica.live_state()))
         present = [m for m in self._intact if m in self._pool.names][:1]
         if not present:
             raise WorkerLost("No worker of the run is left to fetch the state from.")
-        answers = self._answers(self._submit(present, resident.state, self.order_for), self.patience(_SETTING_UP))
+        asked = self._submit(present, resident.state, lambda member: self.order_for(member, step))
+        answers = self._answers(asked, self.patience(_SETTING_UP))
         return dict(unpack(answers[present[0]]))
 
     def salvage(self, step: int) -> State | None:
-        """The newest state of at most a step that a lost worker left on this machine."""
+        """The newest commit of at most a step in the memory that rank 0 shares with this process, if it does."""
         return None if self._vault is None else self._vault.newest(step)
 
     def evaluate(self) -> Tally:
@@ -408,6 +436,17 @@ class DaskCrew:
         if gone:
             return self._lost(gone)
         return WorkerLost(f"{self.label(member)} cannot go on: {failure.text}")
+
+
+@dataclass(frozen=True)
+class _Ordered:
+    """A segment that was ordered, and what the members will answer."""
+
+    first: int
+    count: int
+    wish: int
+    expected_seconds: float
+    futures: dict[str, Future[Any]]
 
 
 def _chunks_of(roster: Roster) -> dict[str, _Held]:
