@@ -146,28 +146,37 @@ def call_model(model: nn.Module, inputs: Any) -> Any:
     return model(*inputs) if isinstance(inputs, tuple) else model(inputs)
 
 
-class _Mark:
-    """Notes that a parameter had a gradient; called by torch after each accumulation."""
+class _Arrival:
+    """Brings the gradient of one parameter to its place, and notes that there is one; called by torch."""
 
     def __init__(self, place: int) -> None:
         self._place = place
-        self._mark: Tensor | None = None
+        self.reached = False
 
-    def write_to(self, reached: Tensor) -> None:
-        """Note it there from now on."""
+    def write_to(self, view: Tensor, reached: Tensor, *, stays: bool) -> None:
+        """Bring it there from now on; it may stay there, to be the gradient of the parameter."""
+        self._view, self._stays = view, stays
         self._mark = reached[self._place : self._place + 1]
 
-    def __call__(self, _: Tensor) -> None:
-        assert self._mark is not None
-        self._mark.fill_(1.0)
+    def __call__(self, parameter: Tensor) -> None:
+        grad = parameter.grad
+        if grad is not None and grad is not self._view:  # what a model accumulates in several goes is added in place
+            self._view.copy_(grad.detach().to_dense() if grad.is_sparse else grad.detach())
+            if self._stays:
+                parameter.grad = self._view
+        if not self.reached:
+            self.reached = True
+            self._mark.fill_(1.0)
 
 
 @dataclass
 class GradientBuffer:
-    """The flat gradient of a model: ``parameter.grad`` of each parameter is a view into one vector.
+    """The flat gradient of a model: ``parameter.grad`` of each parameter becomes a view into one vector.
 
-    Backward then writes where the exchange reads, and nothing is copied. Parameters in half precision are the
-    exception: their sums are kept in float32, because a count beyond 256 does not fit into bfloat16.
+    Before a backward pass parameters have no gradient, and torch gives each the tensor that it comes to; that is copied
+    to its place while it is still in the cache. To add to zeros in place would take two passes more over the memory.
+    Parameters in half precision keep gradients of their own beside: sums are in float32, because a count beyond 256
+    does not fit into bfloat16.
 
     A parameter that no share of a batch reached (a branch not taken) has no gradient after `load`, as in a plain loop,
     so that an optimizer leaves it alone; whether any share did is summed with the gradient.
@@ -187,9 +196,9 @@ class GradientBuffer:
         self.direct = kinds == {self.dtype}
         #: Elements of the flat vector.
         self.numel = sum(parameter.numel() for parameter in self.parameters) + len(self.parameters) + _TAIL
-        self._marks = [_Mark(place) for place in range(len(self.parameters))]
-        for parameter, mark in zip(self.parameters, self._marks, strict=True):
-            parameter.register_post_accumulate_grad_hook(mark)
+        self._arrivals = [_Arrival(place) for place in range(len(self.parameters))]
+        for parameter, arrival in zip(self.parameters, self._arrivals, strict=True):
+            parameter.register_post_accumulate_grad_hook(arrival)
         self.live_in(torch.zeros(self.numel, dtype=self.dtype))
 
     def live_in(self, vector: Tensor) -> None:
@@ -204,23 +213,18 @@ class GradientBuffer:
         pieces = self.sum.total.split([parameter.numel() for parameter in self.parameters])
         self._views = [piece.view_as(p) for p, piece in zip(self.parameters, pieces, strict=True)]
         self._grads = self._views if self.direct else [torch.zeros_like(p) for p in self.parameters]
-        for mark in self._marks:
-            mark.write_to(self.sum.reached)
-        self._all_set = False
+        for arrival, view in zip(self._arrivals, self._views, strict=True):
+            arrival.write_to(view, self.sum.reached, stays=self.direct)
         self._set_all()
 
     def _set_all(self) -> None:
-        if not self._all_set:
-            for parameter, grad in zip(self.parameters, self._grads, strict=True):
+        for parameter, grad in zip(self.parameters, self._grads, strict=True):
+            if parameter.grad is not grad:
                 parameter.grad = grad
-            self._all_set = True
 
     def clear(self) -> None:
         """Set the sum to nothing."""
-        self._set_all()
         self.sum.vector.zero_()
-        if not self.direct:
-            torch._foreach_zero_(self._grads)
 
     def forward(self, model: nn.Module, loss: SummedLoss, share: Samples) -> Tensor:
         """The summed loss of a share, still attached to its graph; notes loss and count in the sum."""
@@ -228,14 +232,18 @@ class GradientBuffer:
         tail = self.sum.vector[-_TAIL:]
         tail[0] = count
         tail[1] = total.detach()
+        tail[2] = 0.0  # no vote
         return total
 
     def backward(self, total: Tensor) -> None:
-        """Add the gradient of a summed loss to the sum."""
+        """Make the gradient of a summed loss the sum; count and loss stay as `forward` noted them."""
+        self.sum.reached.zero_()
+        for parameter, arrival in zip(self.parameters, self._arrivals, strict=True):
+            parameter.grad, arrival.reached = None, False
         total.backward()
-        if not self.direct:
-            for view, grad in zip(self._views, self._grads, strict=True):
-                view.copy_(grad)
+        for view, arrival in zip(self._views, self._arrivals, strict=True):
+            if not arrival.reached:
+                view.zero_()
 
     def load(self, total: GradientSum) -> float:
         """Make a global sum the gradient that an optimizer sees.
@@ -267,4 +275,3 @@ class GradientBuffer:
             for parameter, by in zip(self.parameters, reached.tolist(), strict=True):
                 if not by:
                     parameter.grad = None
-            self._all_set = False

@@ -203,7 +203,8 @@ class Replica:
         """
         start = perf_counter()
         share = holding.share(step)
-        self.buffer.clear()
+        if share is None:
+            self.buffer.clear()
         loaded = perf_counter()
         self.spent[DATA] += loaded - start
         if share is not None:
