@@ -207,7 +207,8 @@ class Conductor:
         group, order = self._membership, self._plan.job.recipe.order
         steps = steps_done(report, group.labels, order, group.roster.generation, began, ended)
         done = self._finished(steps, began, ended, report)
-        self._pace.learn(report.steps, sum(step.seconds for step in steps), done.control_seconds)
+        seconds = sum(step.seconds for step in steps)
+        self._pace.learn(report.steps, seconds, done.control_seconds, self._wishes.news_seconds)
         self._history.append(*steps, *gradient_norms(report, ended), done)
         self._history.append(*self._stragglers.look(steps))
         self.step += report.steps
@@ -331,10 +332,10 @@ class _Pace:
         self._step_seconds = SEGMENT_SECONDS
         self._control: deque[float] = deque(maxlen=_CONTROLS)
 
-    def learn(self, steps: int, seconds: float, control_seconds: float) -> None:
+    def learn(self, steps: int, seconds: float, control_seconds: float, news_seconds: float) -> None:
         self._step_seconds = max(1e-6, seconds / steps)
         self._control.append(control_seconds)
-        wanted = round(segment_seconds(median(self._control)) / self._step_seconds)
+        wanted = round(segment_seconds(median(self._control), news_seconds) / self._step_seconds)
         self.steps = max(1, min(wanted, _GROWTH * self.steps))
 
     def seconds(self, steps: int) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -213,6 +214,27 @@ class Run:
         """
         self._check_going("measure_baseline")
         self._wish("measure", None, lambda wishes: setattr(wishes, "measuring", True))
+
+    def want_news(self, seconds: float | None) -> None:
+        """Say how old news may be, as a panel does while it is open; has no effect on a run that is over.
+
+        Steps come into the history when their segment ends. Segments of large models last up to 0.8 s, because each
+        costs time beside its steps; whoever watches can have shorter ones.
+
+        Parameters
+        ----------
+        seconds : float or None
+            Segments are no longer than this, down to 0.25 s. None: as long as the run likes.
+
+        Raises
+        ------
+        InputError
+            If it is no positive number.
+        """
+        seconds = math.inf if seconds is None else plain(seconds)
+        if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not seconds > 0:
+            raise InputError(f"seconds is {seconds!r}; it must be a positive number of seconds, or None.")
+        self._wishes.news_seconds = float(seconds)
 
     def pause(self) -> None:
         """Ask the run to stand still after its present step, holding its workers."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Callable
@@ -29,6 +30,8 @@ class Wishes:
         self.stopping = False
         #: A learning rate to go on at, until it is granted.
         self.rate: float | None = None
+        #: How old news may be, for whoever watches.
+        self.news_seconds = math.inf
         #: Whether plain PyTorch is to be measured, until it is.
         self.measuring = False
         #: Counts wishes; a segment ordered under a number is ended by a higher one.

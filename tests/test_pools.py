@@ -180,7 +180,9 @@ def test_orders_of_an_older_generation_are_refused(pool: pk.Workers) -> None:
     wait_for(run, lambda: run.step > held)  # and the run does not care
     run.stop()
     run.wait(LIMIT, progress=False)
-    gone = client.submit(resident.advance, run_id, 2, 1, 0, 1, 0, False, workers=[worker], pure=False).result(timeout=30)
+    gone = client.submit(resident.advance, run_id, 2, 1, 0, 1, 0, False, workers=[worker], pure=False).result(
+        timeout=30
+    )
     assert "released" in gone.failure.text
 
 

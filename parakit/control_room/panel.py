@@ -25,6 +25,7 @@ from parakit.course import Course
 from parakit.errors import ParakitError, RunError
 from parakit.events import History, StepDone
 from parakit.machine import yield_to_others
+from parakit.pacing import NEWS_SECONDS
 from parakit.plots.live import LivePicture
 from parakit.progress import many, progress_line
 from parakit.run import Run
@@ -265,6 +266,7 @@ class Panel:
 
     def _go_live(self, wanted: int) -> None:
         assert self.run is not None
+        self.run.want_news(NEWS_SECONDS)
         self._course.follow(self.run.history)
         self._steering = Steering(self.run, wanted, lambda count: self._unasked("resize", count))
         self._show_wanted()
@@ -449,6 +451,7 @@ class Panel:
         with self._lock:
             again, self._settled = self._settled, True
         if self.run is not None:
+            self.run.want_news(None)
             if self._over:  # its last event follows its status, and then it lets go of the pool
                 with suppress(ParakitError):
                     self.run.wait(_JOIN_SECONDS, progress=False)

@@ -36,6 +36,7 @@ _LOOK_SECONDS = 0.01
 _WARM_UP_SECONDS = 0.2  # a segment in any case: caches are cold, and the pace of segments is still that of before
 _ARRIVAL_SECONDS = 120.0  # that a count may take to come about, all growing and recovering included
 _END_SECONDS = 10.0
+_SEGMENTS = 2  # that a visit should have at least
 _KEPT_STEPS = 64  # of a visit, for a cost model: more would say the same again
 
 
@@ -195,6 +196,7 @@ def timed(run: Run, count: int, seconds: float, limit_seconds: float = math.inf)
         If the run ended.
     """
     _check_going(run)
+    run.want_news(seconds / _SEGMENTS)  # as a time is that of whole segments
     if run.target != count:
         run.resize(count)
     newest = run.history.latest(SegmentDone)

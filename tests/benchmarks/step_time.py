@@ -23,7 +23,7 @@ from tests.benchmarks.rivals import rival
 from tests.benchmarks.workloads import WORKLOADS, Workload, optimizer
 
 PARAKIT = "parakit, 2 processes"
-WINDOW_SECONDS, QUICK_WINDOW_SECONDS = 1.0, 0.4
+WINDOW_SECONDS, QUICK_WINDOW_SECONDS = 1.6, 0.4
 QUICK = (1, 2)  # places of the workloads
 
 Way = Callable[[float], float]
