@@ -37,19 +37,38 @@ class GradientSum:
         Sum over samples of the loss.
     """
 
-    __slots__ = ("_flags", "vector")
+    __slots__ = ("_flags", "_late", "_vector")
 
     def __init__(self, total: Tensor, count: float, loss_sum: float) -> None:
-        self.vector = torch.cat([total, total.new_tensor([count, loss_sum, 0.0])])
+        self._vector = torch.cat([total, total.new_tensor([count, loss_sum, 0.0])])
         self._flags = 0
+        self._late: Callable[[], None] | None = None
 
     @classmethod
     def around(cls, vector: Tensor, flags: int = 0) -> GradientSum:
         """See a vector of the right layout as a sum, without a copy; `flags` numbers stand behind the gradient."""
         new = cls.__new__(cls)
-        new.vector = vector
+        new._vector = vector
         new._flags = flags
+        new._late = None
         return new
+
+    @property
+    def vector(self) -> Tensor:
+        """All parts, flat."""
+        if self._late is not None:
+            late, self._late = self._late, None
+            late()
+        return self._vector
+
+    def come_late(self, gather: Callable[[], None] | None) -> None:
+        """Have the gradient brought into the vector when somebody first asks for it; count and loss are there."""
+        self._late = gather
+
+    @property
+    def is_late(self) -> bool:
+        """Whether nobody has asked for the gradient yet."""
+        return self._late is not None
 
     @property
     def total(self) -> Tensor:
@@ -59,17 +78,22 @@ class GradientSum:
     @property
     def reached(self) -> Tensor:
         """For each parameter, a view of how many shares it had a gradient from; empty if nobody counted."""
-        return self.vector[len(self.vector) - _TAIL - self._flags : -_TAIL]
+        return self._vector[len(self._vector) - _TAIL - self._flags : -_TAIL]
+
+    @property
+    def numbers(self) -> Tensor:
+        """Count, sum of the loss and votes, a view."""
+        return self._vector[-_TAIL:]
 
     @property
     def count(self) -> float:
         """What the sum is to be divided by."""
-        return float(self.vector[-_TAIL])
+        return float(self._vector[-_TAIL])
 
     @property
     def loss_sum(self) -> float:
         """Sum of the loss over the samples."""
-        return float(self.vector[-_TAIL + 1])
+        return float(self._vector[-_TAIL + 1])
 
     @property
     def mean_squared_norm(self) -> float:
@@ -79,7 +103,7 @@ class GradientSum:
     @property
     def votes(self) -> float:
         """How many workers ask to end the segment after this step."""
-        return float(self.vector[-1])
+        return float(self._vector[-1])
 
     @property
     def tail(self) -> int:
@@ -92,7 +116,7 @@ class GradientSum:
 
     def vote(self) -> None:
         """Ask for the end of the segment."""
-        self.vector[-1] = 1.0
+        self._vector[-1] = 1.0
 
     def clone(self) -> GradientSum:
         """A copy that shares no memory."""
@@ -102,7 +126,7 @@ class GradientSum:
         return self.around(self.vector + other.vector, self._flags)
 
     def __iadd__(self, other: GradientSum) -> GradientSum:
-        self.vector += other.vector
+        self.vector.add_(other.vector)
         return self
 
     @staticmethod
@@ -151,7 +175,7 @@ class _Arrival:
 
     def __init__(self, place: int) -> None:
         self._place = place
-        self.reached = False
+        self.reached = self.waits = False
 
     def write_to(self, view: Tensor, reached: Tensor, *, stays: bool) -> None:
         """Bring it there from now on; it may stay there, to be the gradient of the parameter."""
@@ -159,14 +183,22 @@ class _Arrival:
         self._mark = reached[self._place : self._place + 1]
 
     def __call__(self, parameter: Tensor) -> None:
-        grad = parameter.grad
-        if grad is not None and grad is not self._view:  # what a model accumulates in several goes is added in place
-            self._view.copy_(grad.detach().to_dense() if grad.is_sparse else grad.detach())
-            if self._stays:
-                parameter.grad = self._view
+        if parameter.grad is not None and parameter.grad.is_sparse:
+            parameter.grad = parameter.grad.to_dense()
+        if not self.waits:
+            self.bring(parameter)
         if not self.reached:
             self.reached = True
             self._mark.fill_(1.0)
+
+    def bring(self, parameter: Tensor) -> None:
+        """Copy it to its place, unless it is there: what a model accumulates in several goes is added in place."""
+        if not self.reached and self.waits:
+            self._view.zero_()
+        elif parameter.grad is not None and parameter.grad is not self._view:
+            self._view.copy_(parameter.grad.detach())
+            if self._stays:
+                parameter.grad = self._view
 
 
 @dataclass
@@ -175,8 +207,8 @@ class GradientBuffer:
 
     Before a backward pass parameters have no gradient, and torch gives each the tensor that it comes to; that is copied
     to its place while it is still in the cache. To add to zeros in place would take two passes more over the memory.
-    Parameters in half precision keep gradients of their own beside: sums are in float32, because a count beyond 256
-    does not fit into bfloat16.
+    Where nobody else adds to it, it is copied only if somebody asks for it. Parameters in half precision keep gradients
+    of their own beside: sums are in float32, because a count beyond 256 does not fit into bfloat16.
 
     A parameter that no share of a batch reached (a branch not taken) has no gradient after `load`, as in a plain loop,
     so that an optimizer leaves it alone; whether any share did is summed with the gradient.
@@ -201,20 +233,24 @@ class GradientBuffer:
             parameter.register_post_accumulate_grad_hook(arrival)
         self.live_in(torch.zeros(self.numel, dtype=self.dtype))
 
-    def live_in(self, vector: Tensor) -> None:
+    def live_in(self, vector: Tensor, *, alone: bool = False) -> None:
         """Keep the gradient in a vector from now on.
 
         Parameters
         ----------
         vector : tensor, (numel,)
             Of the buffer's `dtype`. What is in it counts as a gradient, so let it be zero.
+        alone : bool
+            Whether nobody adds to it, so that an optimizer may use gradients where torch makes them.
         """
+        self._waits = alone and self.direct
         self.sum = GradientSum.around(vector, len(self.parameters))
         pieces = self.sum.total.split([parameter.numel() for parameter in self.parameters])
         self._views = [piece.view_as(p) for p, piece in zip(self.parameters, pieces, strict=True)]
         self._grads = self._views if self.direct else [torch.zeros_like(p) for p in self.parameters]
         for arrival, view in zip(self._arrivals, self._views, strict=True):
             arrival.write_to(view, self.sum.reached, stays=self.direct)
+            arrival.waits = self._waits
         self._set_all()
 
     def _set_all(self) -> None:
@@ -224,15 +260,16 @@ class GradientBuffer:
 
     def clear(self) -> None:
         """Set the sum to nothing."""
+        self.sum.come_late(None)
         self.sum.vector.zero_()
 
     def forward(self, model: nn.Module, loss: SummedLoss, share: Samples) -> Tensor:
         """The summed loss of a share, still attached to its graph; notes loss and count in the sum."""
         total, count = loss(call_model(model, share.inputs), share.targets)
-        tail = self.sum.vector[-_TAIL:]
-        tail[0] = count
-        tail[1] = total.detach()
-        tail[2] = 0.0  # no vote
+        numbers = self.sum.numbers
+        numbers[0] = count
+        numbers[1] = total.detach()
+        numbers[2] = 0.0  # no vote
         return total
 
     def backward(self, total: Tensor) -> None:
@@ -241,9 +278,16 @@ class GradientBuffer:
         for parameter, arrival in zip(self.parameters, self._arrivals, strict=True):
             parameter.grad, arrival.reached = None, False
         total.backward()
+        if self._waits:
+            self.sum.come_late(self._gather)
+            return
         for view, arrival in zip(self._views, self._arrivals, strict=True):
             if not arrival.reached:
                 view.zero_()
+
+    def _gather(self) -> None:
+        for parameter, arrival in zip(self.parameters, self._arrivals, strict=True):
+            arrival.bring(parameter)
 
     def load(self, total: GradientSum) -> float:
         """Make a global sum the gradient that an optimizer sees.
@@ -260,6 +304,11 @@ class GradientBuffer:
         """
         count = total.count
         divisor = count if count else 1.0
+        if total is self.sum and total.is_late:
+            reached = [p.grad for p in self.parameters if p.grad is not None]
+            if reached and divisor != 1.0:
+                torch._foreach_div_(reached, divisor)
+            return total.loss_sum / divisor
         if total is not self.sum:
             self.sum.vector.copy_(total.vector)
         self.sum.total.div_(divisor)

@@ -213,7 +213,7 @@ def test_half_precision_travels_in_single_precision_and_comes_back() -> None:
     assert all(g is not None and g.dtype == torch.bfloat16 for g in grads)
     assert torch.equal(whole.total, flatten([g for g in grads if g is not None], torch.float32))
     other = whole.clone()
-    other.vector *= 1003  # as if of many workers: this count does not fit into bfloat16
+    other.vector.mul_(1003)  # as if of many workers: this count does not fit into bfloat16
     assert other.count == 1003 * ROWS
     means = other.total / other.count
     buffer.load(other)

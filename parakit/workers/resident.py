@@ -137,7 +137,8 @@ class Resident:
             board, orders.rank, orders.size, orders.host, orders.limit_seconds,
             exchange=getattr(self.strategy, "exchange", "auto"), numel=buffer.numel, dtype=buffer.dtype, common=common,
         )  # fmt: skip
-        buffer.live_in(torch.zeros(buffer.numel, dtype=buffer.dtype) if place is None else place)
+        place = torch.zeros(buffer.numel, dtype=buffer.dtype) if place is None else place
+        buffer.live_in(place, alone=orders.size == 1)
         if common and isinstance(self.group, SharedGroup):
             self.replica.share(_Common(self, self.group))
 
@@ -202,7 +203,8 @@ class Resident:
         committed = self.replica.commit()
         self.progress()
         self._heeded, self._ended = wish, False
-        self.replica.measure_norms()
+        if not self._alone:  # there is nobody to compare with
+            self.replica.measure_norms()
         for step in range(first, first + count):
             self.strategy.step(self, step)
             if self._ended:
@@ -245,8 +247,9 @@ class Resident:
     def all_reduce(self, part: GradientSum) -> GradientSum:
         """The sum over the group."""
         assert self.group is not None
-        with self.exchanging():
-            self.group.all_reduce(part.vector)
+        if not self._alone:
+            with self.exchanging():
+                self.group.all_reduce(part.vector)
         self._ended = self._ended or part.votes > 0
         return part
 
