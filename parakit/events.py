@@ -58,8 +58,12 @@ PLAIN = "plain PyTorch"
 #: Where a worker's time goes in a step, in the order of a step.
 PHASES = ("data", "forward", "backward", "exchange", "update", "idle")
 #: How gradients are added up: in memory that the workers of a host share, where they may divide the update too; over
-#: gloo's connections; by tasks; or not at all, where workers take turns in one process.
-EXCHANGE_WAYS = ("shared memory", "shared memory, divided update", "gloo", "tasks", "in turns")
+#: gloo's connections; by both, within hosts and between them; by tasks; or not at all, where workers take turns in one
+#: process.
+EXCHANGE_WAYS = (
+    "shared memory", "shared memory, divided update", "gloo", "hierarchical", "hierarchical, divided update", "tasks",
+    "in turns",
+)  # fmt: skip
 
 DEFAULT_CAPACITY = 50_000
 

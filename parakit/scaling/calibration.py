@@ -137,6 +137,11 @@ def _algorithm(start: RunStart, remarks: list[str]) -> str:
         return start.exchange or "ring"
     if start.exchange == "tasks":
         remarks.append("Gradients travelled as tasks, which no formula here is made for: they are priced as a ring.")
+    if start.exchange.startswith("hierarchical"):
+        remarks.append(
+            "Gradients were added up within hosts before they travelled: they are priced as a ring of all workers, and "
+            "an update that those of a host divided as each made its part. workers_per_node=... prices hosts."
+        )
     return "shared memory" if start.exchange.startswith("shared memory") else "ring"
 
 

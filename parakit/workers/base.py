@@ -11,6 +11,7 @@ workers together. Parts are opaque to the text: only the team that made one know
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -395,6 +396,11 @@ class Workers(ABC):
         """Whether all workers are processes of one host; False where nobody knows."""
         return False
 
+    @property
+    def hosts(self) -> tuple[str, ...]:
+        """The host of each worker, in their order, as far as a group can tell; empty where nobody knows."""
+        return ()
+
     def exchange_of(self, strategy: Strategy) -> str:
         """How a strategy's gradients are added up on this pool: one of `parakit.events.EXCHANGE_WAYS`.
 
@@ -404,9 +410,13 @@ class Workers(ABC):
         if strategy.runs_on == "driver":
             return "tasks"
         wished = getattr(strategy, "exchange", "auto")
-        if wished == "gloo" or (wished == "auto" and not self.one_host):
+        counts = list(Counter(self.hosts).values())
+        way, divides = "shared memory", len(set(counts)) <= 1
+        if wished == "gloo" or (wished == "auto" and not self.one_host and max(counts, default=1) == 1):
             return "gloo"
-        return "shared memory, divided update" if getattr(strategy, "shard", False) else "shared memory"
+        if wished == "auto" and len(counts) > 1:
+            way = "hierarchical"
+        return f"{way}, divided update" if divides and getattr(strategy, "shard", False) else way
 
     def check_count(self, count: Any, *, most: int | None = None) -> int:
         """A number of workers that this pool can serve.

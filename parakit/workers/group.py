@@ -124,13 +124,24 @@ class Group(Adders):
         GroupBroken
             If a member does not answer.
         """
+        self.all_reduce_each([vector])
+
+    def all_reduce_each(self, vectors: Sequence[Tensor]) -> None:
+        """Replace several vectors by the sums of every member's, in place, all at the same time.
+
+        Raises
+        ------
+        GroupBroken
+            If a member does not answer.
+        """
         if self.size == 1:
             return
         gloo = self._gloo
         if gloo is None:
             raise GroupBroken("The process group was closed.")
         try:
-            gloo.allreduce([vector]).wait()
+            for work in [gloo.allreduce([vector]) for vector in vectors]:
+                work.wait()
         except RuntimeError as error:
             raise GroupBroken(
                 f"Worker of rank {self.rank} lost the others in an all-reduce: {_first_line(error)}",

@@ -1,13 +1,17 @@
-"""How the members of a generation come to talk to each other: through shared memory on one host, or by connections."""
+"""How the members of a generation come to talk to each other: through the memory of a host, by connections, or both."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from parakit.workers.base import Exchange
 from parakit.workers.group import Adders, Board, Group
+from parakit.workers.hosts import HostsGroup, worth_it
 from parakit.workers.shared import CannotShare, SharedGroup
+from parakit.workers.slicing import Slicing
 
 __all__ = ["meet"]
 
@@ -15,8 +19,7 @@ __all__ = ["meet"]
 def meet(
     board: Board,
     rank: int,
-    size: int,
-    host: str,
+    hosts: Sequence[str],
     limit_seconds: float,
     *,
     exchange: Exchange,
@@ -30,18 +33,18 @@ def meet(
     ----------
     board : Board
         Of this generation alone.
-    rank, size : int
-    host : str
-        Of the interface to listen on, where connections are needed.
+    rank : int
+    hosts : sequence of str
+        By rank, the address that each member listens on, where connections are needed.
     limit_seconds : float
         The longest that any operation may wait for a member.
     exchange : {"auto", "shared memory", "gloo"}
-        "auto" shares memory where all members can, and makes connections otherwise.
+        "auto" shares memory within hosts where all members can, and makes connections otherwise.
     numel : int
     dtype : torch.dtype
         Of the vector that is to be added most often.
     common : int
-        Bytes of memory that a `SharedGroup` is to have for all members in common.
+        Bytes of memory that the members of a host are to have in common, where they share memory.
 
     Returns
     -------
@@ -57,13 +60,16 @@ def meet(
     GroupBroken
         If the others do not come in time.
     """
+    size, capacity = len(hosts), numel * dtype.itemsize
     if exchange != "gloo" and size > 1:
         try:
-            group = SharedGroup(
-                board, rank, size, limit_seconds=limit_seconds, capacity=numel * dtype.itemsize, common=common
-            )
+            group: Slicing
+            if exchange == "auto" and worth_it(hosts):
+                group = HostsGroup(board, rank, hosts, limit_seconds=limit_seconds, capacity=capacity, common=common)
+            else:
+                group = SharedGroup(board, rank, size, limit_seconds=limit_seconds, capacity=capacity, common=common)
             return group, group.buffer(numel, dtype)
         except CannotShare:
             if exchange == "shared memory":
                 raise
-    return Group(board, rank, size, host, limit_seconds), None
+    return Group(board, rank, size, hosts[rank], limit_seconds), None

@@ -50,9 +50,9 @@ class Orders:
 
     Parameters
     ----------
-    generation, rank, size : int
-    host : str
-        Where the member's process group is to listen.
+    generation, rank : int
+    hosts : tuple of str
+        By rank, where each member listens; its process group is to listen there too.
     limit_seconds : float
         For each operation of the group.
     training, validation : tuple of int
@@ -65,13 +65,17 @@ class Orders:
 
     generation: int
     rank: int
-    size: int
-    host: str
+    hosts: tuple[str, ...]
     limit_seconds: float
     training: tuple[int, ...]
     validation: tuple[int, ...]
     group: bool
     vault: bool
+
+    @property
+    def size(self) -> int:
+        """How many members there are."""
+        return len(self.hosts)
 
 
 @dataclass(frozen=True)

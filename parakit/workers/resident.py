@@ -34,7 +34,7 @@ from parakit.workers.base import Strategy
 from parakit.workers.group import Adders, Board, GroupBroken
 from parakit.workers.meeting import meet
 from parakit.workers.messages import Answer, Failure, Orders, Pulse, Segment, Standing
-from parakit.workers.shared import SharedGroup
+from parakit.workers.slicing import Slicing
 
 P = ParamSpec("P")
 
@@ -134,12 +134,12 @@ class Resident:
         buffer = self.replica.buffer
         common = self.replica.common_nbytes if getattr(self.strategy, "shard", False) else 0
         self.group, place = meet(
-            board, orders.rank, orders.size, orders.host, orders.limit_seconds,
+            board, orders.rank, orders.hosts, orders.limit_seconds,
             exchange=getattr(self.strategy, "exchange", "auto"), numel=buffer.numel, dtype=buffer.dtype, common=common,
         )  # fmt: skip
         place = torch.zeros(buffer.numel, dtype=buffer.dtype) if place is None else place
         buffer.live_in(place, alone=orders.size == 1)
-        if common and isinstance(self.group, SharedGroup):
+        if common and isinstance(self.group, Slicing) and self.group.divides:
             self.replica.share(_Common(self, self.group))
 
     def _begin(self, generation: int) -> None:
@@ -257,7 +257,7 @@ class Resident:
         """The sum over the group: of this worker's slice alone, where the update is divided among the members."""
         if not self.replica.sharded:
             return self.all_reduce(part)
-        assert isinstance(self.group, SharedGroup)
+        assert isinstance(self.group, Slicing)
         with self.exchanging():
             total = part.beside(self.group.sum_slice(part.vector, tail=part.tail).tail)
         self._ended = self._ended or total.votes > 0
@@ -292,16 +292,16 @@ class Resident:
 
 
 class _Common:
-    """What the members of a group on one host have in common, for the shard of one of them."""
+    """What the members of a host have in common, for the shard of one of them."""
 
-    def __init__(self, resident: Resident, group: SharedGroup) -> None:
+    def __init__(self, resident: Resident, group: Slicing) -> None:
         self._resident, self._group = resident, group
 
     def memory(self, numel: int, dtype: torch.dtype) -> Tensor:
         return self._group.common(numel, dtype)
 
     def slice_of(self, numel: int) -> slice:
-        return self._group.slices(numel)[self._group.rank]
+        return self._group.slices(numel)[self._group.place]
 
     def barrier(self) -> None:
         with self._resident.exchanging():
@@ -309,7 +309,7 @@ class _Common:
 
     def add(self, values: Tensor) -> None:
         with self._resident.exchanging():
-            self._group.all_reduce(values)
+            self._group.add_in_common(values)
 
 
 _residents: dict[str, Resident] = {}

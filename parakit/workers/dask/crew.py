@@ -22,6 +22,7 @@ from parakit.machine import in_thread
 from parakit.vault import OpenVault, open_vault
 from parakit.workers import resident
 from parakit.workers.base import Job, Remnant, Report, Roster
+from parakit.workers.dask.addresses import host_of, is_here
 from parakit.workers.dask.driver import DriverTeam, settled
 from parakit.workers.dask.rendezvous import WorkerBoard, forget
 from parakit.workers.dask.sending import send
@@ -42,7 +43,6 @@ _SETTING_UP = 3.0  # while data and recipes are unpacked
 _EVALUATING = 10.0  # without a sign from within
 _UNKNOWN = 6.0  # before anybody knows how long a step takes
 _SLOW_STEPS = 10.0  # so many times as long as the last ones may a step take
-_HERE = ("127.0.0.1", "::1", "localhost")  # hosts whose memory this process can share
 _TELLING = ("diverged", "code", "stale", "group")  # which failure explains the others
 
 
@@ -215,12 +215,12 @@ class DaskCrew:
 
     def _orders(self, roster: Roster, member: str) -> Orders:
         training, validation = _chunks_of(roster)[member]
-        host = member.split("://")[-1].rsplit(":", 1)[0].strip("[]")
+        hosts, rank = tuple(host_of(member) for member in roster.members), roster.members.index(member)
         # Whoever hangs is found by its pulse, and killed where that is possible; otherwise this limit frees the others.
         limit = self.patience().progress_seconds
         return Orders(
-            roster.generation, roster.members.index(member), len(roster.members), host, limit,
-            training, validation, self._resident, self._resident and member == roster.members[0] and host in _HERE,
+            roster.generation, rank, hosts, limit,
+            training, validation, self._resident, self._resident and rank == 0 and is_here(hosts[rank]),
         )  # fmt: skip
 
     def _board(self, roster: Roster) -> WorkerBoard:

@@ -21,6 +21,7 @@ from parakit.errors import ConnectError, WorkerLost
 from parakit.machine import in_thread
 from parakit.workers.base import Job, Workers
 from parakit.workers.dask import rendezvous
+from parakit.workers.dask.addresses import host_of
 from parakit.workers.dask.crew import DaskCrew
 from parakit.workers.dask.mapping import map_on
 from parakit.workers.messages import Pulse
@@ -101,6 +102,11 @@ class DaskWorkers(Workers):
     def one_host(self) -> bool:
         """Whether all workers that were looked at are on one host."""
         return len(set(self._hosts.values())) == 1
+
+    @property
+    def hosts(self) -> tuple[str, ...]:
+        """What each worker's address says of its host: workers that listen on one address are processes of one."""
+        return tuple(host_of(address) for address in self.names)
 
     @property
     def dashboard(self) -> str:

@@ -14,20 +14,20 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from parakit.errors import InputError
 from parakit.machine import usable_cores
-from parakit.workers.group import Adders, Board, GroupBroken
+from parakit.workers.group import Board, GroupBroken
 from parakit.workers.shared.arena import Arena, Plan
 from parakit.workers.shared.barrier import Barrier
 from parakit.workers.shared.joining import join
 from parakit.workers.shared.segments import Segment
+from parakit.workers.slicing import Slicing, Summed
 
-__all__ = ["SharedGroup", "Summed"]
+__all__ = ["SharedGroup"]
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.int32)
 _KINDS = tuple(f"of {dtype}{how}" for how in ("", " in slices") for dtype in _DTYPES)
@@ -37,25 +37,7 @@ _SPIN_SECONDS = 0.0001
 _NOTE = 3  # words: elements, type and place of a vector
 
 
-class Summed(NamedTuple):
-    """The part of a sum that `SharedGroup.sum_slice` leaves with one member.
-
-    Attributes
-    ----------
-    where : slice
-        This member's part of the vector.
-    values : tensor
-        ``vector[where]``, which now holds the sum over the members.
-    tail : tensor
-        The sum of the last elements of the vectors, in memory of its own; the same on every member.
-    """
-
-    where: slice
-    values: Tensor
-    tail: Tensor
-
-
-class SharedGroup(Adders):
+class SharedGroup(Slicing):
     """Members on one host that add vectors together; has the interface of `group.Group`.
 
     A group belongs to one generation, and no other uses its memory: a member that was stopped, and wakes when the
@@ -174,6 +156,24 @@ class SharedGroup(Adders):
         if flat.data_ptr() != vector.data_ptr():
             vector.detach().copy_(flat.view_as(vector))
 
+    def broadcast(self, vector: Tensor) -> None:
+        """Replace a vector by that of the member of rank 0, in place.
+
+        Parameters
+        ----------
+        vector : tensor
+            Contiguous; of the same length and type on every member.
+
+        Raises
+        ------
+        GroupBroken
+            As `all_reduce`.
+        """
+        flat = _flat(vector)
+        with self._operation() as inside:
+            if self.size > 1 and flat.numel():
+                inside.broadcast(flat)
+
     def sum_slice(self, vector: Tensor, *, tail: int = 0) -> Summed:
         """Replace this member's slice of its vector by the sum of every member's; the rest stays as it is.
 
@@ -202,6 +202,15 @@ class SharedGroup(Adders):
             if inside.arena.place_of(flat) is None:
                 raise InputError("Only a vector that SharedGroup.buffer gave can be summed by slices.")
             return inside.sum_slice(flat, flat.numel() - tail)
+
+    @property
+    def place(self) -> int:
+        """The rank: all members have memory in common."""
+        return self.rank
+
+    def add_in_common(self, values: Tensor) -> None:
+        """As `all_reduce`."""
+        self.all_reduce(values)
 
     def slices(self, numel: int) -> list[slice]:
         """The part of each member in a vector without a tail, by rank. Some are empty if there are few elements."""
@@ -271,6 +280,18 @@ class _Inside:
             # Behind it, the sum is whole, and nobody reads any more what it is a sum of.
             self.barrier.wait()
             piece.copy_(self.arena.at(self.arena.result(number), piece.numel(), piece.dtype))
+
+    def broadcast(self, flat: Tensor) -> None:
+        self._announce(flat, None)
+        self.barrier.wait()
+        self._places(flat)  # which says so if the vectors differ
+        for number, piece in enumerate(flat.split(self.arena.piece_bytes // flat.itemsize)):
+            place = self.arena.at(self.arena.result(number), piece.numel(), piece.dtype)
+            if self.rank == 0:
+                place.copy_(piece)
+            self.barrier.wait()  # behind it, everybody has read the piece before, whose place is the next one's
+            if self.rank != 0:
+                piece.copy_(place)
 
     def sum_slice(self, flat: Tensor, body: int) -> Summed:
         self._announce(flat, self.arena.place_of(flat), slices=True)
