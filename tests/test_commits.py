@@ -66,6 +66,55 @@ def test_private_commits_keep_the_newest() -> None:
     assert_equal(commits.of_step(4), state(4))
 
 
+def test_private_commits_can_keep_several() -> None:
+    commits = PrivateCommits(2)
+    for step in (3, 4, 7):
+        commits.keep(state(step))
+    assert commits.of_step(3) is None
+    for step in (4, 7):
+        assert_equal(commits.of_step(step), state(step))
+    places = {commits.of_step(step)["parameters"]["w"].data_ptr() for step in (4, 7)}  # type: ignore[index]
+    commits.keep(state(9))
+    assert commits.of_step(9)["parameters"]["w"].data_ptr() in places  # type: ignore[index]
+
+
+@pytest.mark.parametrize("make", [lambda first: kept(PrivateCommits(3), first), lambda first: Vault(first, 3)])
+def test_what_is_kept_again_undoes_what_came_after(make: Any) -> None:
+    commits = make(state(1))
+    for step in (2, 3):
+        commits.keep(state(step))
+    again = state(2) | {"scheduler": "again"}
+    commits.keep(again)
+    assert commits.step == 2
+    assert commits.of_step(3) is None
+    assert_equal(commits.of_step(2), again)
+    assert_equal(commits.of_step(1), state(1)) if isinstance(commits, PrivateCommits) else None
+    commits.keep(state(3))
+    assert_equal(commits.of_step(3), state(3))
+    assert_equal(commits.of_step(2), again)
+    if isinstance(commits, Vault):
+        seen = OpenVault(commits.key)
+        assert_equal(seen.newest(2), again)
+        commits.close()
+
+
+def kept(commits: PrivateCommits, first: dict[str, Any]) -> PrivateCommits:
+    commits.keep(first)
+    return commits
+
+
+def test_a_vault_keeps_as_many_as_it_has_places() -> None:
+    vault = Vault(state(1), 3)
+    seen = OpenVault(vault.key)
+    for step in (2, 3, 4):
+        vault.keep(state(step))
+    assert seen.newest(1) is None
+    for step in (2, 3, 4):
+        assert_equal(vault.of_step(step), state(step))
+        assert_equal(seen.newest(step), state(step))
+    vault.close()
+
+
 def test_a_vault_keeps_two_and_others_can_read_them() -> None:
     vault = Vault(state(1))
     seen = OpenVault(vault.key)

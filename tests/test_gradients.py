@@ -250,3 +250,58 @@ def test_a_model_gets_its_inputs_as_one_several_or_named_arguments() -> None:
     assert call_model(Difference(), one) == 5
     assert call_model(Difference(), (one, two)) == 2
     assert call_model(Difference(), {"b": one, "a": two}) == -2
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_alone_the_sum_is_brought_together_only_if_somebody_asks(dtype: torch.dtype) -> None:
+    model, loss, samples = problem(dtype)
+    buffer = GradientBuffer(list(model.parameters()))
+    among = backward(buffer, model, loss, samples).clone()
+    buffer.live_in(torch.zeros(buffer.numel, dtype=buffer.dtype), alone=True)
+    alone = backward(buffer, model, loss, samples)
+    assert alone.is_late == (dtype != torch.bfloat16)  # that is summed in another type, so it must be copied
+    assert (alone.count, alone.loss_sum, alone.votes) == (among.count, among.loss_sum, 0.0)
+    assert torch.equal(alone.reached, among.reached)
+    assert torch.equal(alone.vector, among.vector)
+    assert not alone.is_late
+    said = buffer.load(alone)
+    again = backward(buffer, model, loss, samples)
+    assert buffer.load(again) == said  # without a look at the sum
+    assert torch.equal(flatten([p.grad for p in model.parameters() if p.grad is not None], buffer.dtype),
+                       (among.total / ROWS).to(dtype).to(buffer.dtype))  # fmt: skip
+    assert torch.equal(again.total, among.total / ROWS)
+
+
+class Forked(nn.Module):
+    """One of two layers is used, and rows of a table that gives sparse gradients."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(5, 3, sparse=True)
+        self.left, self.right = nn.Linear(3, 3), nn.Linear(3, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (self.left if bool(x[0] > 0) else self.right)(self.table(x))
+
+
+@pytest.mark.parametrize("alone", [False, True], ids=["among others", "alone"])
+def test_what_a_batch_does_not_reach_has_no_gradient_and_sparse_ones_are_dense(alone: bool) -> None:
+    model = Forked().double()
+    buffer = GradientBuffer(list(model.parameters()))
+    buffer.live_in(torch.zeros(buffer.numel, dtype=torch.float64), alone=alone)
+    targets = torch.tensor([0, 1, 2])
+    loss = summed(nn.CrossEntropyLoss(), torch.zeros(3, 3), targets)
+    for first, used, unused in ((1, model.left, model.right), (0, model.right, model.left)):
+        samples = Samples(torch.tensor([first, 3, 3]), targets)
+        whole = backward(buffer, model, loss, samples)
+        buffer.load(whole)
+        assert unused.weight.grad is None
+        assert used.weight.grad is not None
+        assert model.table.weight.grad is not None
+        assert not model.table.weight.grad.is_sparse
+        assert model.table.weight.grad.abs().sum(1).bool().tolist() == [row in (first, 3) for row in range(5)]
+        plain = nn.functional.cross_entropy(model(samples.inputs), targets)
+        expected = torch.autograd.grad(plain, [model.table.weight, used.weight])
+        assert torch.allclose(model.table.weight.grad, expected[0].to_dense(), rtol=1e-12)
+        assert torch.allclose(used.weight.grad, expected[1], rtol=1e-12)
+        assert whole.reached.tolist() == [1.0 if p.grad is not None else 0.0 for p in model.parameters()]

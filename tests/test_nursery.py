@@ -87,3 +87,16 @@ def test_workers_whose_nursery_is_killed_are_replaced_and_nothing_stays(tmp_path
         [sys.executable, tmp_path / "killed.py", when], capture_output=True, text=True, timeout=90, check=True
     )
     assert told.stdout == "[] []\n"
+
+
+def settings(_: int) -> tuple[bool, str]:
+    return (
+        dask.config.get("distributed.worker.profile.enabled"), dask.config.get("distributed.admin.tick.interval")
+    )  # fmt: skip
+
+
+def test_dask_watches_local_workers_less_unless_somebody_wants_it_to(pool: pk.Workers) -> None:
+    assert pool.map(settings, [0], 30.0) == [(False, "500ms")]
+    assert settings(0) == (True, "20ms")  # here, nothing has changed
+    with dask.config.set({"distributed.admin.tick.interval": "50ms"}), pk.connect(1) as other:
+        assert other.map(settings, [0], 30.0) == [(False, "50ms")]

@@ -173,7 +173,7 @@ def test_orders_of_an_older_generation_are_refused(pool: pk.Workers) -> None:
         late = order.result(timeout=30)
         assert late.failure.kind == "stale"
         assert "generation" in late.failure.text
-        orders = Orders(generation, 1, 2, "127.0.0.1", 5.0, (), (), True, False)
+        orders = Orders(generation, 1, ("127.0.0.1",) * 2, 5.0, (), (), True, False)
         joining = client.submit(resident.muster, run_id, orders, {}, {}, None, None, workers=[worker], pure=False)
         assert joining.result(timeout=30).failure.kind == "stale"
     held = run.step
