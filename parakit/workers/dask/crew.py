@@ -18,7 +18,7 @@ from parakit.commits import State, copy_state
 from parakit.data import Samples, pack, unpack
 from parakit.errors import Diverged, RunFailed, WorkerLost
 from parakit.evaluation import Tally
-from parakit.machine import in_thread
+from parakit.machine import in_thread, return_free_memory
 from parakit.vault import OpenVault, open_vault
 from parakit.workers import resident
 from parakit.workers.base import Job, Remnant, Report, Roster
@@ -98,6 +98,7 @@ class DaskCrew:
                 self.patience(_SETTING_UP),
             )
             self._brought[roster.generation] = self._load_for(roster)
+            return_free_memory()  # of what was copied on its way
         finally:
             self._touched.update(newcomers)
             if self._released:  # the run ended meanwhile, so nobody else will tell them
