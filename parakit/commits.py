@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-__all__ = ["Commits", "PrivateCommits", "State", "copy_state"]
+__all__ = ["Commits", "PrivateCommits", "State", "copy_state", "nbytes_of"]
 
 #: Named tensors and plain values: everything a run needs to go on from a step.
 State = dict[str, Any]
@@ -57,9 +57,21 @@ class PrivateCommits:
         into = self._spare.pop() if self._spare else None
         self._states = [copy_state(state, into), *earlier[: self._most - 1]]
 
+    def give_up(self) -> None:
+        """Keep nothing, and no memory for it."""
+        self._states, self._spare = [], []
+
     def of_step(self, step: int) -> State | None:
         """The state of a step, if it is kept."""
         return next((kept for kept in self._states if kept["step"] == step), None)
+
+
+def nbytes_of(tree: Any) -> int:
+    """Bytes of the tensors in a state."""
+    if isinstance(tree, Tensor):
+        return tree.nbytes
+    parts = tree.values() if isinstance(tree, dict) else tree if isinstance(tree, list | tuple) else ()
+    return sum(map(nbytes_of, parts))
 
 
 def copy_state(tree: Any, into: Any = None) -> Any:

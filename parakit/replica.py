@@ -367,10 +367,14 @@ class Replica:
         """Keep the present state, to which a roll-back returns; says how many seconds that took."""
         began = perf_counter()
         if self._changed:
-            prefer_fused(self.optimizer)
+            self.go_on()
             self._commits.keep(self.live_state())
             self._changed = False
         return perf_counter() - began
+
+    def go_on(self) -> None:
+        """Make ready for more steps without a commit; done by every commit too, so that all workers do it alike."""
+        prefer_fused(self.optimizer)
 
     def commit_to(self, commits: Commits) -> None:
         """Keep commits elsewhere from now on; the present state must be there already."""

@@ -40,7 +40,11 @@ def test_numbers_have_three_digits(value: float, told: str) -> None:
 def test_ratios_are_taken_within_repeats_and_over_the_best_rival() -> None:
     assert step_time.ratios(PAIRS["MLP"], "plain, 1 thread") == [2.0, 1.0]
     (row,) = step_time.summary(REPORT).rows
-    assert [cell.split()[0] for cell in row[2:]] == ["1.50", "0.500", "3.00", "1.05"]
+    assert [cell.split()[0] for cell in row[3:]] == ["1.50", "0.500", "3.00", "1.05"]
+    threads = PAIRS["MLP"] | {step_time.PARAKIT_ALONE: [5.0, 4.0]}
+    assert step_time.best(PAIRS["MLP"]) == step_time.PARAKIT
+    assert step_time.best(threads) == step_time.PARAKIT_ALONE
+    assert step_time.ratios(threads, "plain, 1 thread") == [4.0, 3.0]
     assert markdown([REPORT]).startswith(f"On {heading()}; median (quartiles).\n\n**Times over parakit's**")
 
 

@@ -169,7 +169,9 @@ def test_orders_of_an_older_generation_are_refused(pool: pk.Workers) -> None:
     wait_for(run, lambda: run.world_size == 2)
     client, worker, run_id = pool.client, pool.names[1], run._plan.job.run_id  # type: ignore[attr-defined]
     for generation in (0, 1):
-        order = client.submit(resident.advance, run_id, generation, 1, 0, 1, 0, False, workers=[worker], pure=False)
+        order = client.submit(
+            resident.advance, run_id, generation, 1, 0, 1, 0, False, False, workers=[worker], pure=False
+        )
         late = order.result(timeout=30)
         assert late.failure.kind == "stale"
         assert "generation" in late.failure.text
@@ -180,7 +182,7 @@ def test_orders_of_an_older_generation_are_refused(pool: pk.Workers) -> None:
     wait_for(run, lambda: run.step > held)  # and the run does not care
     run.stop()
     run.wait(LIMIT, progress=False)
-    gone = client.submit(resident.advance, run_id, 2, 1, 0, 1, 0, False, workers=[worker], pure=False).result(
+    gone = client.submit(resident.advance, run_id, 2, 1, 0, 1, 0, False, False, workers=[worker], pure=False).result(
         timeout=30
     )
     assert "released" in gone.failure.text

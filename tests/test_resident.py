@@ -152,3 +152,27 @@ def test_a_worker_alone_leaves_gradients_where_torch_makes_them(worker: Resident
     grads = [p.grad for p in worker.replica.buffer.parameters if p.grad is not None]
     assert grads
     assert all(grad.data_ptr() not in inside for grad in grads)
+
+
+def test_where_rank_0_keeps_states_for_all_others_give_theirs_up_once_they_have_a_size(worker: Resident) -> None:
+    # The fixture's worker has no vault, as one that is not of rank 0.
+    for number, kept in enumerate((True, True, True, False, False), start=1):  # a momentum comes with the first step
+        worker.segment(number, number - 1, 1, 0, ahead=False, covered=True)
+        assert (worker.replica._commits.of_step(number - 1) is not None) == kept
+    worker.segment(6, 5, 1, 0, ahead=False, covered=False)  # the driver has lost hold of the vault
+    assert worker.replica._commits.of_step(5) is not None
+    assert worker.fall_back(1, 5).intact
+
+
+def test_what_rank_0_keeps_it_keeps_also_for_others(tmp_path: Path) -> None:
+    worker = resident(tmp_path, vault=True)
+    try:
+        for number in range(1, 6):
+            segment = worker.segment(number, number - 1, 1, 0, ahead=False, covered=True)
+        assert segment.vault is not None
+        state = OpenVault(segment.vault).newest(5)
+        assert state is not None
+        assert state["step"] == 5
+    finally:
+        worker.leave_group()
+        worker.close_vault()

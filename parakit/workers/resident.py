@@ -22,7 +22,7 @@ from typing import Any, Concatenate, ParamSpec
 import torch
 from torch import Tensor
 
-from parakit.commits import PrivateCommits, State, copy_state
+from parakit.commits import PrivateCommits, State, copy_state, nbytes_of
 from parakit.data import Samples, pack, unpack
 from parakit.errors import Diverged, ParakitError, StaleGeneration
 from parakit.evaluation import Tally, tally
@@ -41,12 +41,6 @@ P = ParamSpec("P")
 _COMMITS = 2  # that a member keeps: the driver may be one segment behind
 
 
-def _private_commits(replica: Replica) -> PrivateCommits:
-    own = PrivateCommits(_COMMITS)
-    own.keep(replica.live_state())
-    return own
-
-
 class Resident:
     """A run's part on this worker, and the team that a strategy's text sees when it runs here."""
 
@@ -57,12 +51,13 @@ class Resident:
         self.generation = -1
         torch.set_num_threads(threads)
         self.replica = Replica(recipe)
-        self.replica.commit_to(_private_commits(self.replica))
+        self._commit_privately()
         self.training = Holding(recipe.order)
         self.validation = Holding()
         self.rank = 0
         self.group: Adders | None = None
         self._vault: Vault | None = None
+        self._state_nbytes = self._alike = 0  # of the state, and for how many segments it has had that size
         self._alone = True
         self.lock = threading.Lock()
         self._heeded = 0
@@ -163,8 +158,13 @@ class Resident:
                 self._vault = vault
                 self.replica.commit_to(vault)
         elif not wanted and self._vault is not None:
-            self.replica.commit_to(_private_commits(self.replica))
+            self._commit_privately()
             self.close_vault()
+
+    def _commit_privately(self) -> None:
+        self._private = PrivateCommits(_COMMITS)
+        self._private.keep(self.replica.live_state())
+        self.replica.commit_to(self._private)
 
     @property
     def _vault_key(self) -> VaultKey | None:
@@ -176,14 +176,15 @@ class Resident:
         if vault is not None:
             vault.close()
 
-    def segment(self, number: int, first: int, count: int, wish: int, *, ahead: bool) -> Segment:
+    def segment(self, number: int, first: int, count: int, wish: int, *, ahead: bool, covered: bool = False) -> Segment:
         """Commit, then run the strategy's text for some steps.
 
         One that was ordered ahead, while the one before it went on, is left out if that one did not come to its end:
         then all members leave it out, as a segment ends for all at the same step.
 
         A group commits as a segment begins, when all of its members have come that far. A member alone knows that as
-        the segment ends, and nobody else has what it did: it commits then, where it has a vault.
+        the segment ends, and nobody else has what it did: it commits then, where it has a vault. Where the driver holds
+        on to the vault of rank 0, the others need no commits: see `_keep`.
         """
         self._ordered += 1
         if number != self._ordered:
@@ -195,12 +196,28 @@ class Resident:
         if self.replica.step != first:
             raise ParakitError(f"This worker is at step {self.replica.step}, but step {first} was ordered.")
         self._faltered = True  # until the end is reached
-        segment = self._segment(first, count, wish)
+        segment = self._segment(first, count, wish, covered)
         self._faltered = False
         return segment
 
-    def _segment(self, first: int, count: int, wish: int) -> Segment:
-        committed = self.replica.commit()
+    def _keep(self, covered: bool) -> float:
+        """Commit, or leave it to rank 0; says how many seconds that took.
+
+        A vault gets new memory when the state grows, as it does when an optimizer takes its first step. The driver
+        finds that with the report of the segment, and the next one may have been ordered before. So for two segments
+        everybody commits.
+        """
+        nbytes = nbytes_of(self.replica.live_state())
+        self._alike = self._alike + 1 if nbytes == self._state_nbytes else 0
+        self._state_nbytes = nbytes
+        if not covered or self._vault is not None or self._alike < _COMMITS:
+            return self.replica.commit()
+        self._private.give_up()
+        self.replica.go_on()
+        return 0.0
+
+    def _segment(self, first: int, count: int, wish: int, covered: bool) -> Segment:
+        committed = self._keep(covered)
         self.progress()
         self._heeded, self._ended = wish, False
         if not self._alone:  # there is nobody to compare with
@@ -385,9 +402,9 @@ def muster(
 
 
 @_order
-def advance(resident: Resident, number: int, first: int, count: int, wish: int, ahead: bool) -> Segment:
+def advance(resident: Resident, number: int, first: int, count: int, wish: int, ahead: bool, covered: bool) -> Segment:
     """Do a segment; the orders of a generation are numbered from 1."""
-    return resident.segment(number, first, count, wish, ahead=ahead)
+    return resident.segment(number, first, count, wish, ahead=ahead, covered=covered)
 
 
 def fall_back(run_id: str, generation: int, step: int) -> Answer:

@@ -259,7 +259,7 @@ class DaskCrew:
         """Order a segment; workers begin it as soon as they have done the one before it."""
         futures = {}
         if self._driver is None:
-            order = next(self._numbers), first, count, wish, bool(self._ordered)
+            order = next(self._numbers), first, count, wish, bool(self._ordered), self._vault is not None
             futures = self._submit(self.members, resident.advance, lambda member: self.order_for(member, *order))
         self._ordered.append(_Ordered(first, count, wish, expected_seconds, futures))
 
