@@ -12,6 +12,7 @@ import torch
 import parakit as pk
 from parakit.errors import InputError
 from parakit.events import History, RunStart, SegmentDone, StepDone, WorkerStep
+from parakit.pacing import segment_seconds
 from parakit.scaling import exchange
 from parakit.scaling.breakdown import TERMS
 from parakit.scaling.costs import CostModel
@@ -29,7 +30,8 @@ def test_a_step_is_its_terms_in_order() -> None:
     assert parts.exchange_seconds == pytest.approx(exchange.ring(8, 4e6, costs.network.link))
     assert parts.update_seconds == 1e-3
     assert parts.step_seconds == pytest.approx(sum(parts.seconds().values())) == costs.step_seconds(8)
-    assert parts.control_seconds == pytest.approx(0.01 / round(0.4 / (parts.step_seconds - parts.control_seconds)))
+    steps = round(segment_seconds(0.01) / (parts.step_seconds - parts.control_seconds))
+    assert parts.control_seconds == pytest.approx(0.01 / steps)
     assert sum(parts.share(term) for term in TERMS) == pytest.approx(1)
     assert costs.throughput(8) == costs.predict(8) == pytest.approx(240 / parts.step_seconds)
 

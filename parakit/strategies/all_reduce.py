@@ -24,7 +24,8 @@ class AllReduce:
     Parameters
     ----------
     exchange : {"auto", "shared memory", "gloo"}
-        "auto" shares memory where all workers can, and uses torch.distributed's gloo otherwise.
+        "auto" shares memory where all workers can, and uses torch.distributed's gloo otherwise; where some share a
+        host and others do not, both: each worker exchanges its slice with its peers on the other hosts.
     shard : bool
         Whether workers that share memory may divide the update among them.
 

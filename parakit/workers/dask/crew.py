@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future as LocalFuture
 from contextlib import suppress
 from dataclasses import dataclass
@@ -37,6 +37,7 @@ __all__ = ["DaskCrew"]
 _Held = tuple[tuple[int, ...], tuple[int, ...]]
 
 _FETCH_SECONDS = 0.2  # after which a fetch looks whether everybody is still there
+_PULSE_SECONDS = 0.5  # for a pulse of a member that nothing else is heard of
 _DISMISS_SECONDS = 5.0  # how long a member may take to let go of a run
 # Times the limit for which code may make no progress:
 _SETTING_UP = 3.0  # while data and recipes are unpacked
@@ -388,10 +389,11 @@ class DaskCrew:
             except Exception:
                 break
         else:
-            raise WorkerLost(
-                f"{len(futures)} answers could not be fetched within {self._job.limit_seconds:g} s.",
-                cause="a worker that hangs since it answered",
-            )
+            silent = self._silent(futures)
+            self._pool.banish(silent)
+            if silent:
+                raise self._hanging(silent)
+            raise WorkerLost(f"{len(futures)} answers could not be fetched within {self._job.limit_seconds:g} s.")
         return {member: settled(future, self._job.limit_seconds) for member, future in futures.items()}
 
     def watch(self, futures: Sequence[Future[Any]], members: Sequence[str], limits: Limits | None = None) -> None:
@@ -402,12 +404,24 @@ class DaskCrew:
             raise self._lost(set(outcome.gone))
         hang = {**outcome.late, **outcome.hung}
         if hang:
-            told = "; ".join(f"{self.label(m)} {seen}" for m, seen in hang.items())
-            raise WorkerLost(
-                f"{len(hang)} of {len(self.members)} workers hang: {told}.",
-                cause="a stopped process, code that waits for ever, or a worker that is busy with other tasks",
-                remedy="if steps or loading take that long, allow more: train(..., limit_seconds=...)",
-            )
+            raise self._hanging(hang)
+
+    def _silent(self, members: Iterable[str]) -> dict[str, str]:
+        """Of members that answered, but whose answers cannot be had: those that hang since, and what is seen of it."""
+        asked = {member: self._pool.ask_pulse(member, self._job.run_id) for member in members}
+        deadline = time.monotonic() + _PULSE_SECONDS
+        while time.monotonic() < deadline and not all(pulse.done() for pulse in asked.values()):
+            time.sleep(_FETCH_SECONDS / 10)
+        seen = f"gave no sign of life for {self._job.limit_seconds + _PULSE_SECONDS:.1f} s"
+        return {member: seen for member, pulse in asked.items() if not pulse.done() or pulse.exception() is not None}
+
+    def _hanging(self, hang: Mapping[str, str]) -> WorkerLost:
+        told = "; ".join(f"{self.label(m)} {seen}" for m, seen in hang.items())
+        return WorkerLost(
+            f"{len(hang)} of {len(self.members)} workers hang: {told}.",
+            cause="a stopped process, code that waits for ever, or a worker that is busy with other tasks",
+            remedy="if steps or loading take that long, allow more: train(..., limit_seconds=...)",
+        )
 
     def _give_up(self, outcome: Outcome) -> None:
         """Let go of orders that nobody will carry out, and of workers that hang."""
