@@ -8,6 +8,7 @@ resize. Nobody else speaks of generations, so that orders of an older group can 
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import suppress
@@ -26,6 +27,7 @@ _PREPARE_LIMITS = 4  # preparing may take this many times the limit of an order:
 _GROW_SECONDS = 60.0
 _POLL_SECONDS = 0.25
 _LOOK_ROUND_SECONDS = 1.0  # how often a paused run looks whether everybody is there
+_AGAIN_SECONDS = 0.05  # until another try after a loss in vain, doubled each time
 _FRUITLESS = 6  # so many losses in a row without a segment between them end a run
 
 
@@ -174,6 +176,8 @@ class Membership:
             self._fruitless += 1
             if self._fruitless > _FRUITLESS:
                 raise loss
+            if self._fruitless > 1:  # the scheduler may still have somebody on its list who is gone
+                time.sleep(_AGAIN_SECONDS * 2 ** (self._fruitless - 2))
             try:
                 return self._go_back(loss, step, kept, began)
             except WorkerLost as another:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import os
 import signal
 import threading
@@ -15,6 +16,7 @@ import pytest
 import torch
 
 import parakit as pk
+from tests.members import Member, members
 
 _SETTLE_SECONDS = 15.0
 # One of a process, kept by the libraries themselves for as long as it lives.
@@ -117,3 +119,22 @@ def inline() -> Iterator[pk.Workers]:
 def small_chunk_of_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     """Notebook code under test runs in its small mode."""
     monkeypatch.setitem(os.environ, "PARAKIT_SMALL", "1")
+
+
+@pytest.fixture(scope="module")
+def team() -> Iterator[list[Member]]:
+    with members(4) as four:
+        yield four
+
+
+@pytest.fixture
+def boards(tmp_path: Path) -> Callable[[], str]:
+    """Makes folders for boards."""
+    numbers = itertools.count()
+
+    def make() -> str:
+        folder = tmp_path / str(next(numbers))
+        folder.mkdir()
+        return str(folder)
+
+    return make

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 import signal
 import time
@@ -36,25 +35,6 @@ UNEVEN = [(A, A, B), (A, B, B), (A, B, C, A), (B, A, A, A)]
 LENGTHS = (1, 64, 1000, 300_003)
 linux = pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="other systems have one loopback address")
 pytestmark = linux
-
-
-@pytest.fixture(scope="module")
-def team() -> Iterator[list[Member]]:
-    with members(4) as four:
-        yield four
-
-
-@pytest.fixture
-def boards(tmp_path: Path) -> Callable[[], str]:
-    """Makes folders for boards."""
-    numbers = itertools.count()
-
-    def make() -> str:
-        folder = tmp_path / str(next(numbers))
-        folder.mkdir()
-        return str(folder)
-
-    return make
 
 
 @pytest.mark.parametrize(("layout", "worth"), [((A,), False), ((A, A), False), ((A, B), False), ((A, B, A), True)])

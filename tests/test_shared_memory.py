@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import itertools
 import os
 import random
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from parakit.workers.group import Group, GroupBroken
 from parakit.workers.shared import CannotShare, SharedGroup
 from parakit.workers.shared.barrier import Barrier, barrier_nbytes
 from parakit.workers.shared.segments import Segment
-from tests.members import FolderBoard, Member, ask, members
+from tests.members import FolderBoard, Member, ask
 
 LIMIT_SECONDS = 20.0
 SOON_SECONDS = 2.0  # far below the limit, and enough for a busy machine
@@ -31,25 +30,6 @@ LENGTHS = (0, 1, 7, 64, 65, 1000, 4096, 30_003)  # the last takes several pieces
 MANNERS = ("copied", "in place", "part", "strided", "mixed")
 CAPACITY = 300_000
 linux = pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="looks into /proc")
-
-
-@pytest.fixture(scope="module")
-def team() -> Iterator[list[Member]]:
-    with members(4) as four:
-        yield four
-
-
-@pytest.fixture
-def boards(tmp_path: Path) -> Callable[[], str]:
-    """Makes folders for boards."""
-    numbers = itertools.count()
-
-    def make() -> str:
-        folder = tmp_path / str(next(numbers))
-        folder.mkdir()
-        return str(folder)
-
-    return make
 
 
 # What members do. They keep their group, and themselves what belongs to it.
