@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import parakit as pk
-from parakit.errors import InputError
+from parakit.errors import InputError, RunFailed, WorkerLost
 from parakit.events import EpochEnded, SegmentDone
 from parakit.pacing import NEWS_SECONDS
 from parakit.workers.base import Job, Report
@@ -161,3 +161,41 @@ def test_who_watches_has_news_more_often(inline: pk.Workers) -> None:
     assert run._wishes.news_seconds == float("inf")
     run.stop()
     run.wait(LIMIT, progress=False)
+
+
+class UnreadyCrew(InlineCrew):
+    """A crew of which somebody is lost again and again before the group is formed."""
+
+    def __init__(self, job: Job, losses: int) -> None:
+        super().__init__(job, 1)
+        self._losses = losses
+
+    def muster(self, *args: Any) -> None:
+        self._losses -= 1
+        if self._losses >= 0:
+            raise WorkerLost("worker 3 could not be sent its data")
+        super().muster(*args)
+
+
+class UnreadyWorkers(InlineWorkers):
+    """Their cluster takes a moment to notice who is gone."""
+
+    def __init__(self, losses: int) -> None:
+        super().__init__()
+        self._losses = losses
+
+    def open(self, job: Job) -> InlineCrew:
+        return UnreadyCrew(job, self._losses)
+
+
+def test_a_cluster_has_time_to_notice_who_is_gone() -> None:
+    began = time.monotonic()
+    run = train(UnreadyWorkers(6), steps=5).wait(LIMIT, progress=False)
+    assert run.status == "finished"
+    assert 1.0 < time.monotonic() - began < 10.0  # six tries in a few milliseconds would all meet the same
+
+
+def test_losses_without_end_end_a_run_in_words() -> None:
+    run = train(UnreadyWorkers(100), steps=5)
+    with pytest.raises(RunFailed, match="worker 3 could not be sent its data"):
+        run.wait(LIMIT, progress=False)
