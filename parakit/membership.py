@@ -190,7 +190,6 @@ class Membership:
         remnant = self.crew.regroup(self._generation - 1, step)
         lost = tuple(self.crew.label(m) for m in before.members if m not in remnant.training)
         self._history.append(WorkersLost(self._now(), lost, step, str(loss).splitlines()[0]))
-        # Of the active workers, none may have the state: then idle ones are as good as they are.
         state = None if remnant.intact else kept()
         members = self._those_left(remnant)
         if not members:
@@ -209,11 +208,10 @@ class Membership:
     def _those_left(self, remnant: Remnant) -> list[str]:
         members = [*remnant.intact, *(m for m in remnant.training if m not in remnant.intact)]
         there = self._pool.names
-        # Whoever came in place of the lost is as good as an idle one; but when all are lost, that is for the user to
-        # know, before it happens again.
-        if not remnant.intact and (members or self._there.intersection(there)):
-            members += [name for name in there if name not in members]
-            members = members[: self.world_size]
+        # If no active worker is left, idle ones go on, and whoever came in place of the lost is as good as they are. But
+        # when all are lost, that is for the user to know, before it happens again.
+        if not members and self._there.intersection(there):
+            members = list(there)[: self.world_size]
         if members:
             self._there = set(there)
         return members
