@@ -208,7 +208,7 @@ class Membership:
     def _those_left(self, remnant: Remnant) -> list[str]:
         members = [*remnant.intact, *(m for m in remnant.training if m not in remnant.intact)]
         there = self._pool.names
-        # If no active worker is left, idle ones go on, and whoever came in place of the lost is as good as they are. But
+        # If no active worker is left, idle ones go on; whoever came in place of the lost is as good as they are. But
         # when all are lost, that is for the user to know, before it happens again.
         if not members and self._there.intersection(there):
             members = list(there)[: self.world_size]
