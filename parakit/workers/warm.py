@@ -7,6 +7,7 @@ An interrupt is meant for the notebook's cell or the script, but reaches every p
 it: it ends when its owner ends, or says so. It works for nobody else, so it keeps the memory that it frees.
 """
 
+import logging
 import signal
 import threading
 
@@ -19,9 +20,17 @@ from parakit.machine import keep_freed_memory
 torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1)
 
 
+_FAREWELL = "Failed to communicate with scheduler during heartbeat"  # as pools close, and a sign of nothing else
+
+
+def _of_concern(record: logging.LogRecord) -> bool:
+    return not str(record.msg).startswith(_FAREWELL)
+
+
 def dask_setup(_: object) -> None:
     """Called by Dask in the worker, and only there: whoever merely imports this module keeps its interrupts."""
     if threading.current_thread() is threading.main_thread():  # only there may a process say what a signal does
         signal.signal(signal.SIGINT, signal.SIG_IGN)
     keep_freed_memory(for_good=True)
+    logging.getLogger("distributed.worker").addFilter(_of_concern)
     np.random.seed()  # noqa: NPY002  # the global one, for code of users' that draws from it: forks begin alike
