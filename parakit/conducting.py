@@ -1,9 +1,10 @@
 """Conducting a run: a chain of committed segments, between which wishes take effect.
 
-Runs in a thread of its own. A segment is a few steps, a quarter of a second of them or somewhat more; every member
-keeps its state when a segment begins. As long as nobody wants anything, a segment is ordered while the one before it
-goes on, so that members go from one to the next without waiting for the driver. A segment counts when all members have
-reported it. Each keeps two states, so that all can go back to where the driver is, even if some have begun the next.
+Runs in a thread of its own. A segment is a few steps, a quarter of a second of them or somewhat more; the state is kept
+when a segment begins, by every member, or once where this process can hold on to it. As long as nobody wants anything,
+a segment is ordered while the one before it goes on, so that members go from one to the next without waiting for the
+driver. A segment counts when all members have reported it. Two states are kept, so that all can go back to where the
+driver is, even if some have begun the next.
 
 A wish is a mark in `Wishes` and a vote that ends the segment early, and with it any that was ordered ahead; only this
 thread acts on it, and only when no segment is left to be reported. A rival is measured between two segments, in time

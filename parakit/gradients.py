@@ -175,25 +175,25 @@ class _Arrival:
 
     def __init__(self, place: int) -> None:
         self._place = place
-        self.reached = self.waits = False
+        self.reached = False
 
-    def write_to(self, view: Tensor, reached: Tensor, *, stays: bool) -> None:
-        """Bring it there from now on; it may stay there, to be the gradient of the parameter."""
-        self._view, self._stays = view, stays
+    def write_to(self, view: Tensor, reached: Tensor, *, stays: bool, waits: bool) -> None:
+        """Bring it there from now on; it may stay there, to be the gradient of the parameter, or wait until asked."""
+        self._view, self._stays, self._waits = view, stays, waits
         self._mark = reached[self._place : self._place + 1]
 
     def __call__(self, parameter: Tensor) -> None:
         if parameter.grad is not None and parameter.grad.is_sparse:
             parameter.grad = parameter.grad.to_dense()
-        if not self.waits:
-            self.bring(parameter)
         if not self.reached:
             self.reached = True
             self._mark.fill_(1.0)
+        if not self._waits:
+            self.bring(parameter)
 
     def bring(self, parameter: Tensor) -> None:
         """Copy it to its place, unless it is there: what a model accumulates in several goes is added in place."""
-        if not self.reached and self.waits:
+        if not self.reached:
             self._view.zero_()
         elif parameter.grad is not None and parameter.grad is not self._view:
             self._view.copy_(parameter.grad.detach())
@@ -249,8 +249,7 @@ class GradientBuffer:
         self._views = [piece.view_as(p) for p, piece in zip(self.parameters, pieces, strict=True)]
         self._grads = self._views if self.direct else [torch.zeros_like(p) for p in self.parameters]
         for arrival, view in zip(self._arrivals, self._views, strict=True):
-            arrival.write_to(view, self.sum.reached, stays=self.direct)
-            arrival.waits = self._waits
+            arrival.write_to(view, self.sum.reached, stays=self.direct, waits=self._waits)
         self._set_all()
 
     def _set_all(self) -> None:
@@ -281,9 +280,9 @@ class GradientBuffer:
         if self._waits:
             self.sum.come_late(self._gather)
             return
-        for view, arrival in zip(self._views, self._arrivals, strict=True):
+        for parameter, arrival in zip(self.parameters, self._arrivals, strict=True):
             if not arrival.reached:
-                view.zero_()
+                arrival.bring(parameter)
 
     def _gather(self) -> None:
         for parameter, arrival in zip(self.parameters, self._arrivals, strict=True):

@@ -59,7 +59,7 @@ class Keeper:
         was ordered ahead, only such a one is taken.
         """
         saving = final or (self._saver is not None and self._saver.due(now))
-        if (saving or self.due(now)) and (step != self.step or self._state is None):
+        if (final or self.due(now)) and (step != self.step or self._state is None):
             began = time.perf_counter()
             state = None if final else crew.salvage(step)
             if state is None or (self._state is not None and int(state["step"]) <= self.step):

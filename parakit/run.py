@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from parakit.checking import check_rate, plain
+from parakit.checking import check_positive, check_rate, plain
 from parakit.commits import State
 from parakit.conducting import Conductor
 from parakit.errors import InputError, RunEnded, RunError, WaitTimeout, WorkerCountError
@@ -229,12 +229,11 @@ class Run:
         Raises
         ------
         InputError
-            If it is no positive number.
+            If it is no number above 0.
         """
-        seconds = math.inf if seconds is None else plain(seconds)
-        if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not seconds > 0:
-            raise InputError(f"seconds is {seconds!r}; it must be a positive number of seconds, or None.")
-        self._wishes.news_seconds = float(seconds)
+        seconds = plain(seconds)
+        check_positive("seconds", seconds, none=True)
+        self._wishes.news_seconds = math.inf if seconds is None else float(seconds)
 
     def pause(self) -> None:
         """Ask the run to stand still after its present step, holding its workers."""

@@ -207,10 +207,13 @@ class Resident:
         finds that with the report of the segment, and the next one may have been ordered before. So for two segments
         everybody commits.
         """
+        if not covered or self._vault is not None:
+            self._alike = 0
+            return self.replica.commit()
         nbytes = nbytes_of(self.replica.live_state())
         self._alike = self._alike + 1 if nbytes == self._state_nbytes else 0
         self._state_nbytes = nbytes
-        if not covered or self._vault is not None or self._alike < _COMMITS:
+        if self._alike < _COMMITS:
             return self.replica.commit()
         self._private.give_up()
         self.replica.go_on()
