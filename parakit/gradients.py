@@ -37,12 +37,12 @@ class GradientSum:
         Sum over samples of the loss.
     """
 
-    __slots__ = ("_flags", "_late", "_vector")
+    __slots__ = ("_flags", "_late", "_pieces", "_vector")
 
     def __init__(self, total: Tensor, count: float, loss_sum: float) -> None:
         self._vector = torch.cat([total, total.new_tensor([count, loss_sum, 0.0])])
         self._flags = 0
-        self._late: Callable[[], None] | None = None
+        self.come_late(None)
 
     @classmethod
     def around(cls, vector: Tensor, flags: int = 0) -> GradientSum:
@@ -50,20 +50,37 @@ class GradientSum:
         new = cls.__new__(cls)
         new._vector = vector
         new._flags = flags
-        new._late = None
+        new.come_late(None)
         return new
 
     @property
     def vector(self) -> Tensor:
         """All parts, flat."""
         if self._late is not None:
-            late, self._late = self._late, None
+            late = self._late
+            self.come_late(None)
             late()
         return self._vector
 
-    def come_late(self, gather: Callable[[], None] | None) -> None:
-        """Have the gradient brought into the vector when somebody first asks for it; count and loss are there."""
-        self._late = gather
+    def come_late(self, gather: Callable[[], None] | None, pieces: Callable[[], list[Tensor]] | None = None) -> None:
+        """Have the gradient brought into the vector when somebody first asks for it; count and loss are there.
+
+        Parameters
+        ----------
+        gather : callable or None
+            Brings it; None where it is there.
+        pieces : callable, optional
+            Where a slice alone is missing: gives the pieces of which it consists, end to end.
+        """
+        self._late, self._pieces = gather, pieces
+
+    def in_pieces(self) -> tuple[Tensor, list[Tensor] | None]:
+        """The vector, and the pieces of a slice that is not in it, flat; from now on nobody brings them there."""
+        pieces = self._pieces
+        if pieces is None:
+            return self.vector, None
+        self.come_late(None)
+        return self._vector, pieces()
 
     @property
     def is_late(self) -> bool:
@@ -181,6 +198,14 @@ class _Arrival:
         """Bring it there from now on; it may stay there, to be the gradient of the parameter, or wait until asked."""
         self._view, self._stays, self._waits = view, stays, waits
         self._mark = reached[self._place : self._place + 1]
+        self._kept: slice | None = None
+
+    def keep(self, kept: slice) -> None:
+        """Leave a part of it, of its elements in their order, where torch makes it."""
+        self._kept, self._stays = kept, False
+        flat = self._view.view(-1)
+        around = (slice(0, kept.start), slice(kept.stop, flat.numel()))
+        self._brought = [(flat[part], part) for part in around if part.start < part.stop]
 
     def __call__(self, parameter: Tensor) -> None:
         if parameter.grad is not None and parameter.grad.is_sparse:
@@ -191,14 +216,30 @@ class _Arrival:
         if not self._waits:
             self.bring(parameter)
 
-    def bring(self, parameter: Tensor) -> None:
+    def bring(self, parameter: Tensor, *, all_of_it: bool = False) -> None:
         """Copy it to its place, unless it is there: what a model accumulates in several goes is added in place."""
         if not self.reached:
             self._view.zero_()
-        elif parameter.grad is not None and parameter.grad is not self._view:
-            self._view.copy_(parameter.grad.detach())
-            if self._stays:
-                parameter.grad = self._view
+            return
+        grad = parameter.grad
+        if grad is None or grad is self._view:
+            return
+        grad = grad.detach()
+        if self._kept is not None and grad.is_contiguous() and not all_of_it:
+            flat = grad.view(-1)
+            for place, part in self._brought:
+                place.copy_(flat[part])
+            return
+        self._view.copy_(grad)
+        if self._stays:
+            parameter.grad = self._view
+
+    def piece(self, parameter: Tensor) -> Tensor:
+        """The part that is kept, wherever it lies."""
+        grad = parameter.grad
+        if not self.reached or grad is None or not grad.is_contiguous():
+            return self._view.view(-1)[self._kept]
+        return grad.detach().view(-1)[self._kept]
 
 
 @dataclass
@@ -207,8 +248,9 @@ class GradientBuffer:
 
     Before a backward pass parameters have no gradient, and torch gives each the tensor that it comes to; that is copied
     to its place while it is still in the cache. To add to zeros in place would take two passes more over the memory.
-    Where nobody else adds to it, it is copied only if somebody asks for it. Parameters in half precision keep gradients
-    of their own beside: sums are in float32, because a count beyond 256 does not fit into bfloat16.
+    Where nobody else adds to it, it is copied only if somebody asks for it, and so is a slice that nobody else reads.
+    Parameters in half precision keep gradients of their own beside: sums are in float32, because a count beyond 256
+    does not fit into bfloat16.
 
     A parameter that no share of a batch reached (a branch not taken) has no gradient after `load`, as in a plain loop,
     so that an optimizer leaves it alone; whether any share did is summed with the gradient.
@@ -244,6 +286,7 @@ class GradientBuffer:
             Whether nobody adds to it, so that an optimizer may use gradients where torch makes them.
         """
         self._waits = alone and self.direct
+        self._apart: list[tuple[nn.Parameter, _Arrival]] = []
         self.sum = GradientSum.around(vector, len(self.parameters))
         pieces = self.sum.total.split([parameter.numel() for parameter in self.parameters])
         self._views = [piece.view_as(p) for p, piece in zip(self.parameters, pieces, strict=True)]
@@ -251,6 +294,23 @@ class GradientBuffer:
         for arrival, view in zip(self._arrivals, self._views, strict=True):
             arrival.write_to(view, self.sum.reached, stays=self.direct, waits=self._waits)
         self._set_all()
+
+    def keep_apart(self, where: slice) -> None:
+        """Leave a slice of the gradient where torch makes it, for whoever sums it reads it there.
+
+        Parameters
+        ----------
+        where : slice
+            Of the flat vector; of gradients that are `direct`.
+        """
+        self._apart = []
+        first = 0
+        for parameter, arrival in zip(self.parameters, self._arrivals, strict=True):
+            begin, end = (min(max(edge - first, 0), parameter.numel()) for edge in (where.start, where.stop))
+            if begin < end:
+                arrival.keep(slice(begin, end))
+                self._apart.append((parameter, arrival))
+            first += parameter.numel()
 
     def _set_all(self) -> None:
         for parameter, grad in zip(self.parameters, self._grads, strict=True):
@@ -283,10 +343,16 @@ class GradientBuffer:
         for parameter, arrival in zip(self.parameters, self._arrivals, strict=True):
             if not arrival.reached:
                 arrival.bring(parameter)
+        if self._apart:
+            self.sum.come_late(self._gather, self._kept_pieces)
 
     def _gather(self) -> None:
-        for parameter, arrival in zip(self.parameters, self._arrivals, strict=True):
-            arrival.bring(parameter)
+        waiting = self._apart or zip(self.parameters, self._arrivals, strict=True)
+        for parameter, arrival in waiting:
+            arrival.bring(parameter, all_of_it=True)
+
+    def _kept_pieces(self) -> list[Tensor]:
+        return [arrival.piece(parameter) for parameter, arrival in self._apart]
 
     def load(self, total: GradientSum) -> float:
         """Make a global sum the gradient that an optimizer sees.

@@ -304,6 +304,7 @@ class Replica:
     def share(self, common: Common) -> None:
         """Update a slice from now on; all members do, with the same state. Only where `common_nbytes` is not 0."""
         self._shard = Shard(self.optimizer, self.buffer.parameters, self.buffer.sum.total, common)
+        self.buffer.keep_apart(self._shard.where)
         self.spent = [0.0] * len(self.spent)  # no step has begun
 
     def unshare(self) -> None:

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -217,11 +218,10 @@ def _newest(memory: mmap.mmap, fits: Callable[[int], bool]) -> State | None:
     _, _, nbytes, at = found
 
     def tensor_of(hole: _Hole) -> Tensor:
-        if not hole.nbytes:
-            return torch.empty(hole.shape, dtype=hole.dtype)
+        copied = torch.empty(hole.nbytes, dtype=torch.uint8)
         start = _first_tensor(at, plain_room) + hole.offset
-        copied = bytearray(memory[start : start + hole.nbytes])
-        return torch.frombuffer(copied, dtype=hole.dtype).view(hole.shape)
+        copied.numpy()[:] = np.frombuffer(memory, np.uint8, hole.nbytes, start)
+        return copied.view(hole.dtype).view(hole.shape)
 
     state: State = _filled(pickle.loads(memory[at + _LINE : at + _LINE + nbytes]), tensor_of)
     return state

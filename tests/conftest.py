@@ -57,19 +57,31 @@ def _listening() -> set[str]:
     }
 
 
-def _shared_memory() -> set[str]:
+def shared_memory() -> set[str]:
+    """Names in shared memory, without those that only other people's processes use."""
     folder = Path("/dev/shm")
     names = {entry.name for entry in folder.iterdir()} if folder.is_dir() else set()
-    # Some say whose they are: those of somebody else's process are no leftovers of a test.
-    own = {str(os.getpid()), *map(str, _children())}
-    return {name for name in names if not name.startswith("sem.loky-") or name.split("-")[1] in own}
+    if not names:
+        return set()
+    users: dict[str, set[int]] = {name: set() for name in names}
+    for maps in Path("/proc").glob("[0-9]*/maps"):
+        try:
+            lines = maps.read_text().splitlines()
+        except OSError:
+            continue
+        for line in lines:
+            name = line.partition("/dev/shm/")[2].removesuffix(" (deleted)")
+            if name in users:
+                users[name].add(int(maps.parent.name))
+    own = {os.getpid(), *_children()}
+    return {name for name, pids in users.items() if not pids or pids & own}
 
 
 _KINDS: dict[str, Callable[[], set]] = {
     "threads": _threads,
     "processes": _children,
     "listening sockets": _listening,
-    "shared-memory segments": _shared_memory,
+    "shared-memory segments": shared_memory,
 }
 
 

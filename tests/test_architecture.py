@@ -38,7 +38,7 @@ ROOMS = (
     ("parakit.losses", "parakit.scaling.calibration", "parakit.scaling.fit_bands", "parakit.scaling.terms"),
     ("parakit.gradients", "parakit.scaling.costs", "parakit.scaling.fitting"),
     (
-        "parakit.datasets", "parakit.evaluation", "parakit.replica",
+        "parakit.datasets", "parakit.evaluation", "parakit.replica", "parakit.workers.layout",
         "parakit.scaling.evidence", "parakit.scaling.predictions",
     ),
     (

@@ -7,6 +7,7 @@ import pickle
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from parakit.data import Samples
 from parakit.gradients import GradientBuffer, GradientSum, call_model, flatten, unflatten_into
@@ -305,3 +306,73 @@ def test_what_a_batch_does_not_reach_has_no_gradient_and_sparse_ones_are_dense(a
         assert torch.allclose(model.table.weight.grad, expected[0].to_dense(), rtol=1e-12)
         assert torch.allclose(used.weight.grad, expected[1], rtol=1e-12)
         assert whole.reached.tolist() == [1.0 if p.grad is not None else 0.0 for p in model.parameters()]
+
+
+@pytest.mark.parametrize("forked", [False, True])
+@pytest.mark.parametrize("cut", [(0, 10), (3, 31), (24, 30), (25, 26), (0, 51), (51, 51)], ids=str)
+def test_a_slice_that_nobody_else_reads_stays_where_it_is_made(forked: bool, cut: tuple[int, int]) -> None:
+    model, loss, samples = problem()
+    if forked:
+        model, targets = Forked().double(), torch.tensor([0, 1, 2])
+        loss, samples = summed(nn.CrossEntropyLoss(), torch.zeros(3, 3), targets), Samples(targets, targets)
+    buffer = GradientBuffer(list(model.parameters()))
+    expected = backward(buffer, model, loss, samples).clone()
+    where = slice(*(min(edge, len(expected.total)) for edge in cut))
+    buffer.live_in(torch.zeros(buffer.numel, dtype=torch.float64))
+    buffer.keep_apart(where)
+    part = backward(buffer, model, loss, samples)
+    vector, pieces = part.in_pieces()
+    if where.start == where.stop:
+        assert pieces is None
+    else:
+        assert pieces is not None
+        assert torch.equal(torch.cat(pieces), expected.total[where])
+        assert not vector[where].any()
+        vector[where] = expected.total[where]
+    assert torch.equal(vector, expected.vector)
+    assert part.vector is vector  # and nothing is brought there any more
+    again = backward(buffer, model, loss, samples)
+    again.vector[where] = again.vector[where]  # who asks gets all of it
+    assert torch.equal(again.vector, expected.vector)
+    assert again.in_pieces()[1] is None
+
+
+def test_what_is_kept_apart_is_the_gradient_of_all_backward_passes() -> None:
+    class Twice(nn.Module):
+        """Has its gradient accumulated in two goes: each call is computed again within the backward pass."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = x.clone().requires_grad_()
+            return checkpoint(self.layer, x, use_reentrant=True) + checkpoint(self.layer, 2 * x, use_reentrant=True)
+
+    class Strided(nn.Module):
+        """Has a gradient that does not lie end to end."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(4, 3))
+            self.weight.register_post_accumulate_grad_hook(self.turn)
+
+        def turn(self, weight: torch.Tensor) -> None:
+            assert weight.grad is not None
+            weight.grad = weight.grad.t().contiguous().t()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x @ self.weight
+
+    _, loss, samples = problem()
+    for model in (Twice().double(), Strided().double()):
+        parameters = list(model.parameters())
+        buffer = GradientBuffer(parameters)
+        expected = backward(buffer, model, loss, samples).clone()
+        buffer.live_in(torch.zeros(buffer.numel, dtype=torch.float64))
+        buffer.keep_apart(slice(2, 9))
+        vector, pieces = backward(buffer, model, loss, samples).in_pieces()
+        assert pieces is not None
+        assert torch.equal(torch.cat(pieces), expected.total[2:9])
+        assert torch.equal(vector[9:], expected.vector[9:])
+        assert torch.equal(vector[:2], expected.vector[:2])

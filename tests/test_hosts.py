@@ -21,7 +21,8 @@ from parakit.errors import RunError
 from parakit.events import Recovered, RunStart
 from parakit.workers import hosts
 from parakit.workers.group import GroupBroken
-from parakit.workers.hosts import HostsGroup, worth_it
+from parakit.workers.hosts import HostsGroup
+from parakit.workers.layout import equal_counts, hierarchical
 from parakit.workers.shared import CannotShare
 from tests.members import FolderBoard, Member, ask, members
 from tests.serial import batches, train_serially
@@ -37,9 +38,16 @@ linux = pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="other sys
 pytestmark = linux
 
 
-@pytest.mark.parametrize(("layout", "worth"), [((A,), False), ((A, A), False), ((A, B), False), ((A, B, A), True)])
-def test_it_is_worth_it_where_some_share_a_host_and_others_do_not(layout: tuple[str, ...], worth: bool) -> None:
-    assert worth_it(layout) == worth
+@pytest.mark.parametrize(
+    ("hosts", "both", "divides"),
+    [
+        ((), False, True), ((A,), False, True), ((A, A), False, True), ((A, B), False, True),
+        ((A, B, A), True, False), ((A, B, B, A), True, True),
+    ],
+)  # fmt: skip
+def test_what_a_layout_of_hosts_allows(hosts: tuple[str, ...], both: bool, divides: bool) -> None:
+    assert hierarchical(hosts) == both
+    assert equal_counts(hosts) == divides
 
 
 # What members do. They keep their group.

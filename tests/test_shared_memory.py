@@ -21,6 +21,7 @@ from parakit.workers.group import Group, GroupBroken
 from parakit.workers.shared import CannotShare, SharedGroup
 from parakit.workers.shared.barrier import Barrier, barrier_nbytes
 from parakit.workers.shared.segments import Segment
+from tests.conftest import shared_memory
 from tests.members import FolderBoard, Member, ask
 
 LIMIT_SECONDS = 20.0
@@ -194,6 +195,35 @@ def test_slices_cover_the_vector_and_reach_everybody_through_common_memory(
     same(ask(part, leave))
     assert [first for first, _ in slices] == [0, *(last for _, last in slices[:-1])]
     assert slices[-1][1] == numel - tail
+
+
+def add_slices_beside(kept: dict[str, Any], rank: int, numel: int, tail: int) -> bool:
+    """Sum slices of which this member's own part lies elsewhere, in pieces; one of them in the vector after all."""
+    group: SharedGroup = kept["group"]
+    vector = group.buffer(numel, torch.float32)
+    mine = vector_of(rank, numel, torch.float32)
+    where = group.slices(numel - tail)[rank]
+    vector.copy_(mine)
+    middle = vector[where].tensor_split(3)[1].clone()
+    vector[where] = float("nan")
+    first, _, last = (piece.clone() for piece in mine[where].tensor_split(3))
+    inside = vector[where].tensor_split(3)[1]
+    inside.copy_(middle)
+    expected = in_order(group.size, numel, torch.float32)
+    summed = group.sum_slice(vector, tail=tail, own=[first, inside, last])
+    good = torch.equal(vector[where], expected[where]) and torch.equal(summed.tail, expected[numel - tail :])
+    return good and torch.equal(first, mine[where].tensor_split(3)[0])  # a gradient may belong to somebody else too
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4])
+@pytest.mark.parametrize(("numel", "tail"), [(70, 3), (400_001, 5)])
+def test_a_members_own_part_may_lie_elsewhere(
+    team: list[Member], boards: Callable[[], str], size: int, numel: int, tail: int
+) -> None:
+    part = team[:size]
+    same(ask(part, form, size, boards(), {"capacity": 4 * numel}))
+    assert same(ask(part, add_slices_beside, numel, tail))
+    same(ask(part, leave))
 
 
 def slice_then_add(kept: dict[str, Any], rank: int) -> list[float]:
@@ -447,7 +477,7 @@ def test_a_closed_group_leaves_nothing(
 ) -> None:
     files = tmp_path / "files"
     files.mkdir()
-    shared = set(Path("/dev/shm").iterdir())
+    shared = shared_memory()
     before = [answer.good for answer in ask(team, look_around)]
     for _ in range(5):
         same(ask(team, form, 4, boards(), {"named": named, "folder": files}))
@@ -456,7 +486,7 @@ def test_a_closed_group_leaves_nothing(
         same(ask(team, leave))
     assert [answer.good for answer in ask(team, look_around)] == before
     assert not list(files.iterdir())
-    assert set(Path("/dev/shm").iterdir()) <= shared
+    assert shared_memory() <= shared
 
 
 # Deaths. The members are forks of one process: that costs milliseconds, where a new one costs seconds.
@@ -524,7 +554,7 @@ def test_whenever_a_member_is_killed_the_others_know_soon_and_nothing_is_left(
 ) -> None:
     files = tmp_path / "files"
     files.mkdir()
-    shared = set(Path("/dev/shm").iterdir())
+    shared = shared_memory()
     seconds = []
     for seed in range(12):
         team[0].tell(lose_one, 0, boards(), seed, {"named": named, "folder": files, "capacity": 0})
@@ -534,7 +564,7 @@ def test_whenever_a_member_is_killed_the_others_know_soon_and_nothing_is_left(
     assert max(seconds) < SOON_SECONDS
     assert sorted(seconds)[len(seconds) // 2] < 0.3
     assert not list(files.iterdir())
-    assert set(Path("/dev/shm").iterdir()) <= shared
+    assert shared_memory() <= shared
 
 
 class Trap(FolderBoard):

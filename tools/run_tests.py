@@ -1,36 +1,78 @@
-"""Run all tests: those of clusters, notebooks and the browser one after the other, and beside them all others.
+"""Run all tests, in two lanes side by side: each waits much of its time, for processes to start and pages to load.
 
-The first kind waits much of its time, for processes to start and pages to load; the second computes. With arguments,
-pytest gets them, and does nothing else.
+With arguments, pytest gets them, and does nothing else.
 """
 
 import subprocess
 import sys
-import tempfile
+import threading
 import time
+from tempfile import TemporaryFile
+from typing import IO
 
-WAITING = "dask or notebook or browser"
+# Parts by their markers, one after the other. Every test belongs to one part, and both lanes take about as long.
+LANES = {
+    "clusters": ["(dask or notebook) and not browser"],
+    "others": ["not (dask or notebook or browser)", "browser"],
+}
+PYTEST = [sys.executable, "-m", "pytest"]
+
+
+class Lane:
+    """Some parts, run one after the other.
+
+    Parameters
+    ----------
+    name : str
+    output : file or None
+        Where all is written that is told; None for this process's own output.
+    """
+
+    def __init__(self, name: str, output: IO[str] | None) -> None:
+        self.name, self.output = name, output
+        self.worst = 0  # of the exit codes
+        self._ended = False
+        self._part: subprocess.Popen[bytes] | None = None
+        self._thread = threading.Thread(target=self._run)
+        self._thread.start()
+
+    def _run(self) -> None:
+        for part in LANES[self.name]:
+            # A cache of its own, because both lanes would write to one.
+            command = [*PYTEST, "-m", part, "-o", f"cache_dir=.pytest_cache/{self.name}"]
+            if self._ended:
+                return
+            with subprocess.Popen(command, stdout=self.output, stderr=self.output and subprocess.STDOUT) as self._part:
+                self.worst = max(self.worst, abs(self._part.wait()))
+
+    def wait(self) -> None:
+        # With a limit, because an interrupt does not wake a thread that waits without one on all systems.
+        while self._thread.is_alive():
+            self._thread.join(1.0)
+
+    def end(self) -> None:
+        self._ended = True
+        if self._part is not None:
+            self._part.terminate()
 
 
 def main() -> int:
-    command = [sys.executable, "-m", "pytest"]
     if sys.argv[1:]:
-        return subprocess.call([*command, *sys.argv[1:]])
+        return subprocess.call([*PYTEST, *sys.argv[1:]])
     began = time.monotonic()
-    with tempfile.TemporaryFile("w+", encoding="utf-8") as output:
-        # Its own cache, because both would write to one.
-        beside = [*command, "-m", f"not ({WAITING})", "-o", "cache_dir=.pytest_cache/computing"]
-        with subprocess.Popen(beside, stdout=output, stderr=subprocess.STDOUT) as computing:
-            try:
-                waiting = subprocess.call([*command, "-m", WAITING])
-                computed = computing.wait()
-            except BaseException:
-                computing.terminate()
-                raise
+    with TemporaryFile("w+", encoding="utf-8") as output:
+        lanes = [Lane("clusters", None), Lane("others", output)]
+        try:
+            for lane in lanes:
+                lane.wait()
+        except BaseException:
+            for lane in lanes:
+                lane.end()
+            raise
         output.seek(0)
         sys.stdout.write(output.read())
     print(f"All tests: {(time.monotonic() - began) / 60:.1f} minutes")
-    return waiting or computed
+    return max(lane.worst for lane in lanes)
 
 
 if __name__ == "__main__":

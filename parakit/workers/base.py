@@ -11,7 +11,6 @@ workers together. Parts are opaque to the text: only the team that made one know
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -25,6 +24,7 @@ from parakit.data import Samples
 from parakit.errors import PoolError, WorkerCountError
 from parakit.evaluation import Tally
 from parakit.replica import Recipe, StepRecord
+from parakit.workers.layout import equal_counts, hierarchical
 
 __all__ = [
     "EXCHANGES",
@@ -410,13 +410,13 @@ class Workers(ABC):
         if strategy.runs_on == "driver":
             return "tasks"
         wished = getattr(strategy, "exchange", "auto")
-        counts = list(Counter(self.hosts).values())
-        way, divides = "shared memory", len(set(counts)) <= 1
-        if wished == "gloo" or (wished == "auto" and not self.one_host and max(counts, default=1) == 1):
-            return "gloo"
-        if wished == "auto" and len(counts) > 1:
+        if wished == "auto" and hierarchical(self.hosts):
             way = "hierarchical"
-        return f"{way}, divided update" if divides and getattr(strategy, "shard", False) else way
+        elif wished == "shared memory" or (wished == "auto" and (self.one_host or len(set(self.hosts)) == 1)):
+            way = "shared memory"
+        else:
+            return "gloo"
+        return f"{way}, divided update" if equal_counts(self.hosts) and getattr(strategy, "shard", False) else way
 
     def check_count(self, count: Any, *, most: int | None = None) -> int:
         """A number of workers that this pool can serve.

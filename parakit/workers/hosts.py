@@ -17,17 +17,13 @@ import torch
 from torch import Tensor
 
 from parakit.workers.group import Board, Group, GroupBroken
+from parakit.workers.layout import equal_counts
 from parakit.workers.shared import CannotShare, SharedGroup
 from parakit.workers.slicing import Slicing, Summed
 
-__all__ = ["HostsGroup", "worth_it"]
+__all__ = ["HostsGroup"]
 
 _GOOD, _BAD = b"+", b"-"
-
-
-def worth_it(hosts: Sequence[str]) -> bool:
-    """Whether there are several hosts, and several members on one of them."""
-    return 1 < len(set(hosts)) < len(hosts)
 
 
 class HostsGroup(Slicing):
@@ -67,7 +63,7 @@ class HostsGroup(Slicing):
         counts = [list(hosts).count(host) for host in places]
         here, within = places.index(hosts[rank]), neighbours.index(rank)
         self.rank, self.size = rank, len(hosts)
-        self.divides = len(set(counts)) == 1
+        self.divides = equal_counts(hosts)
         self._local = _of_host(
             board, here, within, counts, limit_seconds=limit_seconds, capacity=capacity, common=common
         )
@@ -113,7 +109,7 @@ class HostsGroup(Slicing):
         if flat.data_ptr() != vector.data_ptr():
             vector.detach().copy_(flat.view_as(vector))
 
-    def sum_slice(self, vector: Tensor, *, tail: int = 0) -> Summed:
+    def sum_slice(self, vector: Tensor, *, tail: int = 0, own: Sequence[Tensor] | None = None) -> Summed:
         """As `SharedGroup.sum_slice`, over the members of all hosts; only where `divides`.
 
         Raises
@@ -122,7 +118,7 @@ class HostsGroup(Slicing):
             If a member leaves, dies, or does not come within the limit.
         """
         with self._together():
-            summed = self._local.sum_slice(vector, tail=tail)
+            summed = self._local.sum_slice(vector, tail=tail, own=own)
             self._connected.all_reduce_each([part for part in (summed.values, summed.tail) if part.numel()])
         return summed
 

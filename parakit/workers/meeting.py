@@ -9,7 +9,8 @@ from torch import Tensor
 
 from parakit.workers.base import Exchange
 from parakit.workers.group import Adders, Board, Group
-from parakit.workers.hosts import HostsGroup, worth_it
+from parakit.workers.hosts import HostsGroup
+from parakit.workers.layout import hierarchical
 from parakit.workers.shared import CannotShare, SharedGroup
 from parakit.workers.slicing import Slicing
 
@@ -64,7 +65,7 @@ def meet(
     if exchange != "gloo" and size > 1:
         try:
             group: Slicing
-            if exchange == "auto" and worth_it(hosts):
+            if exchange == "auto" and hierarchical(hosts):
                 group = HostsGroup(board, rank, hosts, limit_seconds=limit_seconds, capacity=capacity, common=common)
             else:
                 group = SharedGroup(board, rank, size, limit_seconds=limit_seconds, capacity=capacity, common=common)

@@ -279,7 +279,8 @@ class Resident:
             return self.all_reduce(part)
         assert isinstance(self.group, Slicing)
         with self.exchanging():
-            total = part.beside(self.group.sum_slice(part.vector, tail=part.tail).tail)
+            vector, own = part.in_pieces()
+            total = part.beside(self.group.sum_slice(vector, tail=part.tail, own=own).tail)
         self._ended = self._ended or total.votes > 0
         return total
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -56,7 +57,7 @@ class Slicing(Adders):
         """The part of each of those in a vector, by their places."""
 
     @abstractmethod
-    def sum_slice(self, vector: Tensor, *, tail: int = 0) -> Summed:
+    def sum_slice(self, vector: Tensor, *, tail: int = 0, own: Sequence[Tensor] | None = None) -> Summed:
         """Replace this member's slice of its vector by the sum of every member's; the rest stays as it is."""
 
     @abstractmethod

@@ -174,7 +174,7 @@ class SharedGroup(Slicing):
             if self.size > 1 and flat.numel():
                 inside.broadcast(flat)
 
-    def sum_slice(self, vector: Tensor, *, tail: int = 0) -> Summed:
+    def sum_slice(self, vector: Tensor, *, tail: int = 0, own: Sequence[Tensor] | None = None) -> Summed:
         """Replace this member's slice of its vector by the sum of every member's; the rest stays as it is.
 
         No member may write to its vector, outside its own slice, before the next `barrier`: the others read it.
@@ -185,6 +185,8 @@ class SharedGroup(Slicing):
             In memory that `buffer` gave; of the same length and type on every member.
         tail : int
             So many of the last elements belong to no slice; every member gets the sum of them.
+        own : sequence of tensors, optional
+            What this member adds to its own slice, in pieces, flat and end to end, where that is not in its vector.
 
         Returns
         -------
@@ -201,7 +203,7 @@ class SharedGroup(Slicing):
         with self._operation() as inside:
             if inside.arena.place_of(flat) is None:
                 raise InputError("Only a vector that SharedGroup.buffer gave can be summed by slices.")
-            return inside.sum_slice(flat, flat.numel() - tail)
+            return inside.sum_slice(flat, flat.numel() - tail, own)
 
     @property
     def place(self) -> int:
@@ -293,12 +295,16 @@ class _Inside:
             if self.rank != 0:
                 piece.copy_(place)
 
-    def sum_slice(self, flat: Tensor, body: int) -> Summed:
+    def sum_slice(self, flat: Tensor, body: int, own: Sequence[Tensor] | None) -> Summed:
         self._announce(flat, self.arena.place_of(flat), slices=True)
         self.barrier.wait()
         vectors = [self.arena.at(place, flat.numel(), flat.dtype) for place in self._places(flat)]
         where = _cut(body, self.size)[self.rank]
-        self._add_in_place([vector[where] for vector in vectors])
+        parts = [vector[where] for vector in vectors]
+        if own is None:
+            self._add_in_place(parts)
+        else:
+            self._add_beside(parts, own)
         tail = torch.empty_like(flat[body:])
         _add([vector[body:] for vector in vectors], tail)
         self._unsettled = True
@@ -353,6 +359,16 @@ class _Inside:
             total = held[: pieces[0].numel()]
             _add(pieces, total)
             pieces[self.rank].copy_(total)
+
+    def _add_beside(self, parts: list[Tensor], own: Sequence[Tensor]) -> None:
+        """Make this member's part the sum of the others' and of some pieces."""
+        lengths = [piece.numel() for piece in own]
+        for piece, *of_all in zip(own, *(part.split(lengths) for part in parts), strict=True):
+            place = of_all[self.rank]
+            if piece.data_ptr() == place.data_ptr():
+                self._add_in_place(of_all)
+            else:
+                _add([piece if rank == self.rank else part for rank, part in enumerate(of_all)], place)
 
 
 def _add(parts: Sequence[Tensor], out: Tensor) -> None:
