@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from parakit.data import Samples, unpack
 from parakit.losses import SummedLoss
@@ -35,22 +36,31 @@ class GradientSum:
         What the sum is to be divided by; 0 for a loss that is itself a sum.
     loss_sum : float
         Sum over samples of the loss.
+
+    Attributes
+    ----------
+    unit : float
+        What `total` was divided by already; the same for all that are added. Where it is the count of a whole batch,
+        nobody needs to go over the gradient again to make it a mean.
+    pieces : list of tensors
+        What `beside` was told; else empty.
     """
 
-    __slots__ = ("_flags", "_late", "_pieces", "_vector")
+    __slots__ = ("_apart", "_flags", "_late", "_vector", "pieces", "unit")
 
     def __init__(self, total: Tensor, count: float, loss_sum: float) -> None:
-        self._vector = torch.cat([total, total.new_tensor([count, loss_sum, 0.0])])
-        self._flags = 0
+        self._fill(torch.cat([total, total.new_tensor([count, loss_sum, 0.0])]), 0, 1.0)
+
+    def _fill(self, vector: Tensor, flags: int, unit: float) -> None:
+        self._vector, self._flags, self.unit = vector, flags, unit
+        self.pieces: list[Tensor] = []
         self.come_late(None)
 
     @classmethod
-    def around(cls, vector: Tensor, flags: int = 0) -> GradientSum:
+    def around(cls, vector: Tensor, flags: int = 0, unit: float = 1.0) -> GradientSum:
         """See a vector of the right layout as a sum, without a copy; `flags` numbers stand behind the gradient."""
         new = cls.__new__(cls)
-        new._vector = vector
-        new._flags = flags
-        new.come_late(None)
+        new._fill(vector, flags, unit)
         return new
 
     @property
@@ -62,25 +72,25 @@ class GradientSum:
             late()
         return self._vector
 
-    def come_late(self, gather: Callable[[], None] | None, pieces: Callable[[], list[Tensor]] | None = None) -> None:
+    def come_late(self, gather: Callable[[], None] | None, apart: Callable[[], list[Tensor]] | None = None) -> None:
         """Have the gradient brought into the vector when somebody first asks for it; count and loss are there.
 
         Parameters
         ----------
         gather : callable or None
             Brings it; None where it is there.
-        pieces : callable, optional
-            Where a slice alone is missing: gives the pieces of which it consists, end to end.
+        apart : callable, optional
+            Where a slice alone is missing: gives the pieces of which it consists, flat and end to end.
         """
-        self._late, self._pieces = gather, pieces
+        self._late, self._apart = gather, apart
 
-    def in_pieces(self) -> tuple[Tensor, list[Tensor] | None]:
-        """The vector, and the pieces of a slice that is not in it, flat; from now on nobody brings them there."""
-        pieces = self._pieces
-        if pieces is None:
+    def take_apart(self) -> tuple[Tensor, list[Tensor] | None]:
+        """The vector, and the pieces of a slice that is not in it; from now on nobody brings them there."""
+        apart = self._apart
+        if apart is None:
             return self.vector, None
         self.come_late(None)
-        return self._vector, pieces()
+        return self._vector, apart()
 
     @property
     def is_late(self) -> bool:
@@ -89,7 +99,7 @@ class GradientSum:
 
     @property
     def total(self) -> Tensor:
-        """The summed gradient, a view."""
+        """The summed gradient, divided by `unit`; a view."""
         return self.vector[: -_TAIL - self._flags]
 
     @property
@@ -104,8 +114,13 @@ class GradientSum:
 
     @property
     def count(self) -> float:
-        """What the sum is to be divided by."""
+        """What the sum is to be divided by; 0 for one that is not."""
         return float(self._vector[-_TAIL])
+
+    @property
+    def divisor(self) -> float:
+        """What makes `total` the mean."""
+        return (self.count or 1.0) / self.unit
 
     @property
     def loss_sum(self) -> float:
@@ -113,9 +128,14 @@ class GradientSum:
         return float(self._vector[-_TAIL + 1])
 
     @property
+    def mean_loss(self) -> float:
+        """The loss of these samples, as the user's loss would have said."""
+        return self.loss_sum / (self.count or 1.0)
+
+    @property
     def mean_squared_norm(self) -> float:
         """Squared 2-norm of the mean gradient; 0 if it is of no samples."""
-        return float(torch.dot(self.total, self.total)) / self.count**2 if self.count else 0.0
+        return float(torch.dot(self.total, self.total)) / self.divisor**2 if self.count else 0.0
 
     @property
     def votes(self) -> float:
@@ -127,9 +147,11 @@ class GradientSum:
         """How many numbers ride behind the gradient."""
         return _TAIL + self._flags
 
-    def beside(self, tail: Tensor) -> GradientSum:
-        """The sum whose last numbers these are, without a gradient: that lies elsewhere."""
-        return self.around(tail, self._flags)
+    def beside(self, tail: Tensor, pieces: list[Tensor]) -> GradientSum:
+        """The sum whose last numbers these are, and whose gradient lies elsewhere: of a slice of it, the pieces."""
+        new = self._like(tail)
+        new.pieces = pieces
+        return new
 
     def vote(self) -> None:
         """Ask for the end of the segment."""
@@ -137,13 +159,21 @@ class GradientSum:
 
     def clone(self) -> GradientSum:
         """A copy that shares no memory."""
-        return self.around(self.vector.clone(), self._flags)
+        return self._like(self.vector.clone())
+
+    def _like(self, vector: Tensor) -> GradientSum:
+        return self.around(vector, self._flags, self.unit)
+
+    def _vector_of(self, other: GradientSum) -> Tensor:
+        if other.unit != self.unit:
+            raise ValueError(f"Gradients in units of {self.unit:g} and of {other.unit:g} samples cannot be added.")
+        return other.vector
 
     def __add__(self, other: GradientSum) -> GradientSum:
-        return self.around(self.vector + other.vector, self._flags)
+        return self._like(self.vector + self._vector_of(other))
 
     def __iadd__(self, other: GradientSum) -> GradientSum:
-        self.vector.add_(other.vector)
+        self.vector.add_(self._vector_of(other))
         return self
 
     @staticmethod
@@ -155,15 +185,15 @@ class GradientSum:
             total += part
         return total
 
-    def __reduce__(self) -> tuple[Callable[[Any, int], GradientSum], tuple[Any, int]]:
-        return _from_array, (self.vector.numpy(), self._flags)
+    def __reduce__(self) -> tuple[Callable[[Any, int, float], GradientSum], tuple[Any, int, float]]:
+        return _from_array, (self.vector.numpy(), self._flags, self.unit)
 
     def __repr__(self) -> str:
         return f"GradientSum({len(self.total)} parameters, count={self.count:g}, loss_sum={self.loss_sum:.6g})"
 
 
-def _from_array(array: Any, flags: int) -> GradientSum:
-    return GradientSum.around(unpack(array), flags)
+def _from_array(array: Any, flags: int, unit: float) -> GradientSum:
+    return GradientSum.around(unpack(array), flags, unit)
 
 
 def flatten(tensors: Iterable[Tensor], dtype: torch.dtype) -> Tensor:
@@ -188,17 +218,20 @@ def call_model(model: nn.Module, inputs: Any) -> Any:
 
 
 class _Arrival:
-    """Brings the gradient of one parameter to its place, and notes that there is one; called by torch."""
+    """Brings the gradient of one parameter to its place; called by torch when there is one, unless it is to wait."""
 
-    def __init__(self, place: int) -> None:
-        self._place = place
+    def __init__(self, parameter: nn.Parameter) -> None:
+        self._parameter = parameter
+        self._told: RemovableHandle | None = None
         self.reached = False
 
-    def write_to(self, view: Tensor, reached: Tensor, *, stays: bool, waits: bool) -> None:
+    def write_to(self, view: Tensor, *, stays: bool, waits: bool) -> None:
         """Bring it there from now on; it may stay there, to be the gradient of the parameter, or wait until asked."""
-        self._view, self._stays, self._waits = view, stays, waits
-        self._mark = reached[self._place : self._place + 1]
+        self._view, self._stays = view, stays
         self._kept: slice | None = None
+        if self._told is not None:
+            self._told.remove()
+        self._told = None if waits else self._parameter.register_post_accumulate_grad_hook(self)
 
     def keep(self, kept: slice) -> None:
         """Leave a part of it, of its elements in their order, where torch makes it."""
@@ -208,13 +241,15 @@ class _Arrival:
         self._brought = [(flat[part], part) for part in around if part.start < part.stop]
 
     def __call__(self, parameter: Tensor) -> None:
-        if parameter.grad is not None and parameter.grad.is_sparse:
-            parameter.grad = parameter.grad.to_dense()
-        if not self.reached:
-            self.reached = True
-            self._mark.fill_(1.0)
-        if not self._waits:
-            self.bring(parameter)
+        self.look(parameter)
+        self.bring(parameter)
+
+    def look(self, parameter: Tensor) -> None:
+        """Note whether there is a gradient, and make it dense."""
+        grad = parameter.grad
+        self.reached = grad is not None
+        if grad is not None and grad.is_sparse:
+            parameter.grad = grad.to_dense()
 
     def bring(self, parameter: Tensor, *, all_of_it: bool = False) -> None:
         """Copy it to its place, unless it is there: what a model accumulates in several goes is added in place."""
@@ -270,9 +305,7 @@ class GradientBuffer:
         self.direct = kinds == {self.dtype}
         #: Elements of the flat vector.
         self.numel = sum(parameter.numel() for parameter in self.parameters) + len(self.parameters) + _TAIL
-        self._arrivals = [_Arrival(place) for place in range(len(self.parameters))]
-        for parameter, arrival in zip(self.parameters, self._arrivals, strict=True):
-            parameter.register_post_accumulate_grad_hook(arrival)
+        self._arrivals = [_Arrival(parameter) for parameter in self.parameters]
         self.live_in(torch.zeros(self.numel, dtype=self.dtype))
 
     def live_in(self, vector: Tensor, *, alone: bool = False) -> None:
@@ -292,7 +325,7 @@ class GradientBuffer:
         self._views = [piece.view_as(p) for p, piece in zip(self.parameters, pieces, strict=True)]
         self._grads = self._views if self.direct else [torch.zeros_like(p) for p in self.parameters]
         for arrival, view in zip(self._arrivals, self._views, strict=True):
-            arrival.write_to(view, self.sum.reached, stays=self.direct, waits=self._waits)
+            arrival.write_to(view, stays=self.direct, waits=self._waits)
         self._set_all()
 
     def keep_apart(self, where: slice) -> None:
@@ -317,13 +350,17 @@ class GradientBuffer:
             if parameter.grad is not grad:
                 parameter.grad = grad
 
-    def clear(self) -> None:
+    def clear(self, unit: float = 1.0) -> None:
         """Set the sum to nothing."""
         self.sum.come_late(None)
+        self.sum.unit = unit
         self.sum.vector.zero_()
 
     def forward(self, model: nn.Module, loss: SummedLoss, share: Samples) -> Tensor:
         """The summed loss of a share, still attached to its graph; notes loss and count in the sum."""
+        # Before the model allocates anything, so that it finds the memory of the last gradients free, and in the cache.
+        for parameter, arrival in zip(self.parameters, self._arrivals, strict=True):
+            parameter.grad, arrival.reached = None, False
         total, count = loss(call_model(model, share.inputs), share.targets)
         numbers = self.sum.numbers
         numbers[0] = count
@@ -331,24 +368,23 @@ class GradientBuffer:
         numbers[2] = 0.0  # no vote
         return total
 
-    def backward(self, total: Tensor) -> None:
-        """Make the gradient of a summed loss the sum; count and loss stay as `forward` noted them."""
-        self.sum.reached.zero_()
+    def backward(self, total: Tensor, unit: float = 1.0) -> None:
+        """Make the gradient of a summed loss, in a unit, the sum; count and loss stay as `forward` noted them."""
+        self.sum.unit = unit
+        total.backward(None if unit == 1.0 else total.new_tensor(1.0 / unit))
         for parameter, arrival in zip(self.parameters, self._arrivals, strict=True):
-            parameter.grad, arrival.reached = None, False
-        total.backward()
+            if self._waits:
+                arrival.look(parameter)
+            elif not arrival.reached:
+                arrival.bring(parameter)
+        self.sum.reached.copy_(torch.tensor([float(arrival.reached) for arrival in self._arrivals]))
         if self._waits:
             self.sum.come_late(self._gather)
-            return
-        for parameter, arrival in zip(self.parameters, self._arrivals, strict=True):
-            if not arrival.reached:
-                arrival.bring(parameter)
-        if self._apart:
+        elif self._apart:
             self.sum.come_late(self._gather, self._kept_pieces)
 
     def _gather(self) -> None:
-        waiting = self._apart or zip(self.parameters, self._arrivals, strict=True)
-        for parameter, arrival in waiting:
+        for parameter, arrival in self._apart or zip(self.parameters, self._arrivals, strict=True):
             arrival.bring(parameter, all_of_it=True)
 
     def _kept_pieces(self) -> list[Tensor]:
@@ -367,21 +403,21 @@ class GradientBuffer:
         float
             The loss of the batch, as the user's loss would have said.
         """
-        count = total.count
-        divisor = count if count else 1.0
+        divisor = total.divisor
         if total is self.sum and total.is_late:
             reached = [p.grad for p in self.parameters if p.grad is not None]
             if reached and divisor != 1.0:
                 torch._foreach_div_(reached, divisor)
-            return total.loss_sum / divisor
+            return total.mean_loss
         if total is not self.sum:
             self.sum.vector.copy_(total.vector)
-        self.sum.total.div_(divisor)
+        if divisor != 1.0:
+            self.sum.total.div_(divisor)
         self._set_all()
         if not self.direct:
             unflatten_into(self.sum.total, self._grads)
         self._unset_unreached()
-        return total.loss_sum / divisor
+        return total.mean_loss
 
     def _unset_unreached(self) -> None:
         reached = self.sum.reached

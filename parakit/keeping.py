@@ -16,7 +16,8 @@ from parakit.workers.base import Crew
 
 __all__ = ["Keeper"]
 
-_KEEP_SHARE = 0.02  # of the time may go into fetching the state
+_FETCH_SHARE = 0.02  # of the time may go into fetching the state from a worker, with whom it could be lost
+_READ_SHARE = 0.005  # the same, for reading it where it outlives the workers
 _LEAST_SECONDS = 1.0  # from one to the next: workers wait for orders meanwhile, or share the memory's bandwidth
 _SAVING_SECONDS = 30.0  # that the last checkpoint may take
 
@@ -60,15 +61,15 @@ class Keeper:
         """
         saving = final or (self._saver is not None and self._saver.due(now))
         if (final or self.due(now)) and (step != self.step or self._state is None):
-            began = time.perf_counter()
+            began, share = time.perf_counter(), _READ_SHARE
             state = None if final else crew.salvage(step)
             if state is None or (self._state is not None and int(state["step"]) <= self.step):
                 if busy:
                     return
-                state = crew.state(step)
+                state, share = crew.state(step), _FETCH_SHARE
             self.take(state)
             spent = time.perf_counter() - began
-            self._not_before = now + max(_LEAST_SECONDS, spent / _KEEP_SHARE)
+            self._not_before = now + max(_LEAST_SECONDS, spent / share)
         if saving:
             self._save(now)
 

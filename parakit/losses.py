@@ -86,6 +86,11 @@ class SummedLoss:
         return value * _rows(target), float(_rows(target))
 
     @property
+    def divides(self) -> bool:
+        """Whether it is a mean; else it is a sum."""
+        return self.kind != "sum"
+
+    @property
     def original(self) -> str:
         """The loss's name, for people."""
         return getattr(self.function, "__name__", type(self.function).__name__)

@@ -203,8 +203,10 @@ class Replica:
         """
         start = perf_counter()
         share = holding.share(step)
+        # The same for all workers, so that the sum over the batch is a mean, if the loss is one of its rows.
+        unit = float(self.recipe.order.batch_rows(step)) if self.recipe.loss.divides and self.buffer.direct else 1.0
         if share is None:
-            self.buffer.clear()
+            self.buffer.clear(unit)
         loaded = perf_counter()
         self.spent[DATA] += loaded - start
         if share is not None:
@@ -212,7 +214,7 @@ class Replica:
             with _running_statistics_for(self.model, len(share)):
                 total = self.buffer.forward(self.model, self.recipe.loss, share)
             forwarded = perf_counter()
-            self.buffer.backward(total)
+            self.buffer.backward(total, unit)
             self.spent[FORWARD] += forwarded - loaded
             self.spent[BACKWARD] += perf_counter() - forwarded
         self.share_rows = len(share) if share is not None else 0
@@ -274,15 +276,15 @@ class Replica:
 
     def _update_shard(self, shard: Shard, total: GradientSum, rate: float) -> tuple[float, tuple[float, float] | None]:
         """Update this worker's slice of the parameters, as others do theirs; returns the same."""
-        divisor = total.count or 1.0
-        loss = total.loss_sum / divisor
+        loss = total.mean_loss
         self._check_loss(loss, rate)
-        shard.gradient.div_(divisor)
+        shard.read(total.pieces)
+        shard.divide(total.divisor)
         squared = float("nan")
         if self.share_norm is not None or self.recipe.clip_norm is not None:
             squared = shard.squared_norm()
         if self.recipe.clip_norm is not None:
-            shard.gradient.mul_(min(1.0, self.recipe.clip_norm / (math.sqrt(squared) + _CLIP_EPSILON)))
+            shard.divide(max(1.0, (math.sqrt(squared) + _CLIP_EPSILON) / self.recipe.clip_norm))
         shard.step(total.reached)
         return loss, None if self.share_norm is None else (self.share_norm, squared)
 
@@ -303,7 +305,7 @@ class Replica:
 
     def share(self, common: Common) -> None:
         """Update a slice from now on; all members do, with the same state. Only where `common_nbytes` is not 0."""
-        self._shard = Shard(self.optimizer, self.buffer.parameters, self.buffer.sum.total, common)
+        self._shard = Shard(self.optimizer, self.buffer.parameters, common)
         self.buffer.keep_apart(self._shard.where)
         self.spent = [0.0] * len(self.spent)  # no step has begun
 

@@ -77,7 +77,6 @@ class _Piece:
     begin, end : int
         Where the piece lies there.
     values : Parameter, (end - begin,)
-    gradient : tensor, (end - begin,)
     """
 
     whole: nn.Parameter
@@ -86,7 +85,6 @@ class _Piece:
     begin: int
     end: int
     values: nn.Parameter
-    gradient: Tensor
 
 
 class Shard:
@@ -101,23 +99,18 @@ class Shard:
         are the parameters.
     parameters : sequence of Parameter
         The trainable ones, in the order of the gradient.
-    gradient : tensor, (elements of all parameters,)
-        Where this member's slice of the sum will be.
     common : Common
     """
 
-    def __init__(
-        self, optimizer: optim.Optimizer, parameters: Sequence[nn.Parameter], gradient: Tensor, common: Common
-    ) -> None:
+    def __init__(self, optimizer: optim.Optimizer, parameters: Sequence[nn.Parameter], common: Common) -> None:
         self._optimizer = optimizer
         self._common = common
-        self._numel = gradient.numel()
+        self._numel = sum(parameter.numel() for parameter in parameters)
         #: This member's part of the flat vector.
         self.where = common.slice_of(self._numel)
-        #: This member's part of the gradient.
-        self.gradient = gradient[self.where]
-        self._values = common.memory(self._numel, gradient.dtype)
-        self._pieces = list(self._cut(parameters, gradient))
+        self._values = common.memory(self._numel, parameters[0].dtype)
+        self._pieces = list(self._cut(parameters))
+        self._gradients: Sequence[Tensor] = ()
         self._states: dict[str, Tensor] = {}  # by name: one flat vector for all parameters
         self._inner = self._optimizer_of_pieces()
         for piece in self._pieces:
@@ -131,14 +124,14 @@ class Shard:
             self._inner.state[piece.values][name] = value
         self._waiting = [piece for piece in self._pieces if not self._adopt(piece)]
 
-    def _cut(self, parameters: Sequence[nn.Parameter], gradient: Tensor) -> Iterable[_Piece]:
+    def _cut(self, parameters: Sequence[nn.Parameter]) -> Iterable[_Piece]:
         lasts = list(accumulate(parameter.numel() for parameter in parameters))
         for parameter, last in zip(parameters, lasts, strict=True):
             first = last - parameter.numel()
             begin = min(max(first, self.where.start), last)
             end = max(begin, min(last, self.where.stop))
             values = nn.Parameter(self._values[begin:end])
-            yield _Piece(parameter, first, last, begin, end, values, gradient[begin:end])
+            yield _Piece(parameter, first, last, begin, end, values)
 
     def _optimizer_of_pieces(self) -> optim.Optimizer:
         of = {piece.whole: piece.values for piece in self._pieces}
@@ -195,10 +188,31 @@ class Shard:
 
     # --- steps
 
+    def read(self, pieces: Sequence[Tensor]) -> None:
+        """Take this member's slice of the gradient for the next step, which may be changed in place.
+
+        Parameters
+        ----------
+        pieces : sequence of tensors
+            Flat and end to end: one for each parameter that the slice has a part of, or a single one.
+        """
+        lengths = [piece.end - piece.begin for piece in self._pieces]
+        if len(pieces) == 1:
+            self._gradients = pieces[0].split(lengths)
+            return
+        given = iter(pieces)
+        self._gradients = [next(given) if length else self._values[:0] for length in lengths]
+
+    def divide(self, divisor: float) -> None:
+        """Divide the gradient."""
+        if divisor != 1.0:
+            for piece in self._gradients:
+                piece.div_(divisor)
+
     def squared_norm(self) -> float:
         """Of the gradient over all slices. All members ask, or none."""
-        norm = torch.linalg.vector_norm(self.gradient, dtype=torch.float64)
-        total = (norm * norm).reshape(1)
+        norms = [torch.linalg.vector_norm(piece, dtype=torch.float64) for piece in self._gradients]
+        total = sum((norm * norm for norm in norms), torch.zeros((), dtype=torch.float64)).reshape(1)
         self._common.add(total)
         return float(total)
 
@@ -212,8 +226,8 @@ class Shard:
         """
         for ours, theirs in zip(self._inner.param_groups, self._optimizer.param_groups, strict=True):
             ours.update({name: value for name, value in theirs.items() if name != "params"})
-        for piece, by in zip(self._pieces, reached.tolist(), strict=True):
-            piece.values.grad = piece.gradient if by else None
+        for piece, gradient, by in zip(self._pieces, self._gradients, reached.tolist(), strict=True):
+            piece.values.grad = gradient if by else None
         self._inner.step()
         self._optimizer._opt_called = True  # type: ignore[attr-defined]  # as schedules want to see
         if self._waiting:

@@ -83,17 +83,19 @@ def test_the_total_is_a_view() -> None:
 def test_a_sum_survives_pickling_and_can_be_added_to(dtype: torch.dtype) -> None:
     a = some_sum(3, dtype)
     a.vote()
+    a.unit = 4.0
     again = pickle.loads(pickle.dumps(a))
     assert again.vector.dtype == dtype
     assert torch.equal(again.vector, a.vector)
+    assert again.unit == a.unit
     again += a
     assert again.count == 2 * a.count
 
 
 def test_a_sum_that_arrives_read_only_can_be_added_to() -> None:
-    make, (array, flags) = some_sum(1).__reduce__()
+    make, (array, *others) = some_sum(1).__reduce__()
     array.setflags(write=False)
-    arrived = make(array, flags)
+    arrived = make(array, *others)
     arrived += some_sum(1)
     assert arrived.count == 4
     assert not array.flags.writeable
@@ -161,6 +163,33 @@ def test_loading_ones_own_sum_divides_once() -> None:
     before = own.total.clone()
     buffer.load(own)
     assert torch.equal(buffer.sum.total, before / ROWS)
+
+
+@pytest.mark.parametrize("alone", [False, True])
+@pytest.mark.parametrize("unit", [1.0, 4.0, float(ROWS)])
+def test_whatever_the_unit_the_mean_is_the_same(unit: float, alone: bool) -> None:
+    model, loss, samples = problem()
+    mean = nn.CrossEntropyLoss()(model(samples.inputs), samples.targets)
+    expected = torch.autograd.grad(mean, list(model.parameters()))
+    buffer = GradientBuffer(list(model.parameters()))
+    buffer.live_in(torch.zeros(buffer.numel, dtype=buffer.dtype), alone=alone)
+    buffer.backward(buffer.forward(model, loss, samples), unit)
+    norm = sum(float(gradient.square().sum()) for gradient in expected)
+    assert buffer.sum.divisor == ROWS / unit
+    assert buffer.sum.mean_squared_norm == pytest.approx(norm, rel=1e-12)
+    buffer.backward(buffer.forward(model, loss, samples), unit)
+    assert buffer.load(buffer.sum) == pytest.approx(mean.item(), rel=1e-12)
+    for parameter, gradient in zip(model.parameters(), expected, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-12, atol=0)
+
+
+def test_sums_in_units_that_differ_are_not_added() -> None:
+    a, b = some_sum(1), some_sum(2)
+    b.unit = 2.0
+    with pytest.raises(ValueError, match="of 1 and of 2 samples"):
+        a + b
+    with pytest.raises(ValueError, match="of 2 and of 1 samples"):
+        b += a
 
 
 def test_loading_another_sum_leaves_that_as_it_is() -> None:
@@ -321,7 +350,7 @@ def test_a_slice_that_nobody_else_reads_stays_where_it_is_made(forked: bool, cut
     buffer.live_in(torch.zeros(buffer.numel, dtype=torch.float64))
     buffer.keep_apart(where)
     part = backward(buffer, model, loss, samples)
-    vector, pieces = part.in_pieces()
+    vector, pieces = part.take_apart()
     if where.start == where.stop:
         assert pieces is None
     else:
@@ -334,7 +363,7 @@ def test_a_slice_that_nobody_else_reads_stays_where_it_is_made(forked: bool, cut
     again = backward(buffer, model, loss, samples)
     again.vector[where] = again.vector[where]  # who asks gets all of it
     assert torch.equal(again.vector, expected.vector)
-    assert again.in_pieces()[1] is None
+    assert again.take_apart()[1] is None
 
 
 def test_what_is_kept_apart_is_the_gradient_of_all_backward_passes() -> None:
@@ -371,7 +400,7 @@ def test_what_is_kept_apart_is_the_gradient_of_all_backward_passes() -> None:
         expected = backward(buffer, model, loss, samples).clone()
         buffer.live_in(torch.zeros(buffer.numel, dtype=torch.float64))
         buffer.keep_apart(slice(2, 9))
-        vector, pieces = backward(buffer, model, loss, samples).in_pieces()
+        vector, pieces = backward(buffer, model, loss, samples).take_apart()
         assert pieces is not None
         assert torch.equal(torch.cat(pieces), expected.total[2:9])
         assert torch.equal(vector[9:], expected.vector[9:])

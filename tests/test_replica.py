@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch.optim import lr_scheduler as schedules
 from parakit.chunks import EpochOrder
 from parakit.commits import copy_state
 from parakit.data import Samples, leaves
+from parakit.gradients import GradientSum
 from parakit.losses import summed
 from parakit.replica import Holding, Recipe, Replica, learning_rate, needs_closure
 
@@ -225,6 +227,18 @@ def test_a_worker_without_rows_contributes_nothing() -> None:
         nothing = replica.gradient(last, held, 0)
         assert nothing.vector.abs().sum() == 0
         assert replica.share_rows == 0
+
+
+def test_a_gradient_comes_as_a_mean_of_the_batch_if_the_loss_is_one_of_its_rows() -> None:
+    replica = Replica(recipe(SGD))
+    shares = [holding(0, 1), holding(2), holding(3)]  # of different sizes, and the batches of an epoch too
+    for step in range(ORDER.steps_per_epoch):
+        total = GradientSum.of_all(replica.gradient(step, share, rank).clone() for rank, share in enumerate(shares))
+        assert total.count == ORDER.batch_rows(step)
+        assert total.divisor == 1.0
+    loss = summed(nn.CrossEntropyLoss(reduction="sum"), torch.zeros(len(ROWS), 3), ROWS.targets)
+    of_a_sum = Replica(replace(recipe(SGD), loss=loss)).gradient(0, shares[0], 0)
+    assert (of_a_sum.unit, of_a_sum.divisor) == (1.0, 1.0)
 
 
 def test_only_running_statistics_are_averaged() -> None:

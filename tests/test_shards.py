@@ -116,6 +116,16 @@ def flat(values: list[Tensor]) -> Tensor:
     return torch.cat([value.reshape(-1) for value in values])
 
 
+def pieces_of(values: list[Tensor], where: slice) -> list[Tensor]:
+    """What lies in a slice of each, where there is something."""
+    whole, pieces = torch.arange(sum(value.numel() for value in values))[where], []
+    for value, places in zip(values, torch.arange(len(flat(values))).split([v.numel() for v in values]), strict=True):
+        inside = torch.isin(places, whole)
+        if inside.any():
+            pieces.append(value.reshape(-1)[inside])
+    return pieces
+
+
 def divided(fellows: Fellows, rank: int, make: Callable[..., optim.Optimizer], before: int, after: int) -> Any:
     """Parameters and state of a member that does some steps as a whole, then divided, then as a whole again."""
     torch.set_num_threads(1)
@@ -123,12 +133,12 @@ def divided(fellows: Fellows, rank: int, make: Callable[..., optim.Optimizer], b
     optimizer = in_groups(make, given)
     for step in range(before):
         update_whole(optimizer, given, step)
-    vector = torch.zeros(sum(p.numel() for p in given), dtype=torch.float64)
     common = FellowsCommon(fellows, rank)
-    shard = Shard(optimizer, given, vector, common)
+    shard = Shard(optimizer, given, common)
     for step in range(before, after):
         values, reached = gradients(step)
-        vector[shard.where] = flat(values)[shard.where]
+        shard.read(pieces_of(values, shard.where) if step % 2 else [flat(values)[shard.where] * 4])
+        shard.divide(1.0 if step % 2 else 4.0)
         if step == 4:
             optimizer.param_groups[1]["lr"] *= 0.1
         shard.step(reached)
@@ -196,9 +206,8 @@ def test_a_member_that_never_comes_leaves_the_others_what_they_had() -> None:
     optimizer = in_groups(OPTIMIZERS["adam"], given)
     update_whole(optimizer, given, 0)
     before = copy.deepcopy((given, optimizer.state_dict()))
-    vector = torch.zeros(sum(p.numel() for p in given), dtype=torch.float64)
     with pytest.raises(threading.BrokenBarrierError):
-        Shard(optimizer, given, vector, FellowsCommon(fellows, 0))
+        Shard(optimizer, given, FellowsCommon(fellows, 0))
     for memory in fellows.memories:
         memory.fill_(7.0)
     assert_same((given, optimizer.state_dict()), before)
@@ -206,8 +215,9 @@ def test_a_member_that_never_comes_leaves_the_others_what_they_had() -> None:
 
 def norm(fellows: Fellows, rank: int) -> float:
     given = parameters()
-    vector = flat(gradients(0)[0])
-    return Shard(optim.SGD(given, lr=0.1), given, vector.clone(), FellowsCommon(fellows, rank)).squared_norm()
+    shard = Shard(optim.SGD(given, lr=0.1), given, FellowsCommon(fellows, rank))
+    shard.read(pieces_of(gradients(0)[0], shard.where))
+    return shard.squared_norm()
 
 
 @pytest.mark.parametrize("size", [1, 3, 60])

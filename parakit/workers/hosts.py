@@ -119,8 +119,11 @@ class HostsGroup(Slicing):
         """
         with self._together():
             summed = self._local.sum_slice(vector, tail=tail, own=own)
-            self._connected.all_reduce_each([part for part in (summed.values, summed.tail) if part.numel()])
-        return summed
+            part = vector[summed.where]  # all in one, because each piece that travels takes its time
+            for place, piece in zip(part.split([p.numel() for p in summed.pieces]), summed.pieces, strict=True):
+                place.copy_(piece)
+            self._connected.all_reduce_each([values for values in (part, summed.tail) if values.numel()])
+        return summed._replace(pieces=[part])
 
     def add_in_common(self, values: Tensor) -> None:
         """Replace a few numbers by their sums over the members of this host, who have the slices of one vector."""

@@ -279,8 +279,9 @@ class Resident:
             return self.all_reduce(part)
         assert isinstance(self.group, Slicing)
         with self.exchanging():
-            vector, own = part.in_pieces()
-            total = part.beside(self.group.sum_slice(vector, tail=part.tail, own=own).tail)
+            vector, own = part.take_apart()
+            summed = self.group.sum_slice(vector, tail=part.tail, own=own)
+        total = part.beside(summed.tail, summed.pieces)
         self._ended = self._ended or total.votes > 0
         return total
 

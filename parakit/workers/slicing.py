@@ -21,14 +21,14 @@ class Summed(NamedTuple):
     ----------
     where : slice
         This member's part of the vector.
-    values : tensor
-        ``vector[where]``, which now holds the sum over the members.
+    pieces : list of tensors
+        That part of the sum over the members, flat and end to end.
     tail : tensor
         The sum of the last elements of the vectors, in memory of its own; the same on every member.
     """
 
     where: slice
-    values: Tensor
+    pieces: list[Tensor]
     tail: Tensor
 
 

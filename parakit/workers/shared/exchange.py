@@ -187,6 +187,7 @@ class SharedGroup(Slicing):
             So many of the last elements belong to no slice; every member gets the sum of them.
         own : sequence of tensors, optional
             What this member adds to its own slice, in pieces, flat and end to end, where that is not in its vector.
+            They become the sum then.
 
         Returns
         -------
@@ -300,15 +301,14 @@ class _Inside:
         self.barrier.wait()
         vectors = [self.arena.at(place, flat.numel(), flat.dtype) for place in self._places(flat)]
         where = _cut(body, self.size)[self.rank]
-        parts = [vector[where] for vector in vectors]
-        if own is None:
-            self._add_in_place(parts)
-        else:
-            self._add_beside(parts, own)
+        pieces = [flat[where]] if own is None else list(own)
+        lengths = [piece.numel() for piece in pieces]
+        for piece, *parts in zip(pieces, *(vector[where].split(lengths) for vector in vectors), strict=True):
+            self._add_in_place([piece if rank == self.rank else part for rank, part in enumerate(parts)])
         tail = torch.empty_like(flat[body:])
         _add([vector[body:] for vector in vectors], tail)
         self._unsettled = True
-        return Summed(where, flat[where], tail)
+        return Summed(where, pieces, tail)
 
     def _announce(self, flat: Tensor, place: int | None, *, slices: bool = False) -> None:
         """Tell the others, who read it behind the next barrier, what this member adds."""
@@ -359,16 +359,6 @@ class _Inside:
             total = held[: pieces[0].numel()]
             _add(pieces, total)
             pieces[self.rank].copy_(total)
-
-    def _add_beside(self, parts: list[Tensor], own: Sequence[Tensor]) -> None:
-        """Make this member's part the sum of the others' and of some pieces."""
-        lengths = [piece.numel() for piece in own]
-        for piece, *of_all in zip(own, *(part.split(lengths) for part in parts), strict=True):
-            place = of_all[self.rank]
-            if piece.data_ptr() == place.data_ptr():
-                self._add_in_place(of_all)
-            else:
-                _add([piece if rank == self.rank else part for rank, part in enumerate(of_all)], place)
 
 
 def _add(parts: Sequence[Tensor], out: Tensor) -> None:
