@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import platform
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -100,3 +103,20 @@ def test_dask_watches_local_workers_less_unless_somebody_wants_it_to(pool: pk.Wo
     assert settings(0) == (True, "20ms")  # here, nothing has changed
     with dask.config.set({"distributed.admin.tick.interval": "50ms"}), pk.connect(1) as other:
         assert other.map(settings, [0], 30.0) == [(False, "50ms")]
+
+
+def arenas(_: int) -> int:
+    """Of glibc's malloc, in this process, once a thread has asked it for memory."""
+    libc = ctypes.CDLL(None)
+    libc.fopen.restype = ctypes.c_void_p
+    with tempfile.TemporaryDirectory() as folder:
+        place = Path(folder, "malloc.xml")
+        file = ctypes.c_void_p(libc.fopen(os.fsencode(place), b"w"))
+        libc.malloc_info(0, file)
+        libc.fclose(file)
+        return place.read_text().count("<heap nr=")
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="of another C library nothing is asked")
+def test_threads_of_a_worker_share_one_arena_for_any_other_returns_its_memory(pool: pk.Workers) -> None:
+    assert pool.map(arenas, [0, 1, 2, 3], 30.0) == [1, 1, 1, 1]

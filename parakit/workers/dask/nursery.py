@@ -32,6 +32,8 @@ _FORKS = sys.platform == "linux"
 _METHOD = "distributed.worker.multiprocessing-method"
 _ENVIRONMENT = "distributed.nanny.pre-spawn-environ"
 _TRIM = "MALLOC_TRIM_THRESHOLD_"  # what Dask says of it makes training slow: see `parakit.machine`
+# Arenas of the nursery's threads would be the first that a worker's threads are given, and those return their memory.
+_ONE_ARENA = {"MALLOC_ARENA_MAX": "1"}
 _LONGEST_PLACE = 60  # bytes: the socket's own folder and name come to it, and 107 is all there is (unix(7))
 _IMPORTED = ["distributed", "distributed.nanny", "parakit.workers.warm"]
 
@@ -84,7 +86,7 @@ class _Server:
         modules = _server()._preload_modules
         multiprocessing.get_context("forkserver").set_forkserver_preload(_IMPORTED)
         given = {name: str(value) for name, value in dask.config.get(_ENVIRONMENT).items() if name != _TRIM}
-        unset = {name: value for name, value in given.items() if name not in os.environ}
+        unset = {name: value for name, value in (given | _ONE_ARENA).items() if name not in os.environ}
         # The janitor's folder, as nobody else would remove the server's socket after a kill.
         config: Any = process.current_process()._config  # type: ignore[attr-defined]
         try:
