@@ -11,10 +11,12 @@ from torch import nn
 
 import parakit as pk
 from parakit.errors import DataError, InputError, ModelError, PoolError, RunError
-from parakit.scaling import advising
+from parakit.events import SegmentDone
+from parakit.scaling import advising, visits
 from parakit.scaling.advice import Advice, Layout
 from parakit.scaling.advising import layouts
 from parakit.scaling.records import Measurement
+from parakit.training import plan
 from tests.test_exact import LIMIT
 from tests.test_sweep import BATCH, Net, data, is_free
 
@@ -162,6 +164,18 @@ def test_without_a_rival_no_ratio_is_told() -> None:
         Advice([])
 
 
+def test_the_first_segments_of_a_run_are_not_timed_for_its_memory_is_new(inline: pk.Workers) -> None:
+    made = plan(Net(), data(), on=inline, workers=2, batch_size=BATCH, steps=visits.ENDLESS)
+    run = visits.begun(made, inline)
+    try:
+        found = visits.timed(run, 2, 0.01)
+        assert found.segments[0].first_step >= sum(s.steps for s in run.history.of(SegmentDone)[:3])
+        again = visits.timed(run, 2, 0.01)
+        assert len(run.history.newer(SegmentDone, found.segments[-1].at_seconds)) > len(again.segments)
+    finally:
+        visits.end(run)
+
+
 # --- what does not come to its end
 
 
@@ -171,10 +185,10 @@ def test_an_interrupt_keeps_what_was_measured_and_leaves_the_pool_free(
 ) -> None:
     timed, made = advising.timed, []
 
-    def once(*args: Any) -> Any:
+    def once(*args: Any, **more: Any) -> Any:
         if made:
             raise KeyboardInterrupt  # a signal may come while Python clears up, which then keeps it to itself
-        made.append(timed(*args))
+        made.append(timed(*args, **more))
         return made[-1]
 
     monkeypatch.setattr(advising, "timed", once)
@@ -185,7 +199,7 @@ def test_an_interrupt_keeps_what_was_measured_and_leaves_the_pool_free(
 
 
 def test_an_interrupt_before_anything_was_measured_goes_on(inline: pk.Workers, monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupted(*_: Any) -> Any:
+    def interrupted(*_: Any, **__: Any) -> Any:
         raise KeyboardInterrupt
 
     for name in ("timed", "Rivals"):

@@ -34,6 +34,7 @@ ENDLESS = 10**9
 
 _LOOK_SECONDS = 0.01
 _WARM_UP_SECONDS = 0.2  # a segment in any case: caches are cold, and the pace of segments is still that of before
+_FIRST_SEGMENTS = 3  # of a run are warm-up too: each keeps its state in memory that was never used before
 _ARRIVAL_SECONDS = 120.0  # that a count may take to come about, all growing and recovering included
 _END_SECONDS = 10.0
 _SEGMENTS = 2  # that a visit should have at least
@@ -177,7 +178,9 @@ def end(run: Run) -> None:
         run.wait(_END_SECONDS, progress=False)
 
 
-def timed(run: Run, count: int, seconds: float, limit_seconds: float = math.inf) -> Timed:
+def timed(
+    run: Run, count: int, seconds: float, limit_seconds: float = math.inf, *, news_seconds: float | None = None
+) -> Timed:
     """Let a run train at a worker count until so many seconds are timed.
 
     Parameters
@@ -187,6 +190,8 @@ def timed(run: Run, count: int, seconds: float, limit_seconds: float = math.inf)
     seconds : float
     limit_seconds : float
         That it may take in all.
+    news_seconds : float, optional
+        How long a segment may last: longer ones cost a run less, and make a visit longer. By default, a visit has two.
 
     Raises
     ------
@@ -196,16 +201,16 @@ def timed(run: Run, count: int, seconds: float, limit_seconds: float = math.inf)
         If the run ended.
     """
     _check_going(run)
-    run.want_news(seconds / _SEGMENTS)  # as a time is that of whole segments
+    run.want_news(seconds / _SEGMENTS if news_seconds is None else news_seconds)  # a time is that of whole segments
     if run.target != count:
         run.resize(count)
     newest = run.history.latest(SegmentDone)
-    since = -1.0 if newest is None else newest.at_seconds
+    since, least = (-1.0, _FIRST_SEGMENTS) if newest is None else (newest.at_seconds, 1)
     if run.status == "paused":
         run.resume()
     asked = time.monotonic()
     while True:
-        segments = _warm(run.history.newer(SegmentDone, since), count)
+        segments = _warm(run.history.newer(SegmentDone, since), count, least)
         if sum(segment.seconds for segment in segments) >= seconds:
             return _timed(run.history, _enough(segments, seconds))
         if run.world_size != count and (run.target != count or time.monotonic() - asked > _ARRIVAL_SECONDS):
@@ -216,15 +221,15 @@ def timed(run: Run, count: int, seconds: float, limit_seconds: float = math.inf)
         time.sleep(_LOOK_SECONDS)
 
 
-def _warm(segments: Sequence[SegmentDone], count: int) -> list[SegmentDone]:
-    """Those at a count, of the newest group, after its warm-up."""
+def _warm(segments: Sequence[SegmentDone], count: int, least: int) -> list[SegmentDone]:
+    """Those at a count, of the newest group, after its warm-up, which has at least so many."""
     mine = [segment for segment in segments if segment.world_size == count]
     mine = [segment for segment in mine if segment.generation == mine[-1].generation]
     spent, cold = 0.0, 0
     while cold < len(mine) and spent < _WARM_UP_SECONDS:
         spent += mine[cold].seconds
         cold += 1
-    return mine[max(1, cold) :]
+    return mine[max(least, cold) :]
 
 
 def _enough(segments: Sequence[SegmentDone], seconds: float) -> list[SegmentDone]:
