@@ -109,6 +109,7 @@ class Membership:
 
     def form(self, step: int, state: State | None) -> bool:
         """Form the first group, from a state or the beginning; says whether the run was not stopped before that."""
+        self._there = set(self._pool.names)  # who may go on, if somebody is lost before there is a group
         if not self._await(self.crew.prepare(self.roster), self.roster, lambda: self._wishes.stopping):
             return False
         self._there = set(self._pool.names)

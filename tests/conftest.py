@@ -77,6 +77,14 @@ def shared_memory() -> set[str]:
     return {name for name, pids in users.items() if not pids or pids & own}
 
 
+def left_in_shared_memory(before: set[str], settle_seconds: float = _SETTLE_SECONDS) -> set[str]:
+    """Names that were not there before, once those that somebody is about to remove have had time to go."""
+    deadline = time.monotonic() + settle_seconds
+    while (left := shared_memory() - before) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return left
+
+
 _KINDS: dict[str, Callable[[], set]] = {
     "threads": _threads,
     "processes": _children,

@@ -185,10 +185,10 @@ def test_an_interrupt_keeps_what_was_measured_and_leaves_the_pool_free(
 ) -> None:
     timed, made = advising.timed, []
 
-    def once(*args: Any, **more: Any) -> Any:
+    def once(*args: Any) -> Any:
         if made:
             raise KeyboardInterrupt  # a signal may come while Python clears up, which then keeps it to itself
-        made.append(timed(*args, **more))
+        made.append(timed(*args))
         return made[-1]
 
     monkeypatch.setattr(advising, "timed", once)
@@ -199,7 +199,7 @@ def test_an_interrupt_keeps_what_was_measured_and_leaves_the_pool_free(
 
 
 def test_an_interrupt_before_anything_was_measured_goes_on(inline: pk.Workers, monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupted(*_: Any, **__: Any) -> Any:
+    def interrupted(*_: Any) -> Any:
         raise KeyboardInterrupt
 
     for name in ("timed", "Rivals"):

@@ -181,6 +181,29 @@ def test_a_worker_that_is_killed_while_its_chunks_travel(
     assert_as_if_nothing_had_happened(run, undisturbed)
 
 
+@pytest.mark.parametrize("when", ["recipe", "chunks"])
+def test_a_worker_that_is_killed_before_there_is_a_group(
+    three: pk.Workers, tmp_path: Path, undisturbed: pk.Run, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    victim = three.names[0]
+    if when == "chunks":
+        struck = strike_as_chunks_travel(three, victim, signal.SIGKILL, monkeypatch)
+    else:
+        struck, bring, pid = list[str](), DaskCrew._bring, pid_of(three, victim)
+
+        def deadly(crew: DaskCrew, roster: Any) -> None:
+            if not struck:
+                struck.append(victim)
+                os.kill(pid, signal.SIGKILL)
+            bring(crew, roster)
+
+        monkeypatch.setattr(DaskCrew, "_bring", deadly)
+    run = train(three, tmp_path, workers=2)
+    run.wait(LIMIT, progress=False)
+    assert struck == [victim]
+    assert_as_if_nothing_had_happened(run, undisturbed)
+
+
 def test_a_newcomer_that_is_stopped_while_its_chunks_travel_is_replaced_within_the_limit(
     three: pk.Workers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -21,7 +21,7 @@ from parakit.workers.group import Group, GroupBroken
 from parakit.workers.shared import CannotShare, SharedGroup
 from parakit.workers.shared.barrier import Barrier, barrier_nbytes
 from parakit.workers.shared.segments import Segment
-from tests.conftest import shared_memory
+from tests.conftest import left_in_shared_memory, shared_memory
 from tests.members import FolderBoard, Member, ask
 
 LIMIT_SECONDS = 20.0
@@ -487,7 +487,7 @@ def test_a_closed_group_leaves_nothing(
         same(ask(team, leave))
     assert [answer.good for answer in ask(team, look_around)] == before
     assert not list(files.iterdir())
-    assert shared_memory() <= shared
+    assert not left_in_shared_memory(shared)
 
 
 # Deaths. The members are forks of one process: that costs milliseconds, where a new one costs seconds.
@@ -565,7 +565,7 @@ def test_whenever_a_member_is_killed_the_others_know_soon_and_nothing_is_left(
     assert max(seconds) < SOON_SECONDS
     assert sorted(seconds)[len(seconds) // 2] < 0.3
     assert not list(files.iterdir())
-    assert shared_memory() <= shared
+    assert not left_in_shared_memory(shared)
 
 
 class Trap(FolderBoard):

@@ -37,9 +37,6 @@ _MOST_LAYOUTS = 5
 _MOST_BLOCKS = 9
 _BLOCKS = 2  # to aim at
 _AROUND_SECONDS = 0.7  # of a visit go into its start and its warm-up
-_NEWS_SECONDS = (
-    0.8  # segments as long as in a run that nobody watches, or layouts that keep much look slower than they are
-)
 _SHORTEST_SECONDS, _LONGEST_SECONDS = 0.1, 1.0  # that a visit is timed
 _PATIENCE, _LEAST_SECONDS = 3, 5.0  # times the time that was given, and what is given up to a first block at least
 _ASK_SECONDS = 10.0
@@ -255,7 +252,7 @@ class _Trial:
         run = begun(self._make(layout), self._pool)
         try:
             limit = max(1.0, self._hard - time.monotonic())
-            found = timed(run, layout.workers, self._visit_seconds, limit, news_seconds=_NEWS_SECONDS)
+            found = timed(run, layout.workers, self._visit_seconds, limit)
         finally:
             end(run)
         return self._measurement(

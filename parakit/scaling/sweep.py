@@ -64,10 +64,10 @@ def sweep(
 
     Blocks as many as there are repeats visit each worker count and each rival once, in an order drawn anew for every
     block. A visit trains for a warm-up that does not count, and then until some seconds are timed, in whole segments
-    of about a quarter of a second. With strong scaling, one run is resized from visit to visit, and stands still while
-    plain PyTorch is timed on one of its workers; with weak scaling, each visit is a run of its own. Every worker has
-    the same number of threads at every count. On simulated workers nothing is measured: plain PyTorch is left out,
-    and all that is shown says that it is simulated.
+    of a quarter of a second, or of up to 0.8 s for large models, as in any run. With strong scaling, one run is resized
+    from visit to visit, and stands still while plain PyTorch is timed on one of its workers; with weak scaling, each
+    visit is a run of its own. Every worker has the same number of threads at every count. On simulated workers nothing
+    is measured: plain PyTorch is left out, and all that is shown says that it is simulated.
 
     An interrupt, or a run that fails, ends the sweep; what was measured by then is returned, and says that it is
     incomplete.

@@ -37,7 +37,6 @@ _WARM_UP_SECONDS = 0.2  # a segment in any case: caches are cold, and the pace o
 _FIRST_SEGMENTS = 3  # of a run are warm-up too: each keeps its state in memory that was never used before
 _ARRIVAL_SECONDS = 120.0  # that a count may take to come about, all growing and recovering included
 _END_SECONDS = 10.0
-_SEGMENTS = 2  # that a visit should have at least
 _KEPT_STEPS = 64  # of a visit, for a cost model: more would say the same again
 
 
@@ -178,10 +177,11 @@ def end(run: Run) -> None:
         run.wait(_END_SECONDS, progress=False)
 
 
-def timed(
-    run: Run, count: int, seconds: float, limit_seconds: float = math.inf, *, news_seconds: float | None = None
-) -> Timed:
+def timed(run: Run, count: int, seconds: float, limit_seconds: float = math.inf) -> Timed:
     """Let a run train at a worker count until so many seconds are timed.
+
+    Segments are as long as in a run that nobody watches: where control costs much, up to 0.8 s. With shorter ones,
+    large models would look slower than they are.
 
     Parameters
     ----------
@@ -190,8 +190,6 @@ def timed(
     seconds : float
     limit_seconds : float
         That it may take in all.
-    news_seconds : float, optional
-        How long a segment may last: longer ones cost a run less, and make a visit longer. By default, a visit has two.
 
     Raises
     ------
@@ -201,7 +199,6 @@ def timed(
         If the run ended.
     """
     _check_going(run)
-    run.want_news(seconds / _SEGMENTS if news_seconds is None else news_seconds)  # a time is that of whole segments
     if run.target != count:
         run.resize(count)
     newest = run.history.latest(SegmentDone)

@@ -47,7 +47,8 @@ def _step_time(report: Report, axis: Any) -> None:
     axis.set_xticks(range(len(names)), [name.replace(", ", "\n") for name in names], fontsize=8)
     axis.set_ylabel("time of a step over parakit's (above 1: parakit is faster)", fontsize=8)
     axis.set_title("Step; parakit's faster layout is 1")
-    axis.legend(fontsize=7)
+    axis.set_ylim(top=1.25 * axis.get_ylim()[1])  # for the legend
+    axis.legend(fontsize=7, ncols=2, loc="upper left")
 
 
 def _all_reduce(report: Report, axis: Any) -> None:
