@@ -116,7 +116,11 @@ def _serve(owner: int, folder: Path) -> None:
         signal.signal(number, signal.SIG_IGN)  # it ends soon after its owner, and not before
     births: dict[int, str] = {}
     semaphores: set[int] = set()
+    done = False
     for line in _told(owner):
+        if line == _DONE:
+            done = True
+            break
         pid, forker, *fresh = map(int, line.split())
         semaphores.update(fresh)
         life = _life(pid)
@@ -127,6 +131,8 @@ def _serve(owner: int, folder: Path) -> None:
             births[pid] = life[1]
     _end(births)
     _within(_GRACE_SECONDS, lambda: _removed(folder))
+    if not done:  # whoever dies closes the pipe a moment before it is gone
+        _within(_GRACE_SECONDS, lambda: os.getppid() != owner)
     if os.getppid() != owner:
         # Their tracker removes them if it lives: it has been waiting for the last of these processes.
         _within(_GRACE_SECONDS, lambda: not _named(semaphores))
@@ -135,16 +141,13 @@ def _serve(owner: int, folder: Path) -> None:
 
 
 def _told(owner: int) -> Iterator[str]:
-    """Lines of the owner, until it says that it is done, closes the pipe, or dies."""
+    """Lines of the owner, until it closes the pipe, or dies."""
     text = ""
     while True:
         if select.select([0], [], [], _LOOK_SECONDS)[0]:
             more = os.read(0, 4096).decode()
             *lines, text = (text + more).split("\n")
-            for line in lines:
-                if line == _DONE:
-                    return
-                yield line
+            yield from lines
             if not more:
                 return
         elif os.getppid() != owner:
