@@ -260,8 +260,8 @@ class _Arrival:
         if grad is None or grad is self._view:
             return
         grad = grad.detach()
-        if self._kept is not None and grad.is_contiguous() and not all_of_it:
-            flat = grad.view(-1)
+        if self._kept is not None and not all_of_it:
+            flat = grad.reshape(-1)
             for place, part in self._brought:
                 place.copy_(flat[part])
             return
@@ -272,9 +272,8 @@ class _Arrival:
     def piece(self, parameter: Tensor) -> Tensor:
         """The part that is kept, wherever it lies."""
         grad = parameter.grad
-        if not self.reached or grad is None or not grad.is_contiguous():
-            return self._view.view(-1)[self._kept]
-        return grad.detach().view(-1)[self._kept]
+        found = self._view if not self.reached or grad is None else grad.detach()
+        return found.reshape(-1)[self._kept]
 
 
 @dataclass

@@ -110,6 +110,7 @@ class Shard:
         self.where = common.slice_of(self._numel)
         self._values = common.memory(self._numel, parameters[0].dtype)
         self._pieces = list(self._cut(parameters))
+        self._lengths = [piece.end - piece.begin for piece in self._pieces]
         self._gradients: Sequence[Tensor] = ()
         self._states: dict[str, Tensor] = {}  # by name: one flat vector for all parameters
         self._inner = self._optimizer_of_pieces()
@@ -196,12 +197,11 @@ class Shard:
         pieces : sequence of tensors
             Flat and end to end: one for each parameter that the slice has a part of, or a single one.
         """
-        lengths = [piece.end - piece.begin for piece in self._pieces]
         if len(pieces) == 1:
-            self._gradients = pieces[0].split(lengths)
+            self._gradients = pieces[0].split(self._lengths)
             return
         given = iter(pieces)
-        self._gradients = [next(given) if length else self._values[:0] for length in lengths]
+        self._gradients = [next(given) if length else self._values[:0] for length in self._lengths]
 
     def divide(self, divisor: float) -> None:
         """Divide the gradient."""

@@ -19,6 +19,7 @@ import parakit as pk
 from tests.members import Member, members
 
 _SETTLE_SECONDS = 15.0
+_SHARED_MEMORY = "shared-memory segments"
 # One of a process, kept by the libraries themselves for as long as it lives.
 _STANDING_THREADS = ("Dask-Callback-Thread", "Dask-Offload", "Profile", "TCP-Executor", "asyncio_", "pydevd")
 
@@ -77,31 +78,28 @@ def shared_memory() -> set[str]:
     return {name for name, pids in users.items() if not pids or pids & own}
 
 
-def left_in_shared_memory(before: set[str], settle_seconds: float = _SETTLE_SECONDS) -> set[str]:
-    """Names that were not there before, once those that somebody is about to remove have had time to go."""
-    deadline = time.monotonic() + settle_seconds
-    while (left := shared_memory() - before) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    return left
-
-
 _KINDS: dict[str, Callable[[], set]] = {
     "threads": _threads,
     "processes": _children,
     "listening sockets": _listening,
-    "shared-memory segments": shared_memory,
+    _SHARED_MEMORY: shared_memory,
 }
 
 
 def leftovers(before: dict[str, set], settle_seconds: float = _SETTLE_SECONDS) -> dict[str, set]:
-    """What there is now that was not there before, once it has had time to go."""
+    """What there is now, of the kinds given, that was not there before, once it has had time to go."""
     deadline = time.monotonic() + settle_seconds
     while True:
         gc.collect()
-        left = {kind: look() - before[kind] for kind, look in _KINDS.items()}
+        left = {kind: _KINDS[kind]() - there for kind, there in before.items()}
         if not any(left.values()) or time.monotonic() > deadline:
             return {kind: things for kind, things in left.items() if things}
         time.sleep(0.1)
+
+
+def left_in_shared_memory(before: set[str]) -> dict[str, set]:
+    """The same, of names in shared memory alone."""
+    return leftovers({_SHARED_MEMORY: before})
 
 
 def standing() -> dict[str, set]:

@@ -251,8 +251,7 @@ class _Trial:
     def _at_workers(self, block: int, layout: Layout) -> Measurement:
         run = begun(self._make(layout), self._pool)
         try:
-            limit = max(1.0, self._hard - time.monotonic())
-            found = timed(run, layout.workers, self._visit_seconds, limit)
+            found = timed(run, layout.workers, self._visit_seconds, max(1.0, self._hard - time.monotonic()))
         finally:
             end(run)
         return self._measurement(

@@ -121,7 +121,8 @@ class HostsGroup(Slicing):
             summed = self._local.sum_slice(vector, tail=tail, own=own)
             part = vector[summed.where]  # all in one, because each piece that travels takes its time
             for place, piece in zip(part.split([p.numel() for p in summed.pieces]), summed.pieces, strict=True):
-                place.copy_(piece)
+                if place.data_ptr() != piece.data_ptr():
+                    place.copy_(piece)
             self._connected.all_reduce_each([values for values in (part, summed.tail) if values.numel()])
         return summed._replace(pieces=[part])
 
