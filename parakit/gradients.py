@@ -218,20 +218,23 @@ def call_model(model: nn.Module, inputs: Any) -> Any:
 
 
 class _Arrival:
-    """Brings the gradient of one parameter to its place; called by torch when there is one, unless it is to wait."""
+    """Brings the gradient of one parameter to its place; called by torch when there is one, unless it is to wait.
 
-    def __init__(self, parameter: nn.Parameter) -> None:
-        self._parameter = parameter
+    It does not know its parameter: torch holds on to whom it is to call, where Python cannot see that, and so would
+    never let go of two that know each other.
+    """
+
+    def __init__(self) -> None:
         self._told: RemovableHandle | None = None
         self.reached = False
 
-    def write_to(self, view: Tensor, *, stays: bool, waits: bool) -> None:
+    def write_to(self, view: Tensor, parameter: nn.Parameter, *, stays: bool, waits: bool) -> None:
         """Bring it there from now on; it may stay there, to be the gradient of the parameter, or wait until asked."""
         self._view, self._stays = view, stays
         self._kept: slice | None = None
         if self._told is not None:
             self._told.remove()
-        self._told = None if waits else self._parameter.register_post_accumulate_grad_hook(self)
+        self._told = None if waits else parameter.register_post_accumulate_grad_hook(self)
 
     def keep(self, kept: slice) -> None:
         """Leave a part of it, of its elements in their order, where torch makes it."""
@@ -304,7 +307,7 @@ class GradientBuffer:
         self.direct = kinds == {self.dtype}
         #: Elements of the flat vector.
         self.numel = sum(parameter.numel() for parameter in self.parameters) + len(self.parameters) + _TAIL
-        self._arrivals = [_Arrival(parameter) for parameter in self.parameters]
+        self._arrivals = [_Arrival() for _ in self.parameters]
         self.live_in(torch.zeros(self.numel, dtype=self.dtype))
 
     def live_in(self, vector: Tensor, *, alone: bool = False) -> None:
@@ -323,8 +326,8 @@ class GradientBuffer:
         pieces = self.sum.total.split([parameter.numel() for parameter in self.parameters])
         self._views = [piece.view_as(p) for p, piece in zip(self.parameters, pieces, strict=True)]
         self._grads = self._views if self.direct else [torch.zeros_like(p) for p in self.parameters]
-        for arrival, view in zip(self._arrivals, self._views, strict=True):
-            arrival.write_to(view, stays=self.direct, waits=self._waits)
+        for parameter, arrival, view in zip(self.parameters, self._arrivals, self._views, strict=True):
+            arrival.write_to(view, parameter, stays=self.direct, waits=self._waits)
         self._set_all()
 
     def keep_apart(self, where: slice) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import pickle
+import weakref
 
 import pytest
 import torch
@@ -33,6 +35,16 @@ def backward(buffer: GradientBuffer, model: nn.Module, loss: SummedLoss, share: 
     buffer.clear()
     buffer.backward(buffer.forward(model, loss, share))
     return buffer.sum
+
+
+def test_parameters_go_when_nobody_uses_them_any_more() -> None:
+    model, loss, samples = problem()
+    buffer = GradientBuffer(list(model.parameters()))
+    backward(buffer, model, loss, samples)
+    parameters = [weakref.ref(parameter) for parameter in model.parameters()]
+    del model, buffer
+    gc.collect()
+    assert [parameter() for parameter in parameters] == [None] * 4
 
 
 def test_sums_add_in_every_part() -> None:

@@ -499,7 +499,7 @@ def release(run_id: str) -> None:
         resident.leave_group()
         resident.close_vault()
         del resident
-        gc.collect()  # parameters and what is told of their gradients know each other
+        gc.collect()  # a buffer and the sum that it fills know each other
         give_back_freed_memory()
 
 
