@@ -12,9 +12,10 @@ The interleaving is the apportionment of Webster and Sainte-Laguë: row i of a c
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -29,6 +30,8 @@ Rows = npt.NDArray[np.int64]
 DEFAULT_CHUNKS = 64
 _CUT_STREAM = 0  # separates the generator of the cut from those of the epochs
 _EPOCH_STREAM = 1
+_SMALL_ROWS = 1024  # of a chunk that is shuffled together with the others
+_ROWS_AT_ONCE = 1 << 14
 # A chunk moves for balance only across a gap of this many times its size; less would move chunks for nothing.
 _WORTH_MOVING = 1.25
 
@@ -139,9 +142,25 @@ class EpochOrder:
 
     def permutation(self, epoch: int, chunk: int) -> Rows:
         """The order in which an epoch visits the rows of a chunk."""
-        generator = np.random.default_rng([self.seed, _EPOCH_STREAM, epoch, chunk])
-        rows: Rows = generator.permutation(self.sizes[chunk])
-        return rows
+        return next(self._permutations(epoch, [chunk]))
+
+    def _permutations(self, epoch: int, chunks: Sequence[int]) -> Iterator[Rows]:
+        """The same of several chunks, ascending.
+
+        To make a generator takes as long as to shuffle a thousand rows. Small chunks share one, which shuffles those
+        that nobody asked for as well, up to the last that somebody did.
+        """
+        stream = [self.seed, _EPOCH_STREAM, epoch]
+        if max(self.sizes) > _SMALL_ROWS:
+            for chunk in chunks:
+                yield np.random.default_rng([*stream, chunk]).permutation(self.sizes[chunk])
+            return
+        generator, shuffled = np.random.default_rng(stream), -1
+        for chunk in chunks:
+            while shuffled < chunk:
+                shuffled += 1
+                rows = generator.permutation(self.sizes[shuffled])
+            yield rows
 
     def rows(self, step: int, chunk: int) -> Rows:
         """Rows of a chunk that belong to the batch of a step.
@@ -170,7 +189,7 @@ class EpochOrder:
         epoch : int
             Which epoch.
         chunks : sequence of int
-            The chunks held, laid end to end in this order.
+            The chunks held, ascending, laid end to end.
 
         Returns
         -------
@@ -187,13 +206,18 @@ class EpochOrder:
         ends = boundaries.sum(axis=1)
         within = np.cumsum(counts, axis=1) - counts  # what earlier chunks take of the same batch
         starts = ends[:-1, None] + within - boundaries[:-1]
+        sizes = boundaries[-1]
+        bases = np.cumsum(sizes) - sizes
         rows = np.empty(ends[-1], np.int64)
-        base = 0
-        for column, chunk in enumerate(chosen):
-            size = self.sizes[chunk]
-            place = np.arange(size) + np.repeat(starts[:, column], counts[:, column])
-            rows[place] = base + self.permutation(epoch, chunk)
-            base += size
+        # Some chunks at once: numpy's calls take as long as a small chunk's rows, and memory is for many.
+        at_once = max(1, _ROWS_AT_ONCE // max(self.sizes))
+        shuffled = self._permutations(epoch, chosen)
+        for first in range(0, len(chosen), at_once):
+            some = slice(first, first + at_once)
+            base = np.repeat(bases[some], sizes[some])
+            place = np.arange(len(base)) - base + bases[first]  # the place of a row in its chunk
+            place += np.repeat(starts[:, some].T.ravel(), counts[:, some].T.ravel())
+            rows[place] = np.concatenate(list(islice(shuffled, at_once))) + base
         return rows, ends
 
 

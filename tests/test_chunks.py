@@ -100,9 +100,18 @@ def test_each_sample_exactly_once_per_epoch_for_any_course_of_resizes(
 def test_epoch_rows_lay_a_holders_rows_out_batch_by_batch(
     sizes: list[int], batch: int, seed: int, data: st.DataObject
 ) -> None:
-    order = EpochOrder(tuple(sizes), batch, seed)
     held = sorted(data.draw(st.sets(st.integers(0, len(sizes) - 1))))
-    bases = dict(zip(held, np.cumsum([0] + [sizes[c] for c in held]), strict=False))
+    check_epoch_rows(EpochOrder(tuple(sizes), batch, seed), held)
+
+
+@pytest.mark.parametrize("held", [[0, 1, 2, 3, 4], [1, 4], [3]])
+@pytest.mark.parametrize("sizes", [(1500, 7, 40_000, 30_000, 900), (1000, 7, 1024, 1, 900)])
+def test_large_chunks_are_laid_out_alike(sizes: tuple[int, ...], held: list[int]) -> None:
+    check_epoch_rows(EpochOrder(sizes, 6000, 1), held)
+
+
+def check_epoch_rows(order: EpochOrder, held: list[int]) -> None:
+    bases = dict(zip(held, np.cumsum([0] + [order.sizes[c] for c in held]), strict=False))
     for epoch in (0, 3):
         rows, ends = order.epoch_rows(epoch, held)
         for place in range(order.steps_per_epoch):
@@ -111,11 +120,12 @@ def test_epoch_rows_lay_a_holders_rows_out_batch_by_batch(
             assert rows[ends[place] : ends[place + 1]].tolist() == expected
 
 
-def test_epochs_differ_and_repeat_by_seed() -> None:
-    order = EpochOrder((50, 50), 10, 1)
+@pytest.mark.parametrize("rows", [50, 5000])
+def test_epochs_differ_and_repeat_by_seed(rows: int) -> None:
+    order = EpochOrder((rows, rows), 10, 1)
     assert not np.array_equal(order.permutation(0, 0), order.permutation(1, 0))
     assert not np.array_equal(order.permutation(0, 0), order.permutation(0, 1))
-    assert np.array_equal(order.permutation(2, 1), EpochOrder((50, 50), 10, 1).permutation(2, 1))
+    assert np.array_equal(order.permutation(2, 1), EpochOrder((rows, rows), 10, 1).permutation(2, 1))
 
 
 @given(
