@@ -102,6 +102,15 @@ def check_pool(on: Any) -> Workers:
     return on
 
 
+def check_on_cores(on: Workers, what: str) -> None:
+    """Refuse a pool whose workers compute on GPUs, for what measures cores."""
+    if on.device != "cpu":
+        raise InputError(
+            f"{what} measures what the cores of a machine do, but these workers compute on GPUs.",
+            remedy='connect(..., device="cpu"); on GPUs, let a run go on and resize it: its panel shows the speedup',
+        )
+
+
 def check_strategy(strategy: Any) -> None:
     """Refuse what is no strategy."""
     if strategy is None:

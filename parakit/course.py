@@ -332,7 +332,7 @@ class Course:
     @property
     def rival(self) -> str:
         """What plain PyTorch is called in a legend or a table, with a mark if it is uncertain; "" if not measured."""
-        return rival_name(self.plain.cores) + " (uncertain)" * self.uncertain if self.plain else ""
+        return rival_name(self.plain.cores, self.plain.device) + " (uncertain)" * self.uncertain if self.plain else ""
 
     def speedup(self, count: int) -> float:
         """Rate at a worker count over the rate with one; NaN while one of them is not measured."""

@@ -28,6 +28,8 @@ _READ_AT_ONCE = 1024
 
 def map_tree(function: Callable[[Any], Any], tree: Tree) -> Tree:
     """Apply a function to every leaf, keeping tuples and dicts."""
+    if isinstance(tree, Tensor):  # asked first, for there is one in each step
+        return function(tree)
     if isinstance(tree, Mapping):
         return {key: map_tree(function, value) for key, value in tree.items()}
     if isinstance(tree, tuple | list):
@@ -95,7 +97,7 @@ class Samples:
     targets: Tree
 
     def __len__(self) -> int:
-        return len(leaves(self.inputs)[0])
+        return len(self.inputs if isinstance(self.inputs, Tensor) else leaves(self.inputs)[0])
 
     @classmethod
     def of(cls, data: Any, *, what: str = "data") -> Samples:
@@ -152,6 +154,10 @@ class Samples:
     def map(self, function: Callable[[Any], Any]) -> Samples:
         """Apply a function to every tensor."""
         return Samples(map_tree(function, self.inputs), map_tree(function, self.targets))
+
+    def on(self, device: torch.device) -> Samples:
+        """The rows on a device; copied only if they are elsewhere."""
+        return self if device.type == "cpu" else self.map(lambda leaf: leaf.to(device))
 
     def packed(self) -> Samples:
         """The rows as numpy arrays, which travel between processes without a copy."""

@@ -113,7 +113,8 @@ class RunStart(Event):
     """The run began: what is trained, on what, and how.
 
     ``exchange`` says how gradients are added up: one of `EXCHANGE_WAYS`, or the algorithm that a simulation prices;
-    "" where nobody says. ``simulated`` is true where all times are those of a virtual clock.
+    "" where nobody says. ``simulated`` is true where all times are those of a virtual clock. ``device`` is where the
+    workers compute: "cpu", or "cuda", in which case ``cores`` counts GPUs.
     """
 
     strategy: str
@@ -130,6 +131,7 @@ class RunStart(Event):
     seed: int
     exchange: str = ""
     simulated: bool = False
+    device: str = "cpu"
 
 
 @dataclass(frozen=True, slots=True)
@@ -299,11 +301,13 @@ class Baseline(Event):
     name : str
         The rival, such as "plain PyTorch".
     cores : int
-        Threads of its one process.
+        Threads of its one process; 1 on a GPU.
     samples_per_second, low, high : float
         Median and quartiles of the rate over the timed steps.
     steps : int
         Timed steps; those of the warm-up are not among them.
+    device : str
+        Where it computed: "cpu" or "cuda".
     """
 
     name: str
@@ -312,6 +316,7 @@ class Baseline(Event):
     low: float
     high: float
     steps: int
+    device: str = "cpu"
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
@@ -46,13 +47,16 @@ class GradientSum:
         What `beside` was told; else empty.
     """
 
-    __slots__ = ("_apart", "_flags", "_late", "_vector", "pieces", "unit")
+    __slots__ = ("_apart", "_flags", "_late", "_numbers", "_vector", "pieces", "unit")
 
     def __init__(self, total: Tensor, count: float, loss_sum: float) -> None:
         self._fill(torch.cat([total, total.new_tensor([count, loss_sum, 0.0])]), 0, 1.0)
 
     def _fill(self, vector: Tensor, flags: int, unit: float) -> None:
         self._vector, self._flags, self.unit = vector, flags, unit
+        behind = vector[len(vector) - flags - _TAIL :]
+        # What is behind the gradient, in the same memory; numpy reads and writes single numbers far faster than torch.
+        self._numbers: Any = behind.numpy() if behind.device.type == "cpu" else behind
         self.pieces: list[Tensor] = []
         self.come_late(None)
 
@@ -103,19 +107,26 @@ class GradientSum:
         return self.vector[: -_TAIL - self._flags]
 
     @property
-    def reached(self) -> Tensor:
-        """For each parameter, a view of how many shares it had a gradient from; empty if nobody counted."""
-        return self._vector[len(self._vector) - _TAIL - self._flags : -_TAIL]
+    def reached(self) -> list[float]:
+        """For each parameter, how many shares it had a gradient from; empty if nobody counted."""
+        return self._numbers[: self._flags].tolist()  # type: ignore[no-any-return]
 
-    @property
-    def numbers(self) -> Tensor:
-        """Count, sum of the loss and votes, a view."""
-        return self._vector[-_TAIL:]
+    def note_reached(self, reached: list[float]) -> None:
+        """Note the same of one share: 1 or 0."""
+        on_cpu = isinstance(self._numbers, np.ndarray)
+        self._numbers[: self._flags] = reached if on_cpu else self._vector.new_tensor(reached)
+
+    def note(self, count: Tensor | float, loss_sum: Tensor) -> None:
+        """Note what the sum is of, and no vote."""
+        on_cpu = isinstance(self._numbers, np.ndarray)
+        self._numbers[-_TAIL] = float(count) if on_cpu else count
+        self._numbers[-_TAIL + 1] = loss_sum.item() if on_cpu else loss_sum.detach()
+        self._numbers[-_TAIL + 2] = 0.0
 
     @property
     def count(self) -> float:
         """What the sum is to be divided by; 0 for one that is not."""
-        return float(self._vector[-_TAIL])
+        return float(self._numbers[-_TAIL])
 
     @property
     def divisor(self) -> float:
@@ -125,7 +136,7 @@ class GradientSum:
     @property
     def loss_sum(self) -> float:
         """Sum of the loss over the samples."""
-        return float(self._vector[-_TAIL + 1])
+        return float(self._numbers[-_TAIL + 1])
 
     @property
     def mean_loss(self) -> float:
@@ -140,7 +151,7 @@ class GradientSum:
     @property
     def votes(self) -> float:
         """How many workers ask to end the segment after this step."""
-        return float(self._vector[-1])
+        return float(self._numbers[-1])
 
     @property
     def tail(self) -> int:
@@ -155,11 +166,16 @@ class GradientSum:
 
     def vote(self) -> None:
         """Ask for the end of the segment."""
-        self._vector[-1] = 1.0
+        self._numbers[-1] = 1.0
 
     def clone(self) -> GradientSum:
         """A copy that shares no memory."""
         return self._like(self.vector.clone())
+
+    def on_cpu(self) -> GradientSum:
+        """A copy that shares no memory, on the CPU."""
+        vector = self.vector
+        return self._like(vector.clone() if vector.device.type == "cpu" else vector.cpu())
 
     def _like(self, vector: Tensor) -> GradientSum:
         return self.around(vector, self._flags, self.unit)
@@ -186,7 +202,7 @@ class GradientSum:
         return total
 
     def __reduce__(self) -> tuple[Callable[[Any, int, float], GradientSum], tuple[Any, int, float]]:
-        return _from_array, (self.vector.numpy(), self._flags, self.unit)
+        return _from_array, (self.vector.cpu().numpy(), self._flags, self.unit)
 
     def __repr__(self) -> str:
         return f"GradientSum({len(self.total)} parameters, count={self.count:g}, loss_sum={self.loss_sum:.6g})"
@@ -308,7 +324,13 @@ class GradientBuffer:
         #: Elements of the flat vector.
         self.numel = sum(parameter.numel() for parameter in self.parameters) + len(self.parameters) + _TAIL
         self._arrivals = [_Arrival() for _ in self.parameters]
-        self.live_in(torch.zeros(self.numel, dtype=self.dtype))
+        self._root = 1.0, torch.ones(())
+        self.live_in(self.fresh_vector())
+
+    def fresh_vector(self) -> Tensor:
+        """Zeros for `live_in`, where the parameters are."""
+        device = self.parameters[0].device if self.parameters else None
+        return torch.zeros(self.numel, dtype=self.dtype, device=device)
 
     def live_in(self, vector: Tensor, *, alone: bool = False) -> None:
         """Keep the gradient in a vector from now on.
@@ -364,26 +386,31 @@ class GradientBuffer:
         for parameter, arrival in zip(self.parameters, self._arrivals, strict=True):
             parameter.grad, arrival.reached = None, False
         total, count = loss(call_model(model, share.inputs), share.targets)
-        numbers = self.sum.numbers
-        numbers[0] = count
-        numbers[1] = total.detach()
-        numbers[2] = 0.0  # no vote
+        self.sum.note(count, total)
         return total
 
     def backward(self, total: Tensor, unit: float = 1.0) -> None:
         """Make the gradient of a summed loss, in a unit, the sum; count and loss stay as `forward` noted them."""
         self.sum.unit = unit
-        total.backward(None if unit == 1.0 else total.new_tensor(1.0 / unit))
+        total.backward(None if unit == 1.0 else self._one_in(unit, total))
         for parameter, arrival in zip(self.parameters, self._arrivals, strict=True):
             if self._waits:
                 arrival.look(parameter)
             elif not arrival.reached:
                 arrival.bring(parameter)
-        self.sum.reached.copy_(torch.tensor([float(arrival.reached) for arrival in self._arrivals]))
+        self.sum.note_reached([float(arrival.reached) for arrival in self._arrivals])
         if self._waits:
             self.sum.come_late(self._gather)
         elif self._apart:
             self.sum.come_late(self._gather, self._kept_pieces)
+
+    def _one_in(self, unit: float, total: Tensor) -> Tensor:
+        """What the gradient of a loss by itself is, in a unit; nearly always the same as last time."""
+        known, one = self._root
+        if known != unit or one.dtype != total.dtype:
+            one = total.new_tensor(1.0 / unit)
+            self._root = unit, one
+        return one
 
     def _gather(self) -> None:
         for parameter, arrival in self._apart or zip(self.parameters, self._arrivals, strict=True):
@@ -423,7 +450,7 @@ class GradientBuffer:
 
     def _unset_unreached(self) -> None:
         reached = self.sum.reached
-        if not bool(reached.all()):
-            for parameter, by in zip(self.parameters, reached.tolist(), strict=True):
+        if not all(reached):
+            for parameter, by in zip(self.parameters, reached, strict=True):
                 if not by:
                     parameter.grad = None

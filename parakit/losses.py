@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -52,8 +52,8 @@ class SummedLoss:
     ----------
     function : callable
         The user's loss, or its summing twin.
-    kind : {"weighted", "elementwise", "batch", "sum", "mean of samples"}
-        How the sum and the count are found.
+    kind : {"weighted", "labels", "elementwise", "batch", "sum", "mean of samples"}
+        How the sum and the count are found. "labels" is "weighted" where every label counts as one.
     """
 
     function: Callable[[Any, Any], Any]
@@ -77,6 +77,8 @@ class SummedLoss:
         value = self.function(output, target)
         if self.kind == "weighted":
             return value, _weight_sum(self.function, output, target)
+        if self.kind == "labels":
+            return value, float(target.numel())
         if self.kind == "elementwise":
             return value.sum(), float(value.numel())
         if self.kind == "batch":
@@ -84,6 +86,27 @@ class SummedLoss:
         if self.kind == "sum":
             return value, 0.0
         return value * _rows(target), float(_rows(target))
+
+    def on(self, device: torch.device) -> SummedLoss:
+        """The same loss with its weights on a device; itself, where it has none of its own."""
+        if not isinstance(self.function, nn.Module) or device.type == "cpu":
+            return self
+        return replace(self, function=copy.deepcopy(self.function).to(device))
+
+    def knowing(self, *every: Tree) -> SummedLoss:
+        """The same loss, which need not look for labels to ignore, if it will be given none of them.
+
+        Parameters
+        ----------
+        every : trees of tensors
+            All targets that it will ever be given.
+        """
+        loss: Any = self.function
+        if self.kind != "weighted" or loss.weight is not None:
+            return self
+        if any(not isinstance(t, Tensor) or t.is_floating_point() or bool(_ignored(loss, t).any()) for t in every):
+            return self
+        return replace(self, kind="labels")
 
     @property
     def divides(self) -> bool:
@@ -104,12 +127,17 @@ def _weight_sum(loss: Any, output: Tensor, target: Tensor) -> Tensor | float:
     """What torch divides by in the mean of a cross entropy: the weights of the targets that are not ignored."""
     if target.is_floating_point():  # class probabilities: torch divides by the number of rows, whatever the weights
         return float(output.numel() // output.shape[min(1, output.ndim - 1)])
-    labels = target.long()  # in eight bits, -100 would be a class
-    counted = labels != loss.ignore_index
+    counted = ~_ignored(loss, target)
     if loss.weight is None:
         return float(counted.sum())
-    weights: Tensor = loss.weight[labels * counted]  # row 0 stands in for what is ignored
+    weights: Tensor = loss.weight[target.long() * counted]  # row 0 stands in for what is ignored
     return torch.where(counted, weights, 0.0).sum()
+
+
+def _ignored(loss: Any, labels: Tensor) -> Tensor:
+    """Which labels a cross entropy leaves out."""
+    ignored: Tensor = labels.long() == loss.ignore_index  # in eight bits, -100 would be a class
+    return ignored
 
 
 def summed(loss: Any, output: Tree, target: Tree) -> SummedLoss:

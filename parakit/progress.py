@@ -152,9 +152,9 @@ def many(count: int, noun: str) -> str:
     return f"1 {noun}" if count == 1 else f"{count:,} {noun}s"
 
 
-def rival_name(cores: int) -> str:
-    """What plain PyTorch in one process with so many threads is called."""
-    return f"{PLAIN}, {many(cores, 'core')}"
+def rival_name(cores: int, device: str = "cpu") -> str:
+    """What plain PyTorch in one process with so many threads, or on one GPU, is called."""
+    return f"{PLAIN}, {many(cores, 'core') if device == 'cpu' else '1 GPU'}"
 
 
 def _about_a_wish(event: Asked) -> str:
@@ -204,6 +204,7 @@ def _about_an_epoch(event: EpochEnded) -> str:
 
 def _about_a_baseline(event: Baseline) -> str:
     cores = "1 core" if event.cores == 1 else f"all {event.cores} cores"
+    cores = cores if event.device == "cpu" else "1 GPU"
     median, low, high = map(three_digits, (event.samples_per_second, event.low, event.high))
     return f"{event.name} with {cores}: {median} samples/s ({low} to {high})"
 

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from parakit.chunks import EpochOrder
 from parakit.commits import Commits, PrivateCommits, State, copy_state
 from parakit.data import Samples
+from parakit.devices import CPU, finish, seed
 from parakit.errors import Diverged
 from parakit.events import PHASES
 from parakit.fusing import prefer_fused
@@ -106,10 +107,13 @@ class Holding:
     ----------
     order : EpochOrder, optional
         Needed to ask for the share of a step.
+    device : torch.device
+        In whose memory they are.
     """
 
-    def __init__(self, order: EpochOrder | None = None) -> None:
+    def __init__(self, order: EpochOrder | None = None, device: torch.device = CPU) -> None:
         self._order = order
+        self._device = device
         self._chunks: dict[int, Samples] = {}
         self._all: Samples | None = None
         self._epoch = -1
@@ -128,7 +132,7 @@ class Holding:
 
     def change(self, keep: Iterable[int], adopt: Mapping[int, Samples]) -> None:
         """Let go of all chunks but some, and take in others."""
-        chosen = {chunk: self._chunks[chunk] for chunk in keep} | dict(adopt)
+        chosen = {n: self._chunks[n] for n in keep} | {n: samples.on(self._device) for n, samples in adopt.items()}
         numbers = sorted(chosen)
         if tuple(numbers) == self.chunks and not adopt:
             return
@@ -148,7 +152,7 @@ class Holding:
         epoch, batch = divmod(step, self._order.steps_per_epoch)
         if epoch != self._epoch:
             rows, ends = self._order.epoch_rows(epoch, self.chunks)
-            self._epoch, self._rows, self._ends = epoch, torch.from_numpy(rows), ends.tolist()
+            self._epoch, self._rows, self._ends = epoch, torch.from_numpy(rows).to(self._device), ends.tolist()
         first, end = self._ends[batch : batch + 2]
         return self._all.take(self._rows[first:end]) if self._all is not None and end > first else None
 
@@ -159,11 +163,15 @@ class Replica:
     Parameters
     ----------
     recipe : Recipe
+    device : torch.device
+        Where it computes.
     """
 
-    def __init__(self, recipe: Recipe) -> None:
-        self.model = copy.deepcopy(recipe.model).train()
-        self.recipe = replace(recipe, model=self.model)  # no need to hold what it began with
+    def __init__(self, recipe: Recipe, device: torch.device = CPU) -> None:
+        self.device = device
+        self.model = copy.deepcopy(recipe.model).to(device).train()
+        # No need to hold what it began with.
+        self.recipe = replace(recipe, model=self.model, loss=recipe.loss.on(device))
         parameters = list(self.model.parameters())
         self.buffer = GradientBuffer([p for p in parameters if p.requires_grad])
         self.optimizer = recipe.optimizer(parameters)
@@ -210,11 +218,13 @@ class Replica:
         loaded = perf_counter()
         self.spent[DATA] += loaded - start
         if share is not None:
-            torch.default_generator.manual_seed(_mix(self.recipe.seed, step, rank))
+            seed(self.device, _mix(self.recipe.seed, step, rank))
             with _running_statistics_for(self.model, len(share)):
                 total = self.buffer.forward(self.model, self.recipe.loss, share)
+            finish(self.device)
             forwarded = perf_counter()
             self.buffer.backward(total, unit)
+            finish(self.device)
             self.spent[FORWARD] += forwarded - loaded
             self.spent[BACKWARD] += perf_counter() - forwarded
         self.share_rows = len(share) if share is not None else 0
@@ -243,6 +253,7 @@ class Replica:
         else:
             loss, norms = self._update_shard(self._shard, summed(), rate)
         self._schedule()
+        finish(self.device)
         wall = perf_counter() - began
         self.spent[UPDATE] += wall - (sum(self.spent) - before)
         self.records.append(StepRecord(self.step, loss, rate, self.spent, wall, self.share_rows, norms))

@@ -216,17 +216,17 @@ class Shard:
         self._common.add(total)
         return float(total)
 
-    def step(self, reached: Tensor) -> None:
+    def step(self, reached: Sequence[float]) -> None:
         """Update this member's slice by its gradient, and wait until the others have updated theirs.
 
         Parameters
         ----------
-        reached : tensor, (parameters,)
-            0 for each parameter that no gradient reached.
+        reached : sequence of float
+            For each parameter; 0 if no gradient reached it.
         """
         for ours, theirs in zip(self._inner.param_groups, self._optimizer.param_groups, strict=True):
             ours.update({name: value for name, value in theirs.items() if name != "params"})
-        for piece, gradient, by in zip(self._pieces, self._gradients, reached.tolist(), strict=True):
+        for piece, gradient, by in zip(self._pieces, self._gradients, reached, strict=True):
             piece.values.grad = gradient if by else None
         self._inner.step()
         self._optimizer._opt_called = True  # type: ignore[attr-defined]  # as schedules want to see

@@ -34,6 +34,7 @@ from parakit.checking import (
 from parakit.checkpoints import Checkpoint, Checkpoints, check_fits, check_plain, load
 from parakit.chunks import DEFAULT_CHUNKS, EpochOrder, Ownership, chunk_count, cut
 from parakit.data import Samples
+from parakit.devices import device_here
 from parakit.errors import CheckpointError, DataError, InputError
 from parakit.evaluation import Evaluation, Tally, tally
 from parakit.events import History, RunStart
@@ -234,6 +235,7 @@ def plan(
 
     initial = own_copy(model)
     loss_sum = try_out(initial, _default_loss(samples.targets) if loss is None else loss, samples, held_out)
+    loss_sum = loss_sum.knowing(samples.targets, *([held_out.targets] if held_out is not None else []))
     factory = _default_optimizer if optimizer is None else optimizer
     recipe = Recipe(
         initial, loss_sum, factory, scheduler, scheduler_every, clip_norm, seed, order, on_nonfinite == "stop",
@@ -249,6 +251,7 @@ def plan(
     if saving is not None:
         check_plain(Replica(recipe).live_state())
     chosen = strategy or AllReduce()
+    _check_exchange(chosen, pool)
     check_travels(recipe, chosen)
 
     validation_pieces = _pieces_in_order(held_out)
@@ -265,7 +268,7 @@ def plan(
     start = RunStart(
         0.0, repr(chosen), members, pool.kind, pool.cores, threads or pool.threads,
         sum(p.numel() for p in initial.parameters() if p.requires_grad), len(samples), len(pieces), batch, total,
-        order.steps_per_epoch, seed, pool.exchange_of(chosen), pool.simulated,
+        order.steps_per_epoch, seed, pool.exchange_of(chosen), pool.simulated, pool.device,
     )  # fmt: skip
     return Plan(job, roster, active, total, start, rate, identity, resumption, saving)
 
@@ -309,14 +312,16 @@ def evaluate(
     loss_sum = try_out(own, _default_loss(samples.targets) if loss is None else loss, samples, None, training=False)
     shares = torch.arange(len(samples)).tensor_split(min(pool.size, len(samples)))
     blob = pickled((own, loss_sum), "model")
-    items = [(blob, samples.take(rows).packed()) for rows in shares]
+    items = [(blob, samples.take(rows).packed(), pool.device) for rows in shares]
     tallies: list[Tally] = pool.map(_tally_packed, items, limit_seconds)
     return sum(tallies, Tally()).result()
 
 
-def _tally_packed(item: tuple[bytes, Samples]) -> Tally:
-    model, loss = cloudpickle.loads(item[0])
-    return tally(model, loss, item[1].unpacked())
+def _tally_packed(item: tuple[bytes, Samples, str]) -> Tally:
+    blob, samples, kind = item
+    device = device_here(kind)
+    model, loss = cloudpickle.loads(blob)
+    return tally(model.to(device), loss.on(device), samples.unpacked().on(device))
 
 
 def _resumption(resume: Any, identity: dict[str, Any], total: int, rate: float | None) -> Resumption:
@@ -373,8 +378,22 @@ def _absolute(place: Any) -> str:
     return text if "://" in text else str(Path(text).expanduser().resolve())
 
 
+def _check_exchange(strategy: Strategy, pool: Workers) -> None:
+    if pool.device != "cpu" and getattr(strategy, "exchange", "auto") == "shared memory":
+        raise InputError(
+            "The strategy exchanges gradients in shared memory, but these workers compute on GPUs.",
+            cause="gradients are in the memory of the GPUs, which processes do not share",
+            remedy='leave the choice to parakit: AllReduce(), or AllReduce(exchange="gloo")',
+        )
+
+
 def _check_threads(threads: Any, pool: Workers) -> None:
     check_whole("threads", threads, 1, none=True)
+    if pool.device != "cpu" and threads not in (None, pool.threads):
+        raise InputError(
+            f"threads is {threads}, but these workers compute on GPUs, with one thread each.",
+            remedy="leave threads out",
+        )
     if pool.simulated and threads not in (None, pool.threads):
         raise InputError(
             f"threads is {threads}, but these workers are simulated with {pool.threads} each.",

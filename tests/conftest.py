@@ -16,6 +16,7 @@ import pytest
 import torch
 
 import parakit as pk
+from parakit.devices import DEVICES
 from tests.members import Member, members
 
 _SETTLE_SECONDS = 15.0
@@ -25,6 +26,19 @@ _STANDING_THREADS = ("Dask-Callback-Thread", "Dask-Offload", "Profile", "TCP-Exe
 
 torch.set_num_threads(1)
 pk.datasets.digits()  # scikit-learn's helpers make a few semaphores when they are first imported, and keep them
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--device", choices=DEVICES, default="cpu",
+        help="where workers compute that tests share; cuda is for test_exact.py and test_gpu.py",
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def device(request: pytest.FixtureRequest) -> str:
+    """Where workers that tests share compute."""
+    return str(request.config.getoption("--device"))
 
 
 def pytest_configure() -> None:
@@ -117,19 +131,19 @@ def nothing_left() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def pool() -> Iterator[pk.Workers]:
+def pool(device: str) -> Iterator[pk.Workers]:
     """Four warm local processes, shared by the tests that do not harm them."""
     before = standing()
-    with pk.connect(4) as workers:
+    with pk.connect(4, device=device) as workers:
         yield workers
     left = leftovers(before)
     assert not left, f"the pool left behind: {left}"
 
 
 @pytest.fixture
-def inline() -> Iterator[pk.Workers]:
+def inline(device: str) -> Iterator[pk.Workers]:
     """Virtual workers in this process."""
-    with pk.connect("inline") as workers:
+    with pk.connect("inline", device=device) as workers:
         yield workers
 
 

@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[1]
 ROOMS = (
     ("parakit.errors", "parakit.machine", "parakit.scaling.least_squares", "parakit.workers.dask.janitor"),
     ("parakit.workers.dask.nursery",),
-    ("parakit.export",),
+    ("parakit.devices", "parakit.export",),
     (
         "parakit.commits", "parakit.events", "parakit.chunks", "parakit.rates", "parakit.shards",
         "parakit.fusing", "parakit.pacing",

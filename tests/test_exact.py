@@ -354,7 +354,7 @@ class Caching(nn.Module):
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         if self.table is None or len(self.table) < len(inputs):
-            self.table = torch.ones(len(inputs), 1, dtype=torch.float64)
+            self.table = inputs.new_ones(len(inputs), 1)
         return self.layer(inputs * self.table[: len(inputs)])
 
 

@@ -68,6 +68,22 @@ def test_any_order_of_adding_gives_the_same_sum() -> None:
     assert torch.allclose(((a + b) + c).vector, (c + (b + a)).vector, rtol=1e-15)
 
 
+def test_what_is_noted_behind_a_gradient_is_the_same_where_numpy_cannot_write() -> None:
+    written = []
+    for by_numpy in (True, False):
+        total = GradientSum.around(torch.zeros(9), flags=2)
+        if not by_numpy:  # as where the vector is on a GPU
+            total._numbers = total.vector[4:]
+        total.note(torch.tensor(7.0), torch.tensor(2.5, requires_grad=True))
+        total.note_reached([1.0, 0.0])
+        total.vote()
+        assert (total.count, total.loss_sum, total.votes, total.reached) == (7.0, 2.5, 1.0, [1.0, 0.0])
+        total.note(3.0, torch.tensor(1.5))
+        assert (total.count, total.loss_sum, total.votes) == (3.0, 1.5, 0.0)
+        written.append(total.vector.tolist())
+    assert written[0] == written[1] == [0.0, 0.0, 0.0, 0.0, 1.0, 0.0, 3.0, 1.5, 0.0]
+
+
 def test_votes_add_up() -> None:
     a, b, c = some_sum(0), some_sum(1), some_sum(2)
     assert a.votes == 0
@@ -303,7 +319,7 @@ def test_alone_the_sum_is_brought_together_only_if_somebody_asks(dtype: torch.dt
     alone = backward(buffer, model, loss, samples)
     assert alone.is_late == (dtype != torch.bfloat16)  # that is summed in another type, so it must be copied
     assert (alone.count, alone.loss_sum, alone.votes) == (among.count, among.loss_sum, 0.0)
-    assert torch.equal(alone.reached, among.reached)
+    assert alone.reached == among.reached
     assert torch.equal(alone.vector, among.vector)
     assert not alone.is_late
     said = buffer.load(alone)
@@ -346,7 +362,7 @@ def test_what_a_batch_does_not_reach_has_no_gradient_and_sparse_ones_are_dense(a
         expected = torch.autograd.grad(plain, [model.table.weight, used.weight])
         assert torch.allclose(model.table.weight.grad, expected[0].to_dense(), rtol=1e-12)
         assert torch.allclose(used.weight.grad, expected[1], rtol=1e-12)
-        assert whole.reached.tolist() == [1.0 if p.grad is not None else 0.0 for p in model.parameters()]
+        assert whole.reached == [1.0 if p.grad is not None else 0.0 for p in model.parameters()]
 
 
 @pytest.mark.parametrize("forked", [False, True])

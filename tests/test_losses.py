@@ -367,3 +367,20 @@ def test_labels_that_fit_or_are_ignored_or_are_no_labels_pass() -> None:
     check_labels(nn.CrossEntropyLoss(), output, torch.full((6, CLASSES), 99.0), "data")  # probabilities
     check_labels(nn.MSELoss(), output, torch.full((6, CLASSES), 99), "data")
     check_labels(lambda o, t: (o[:, 0] - t).abs().mean(), output, torch.tensor([99]), "data")
+
+
+def test_a_loss_that_knows_its_labels_counts_them_without_a_look() -> None:
+    output, labels = torch.randn(4, 3), torch.tensor([0, 2, 1, 2])
+    ignoring = summed(nn.CrossEntropyLoss(ignore_index=1), output, labels)
+    plain = summed(nn.CrossEntropyLoss(), output, labels)
+    weighted = summed(nn.CrossEntropyLoss(weight=torch.ones(3)), output, labels)
+    assert plain.knowing(labels, labels).kind == "labels"
+    assert plain.knowing(labels)(output, labels)[1] == plain(output, labels)[1] == 4.0
+    assert ignoring.knowing(labels) is ignoring  # one of them is left out
+    assert ignoring.knowing(labels[:2]).kind == "labels"
+    assert ignoring.knowing(labels[:2], labels) is ignoring  # in the second of all targets that there are
+    assert weighted.knowing(labels) is weighted
+    assert plain.knowing(torch.tensor([-100, 0], dtype=torch.int64)) is plain
+    assert plain.knowing(torch.tensor([[0.5, 0.5]])) is plain  # probabilities
+    pixels = torch.randint(3, (2, 5, 5))
+    assert plain.knowing(pixels)(torch.randn(2, 3, 5, 5), pixels)[1] == 50.0

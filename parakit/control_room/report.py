@@ -76,7 +76,7 @@ def table_rows(course: Course) -> list[tuple[str, ...]]:
         ))  # fmt: skip
     if plain:
         rows.append((
-            rival_name(plain.cores) + _UNSURE * course.uncertain,
+            rival_name(plain.cores, plain.device) + _UNSURE * course.uncertain,
             _spread(plain.samples_per_second, plain.low, plain.high),
             _times(plain.samples_per_second / one.median if one else math.nan), "", _times(1.0),
         ))  # fmt: skip

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from parakit.checking import brief, check_pool, check_positive, check_whole, plain
+from parakit.checking import brief, check_on_cores, check_pool, check_positive, check_whole, plain
 from parakit.data import Samples
 from parakit.errors import InputError, ParakitError, RunError
 from parakit.plans import Plan
@@ -113,6 +113,7 @@ def advise(
     if not isinstance(progress, bool):
         raise InputError(f"progress is {brief(progress)}; it must be True or False.")
     _check_real(pool)
+    check_on_cores(pool, "parakit.advise")
 
     def make(layout: Layout, rows: Any) -> Plan:
         return plan(

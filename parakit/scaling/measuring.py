@@ -47,8 +47,8 @@ def measure_plain(pool: Workers, job: Job, now: Callable[[], float], stopping: C
     ParakitError
         If it failed.
     """
-    found = try_plain(pool, plain_trial(job), job.limit_seconds, stopping)
-    return None if found is None else _baseline(found, now())
+    found = try_plain(pool, plain_trial(job, pool), job.limit_seconds, stopping)
+    return None if found is None else _baseline(found, now(), pool.device)
 
 
 def try_plain(
@@ -87,11 +87,11 @@ def try_plain(
     return found
 
 
-def plain_trial(job: Job, cores: int | None = None) -> PlainTrial:
+def plain_trial(job: Job, pool: Workers) -> PlainTrial:
     """What plain PyTorch has to train so that it can be compared with a run: its model, from the start, on its rows."""
     recipe = job.recipe
     blob = cloudpickle.dumps((recipe.model, recipe.loss, recipe.optimizer, recipe.clip_norm))
-    return PlainTrial(uuid.uuid4().hex, blob, _rows(job).packed(), recipe.order.batch_size, cores=cores)
+    return PlainTrial(uuid.uuid4().hex, blob, _rows(job).packed(), recipe.order.batch_size, device=pool.device)
 
 
 def _rows(job: Job) -> Samples:
@@ -102,8 +102,8 @@ def _rows(job: Job) -> Samples:
     return Samples.join([job.load(chunk) for chunk in chunks])
 
 
-def _baseline(found: PlainRates, at_seconds: float) -> Baseline:
+def _baseline(found: PlainRates, at_seconds: float, device: str) -> Baseline:
     if not found.rates:
         raise ParakitError(found.error)
     low, median, high = np.percentile(found.rates, (25, 50, 75)).tolist()
-    return Baseline(at_seconds, PLAIN, found.cores, median, low, high, len(found.rates))
+    return Baseline(at_seconds, PLAIN, found.cores, median, low, high, len(found.rates), device)

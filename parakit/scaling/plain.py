@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from parakit.data import Samples
+from parakit.devices import device_here, finish, generators_of
 from parakit.gradients import call_model
 from parakit.machine import usable_cores
 from parakit.replica import needs_closure
@@ -51,6 +52,8 @@ class PlainTrial:
         How long to time steps; longer until there are five, but no longer than the most with the warm-up.
     cores : int, optional
         Threads to train with. Default: all cores that the process may use.
+    device : {"cpu", "cuda"}
+        Where to train.
     most_seconds : float, optional
         After which warm-up and timing end, after the present step. Default: 6.
     """
@@ -62,6 +65,7 @@ class PlainTrial:
     seconds: float = SECONDS
     cores: int | None = None
     most_seconds: float | None = None
+    device: str = "cpu"
 
 
 @dataclass(frozen=True)
@@ -91,12 +95,13 @@ def halt(name: str) -> None:
 
 def measure(trial: PlainTrial) -> PlainRates:
     """Time the plain loop; leaves this process's random state and number of threads as they were."""
-    cores = trial.cores or usable_cores()
+    cores = trial.cores or (usable_cores() if trial.device == "cpu" else 1)
     used = torch.get_num_threads()
     torch.set_num_threads(cores)
     try:
-        with torch.random.fork_rng(devices=[]):
-            return PlainRates(cores, tuple(_timed(_loop(trial), trial)))
+        device = device_here(trial.device)
+        with torch.random.fork_rng(devices=generators_of(device)):
+            return PlainRates(cores, tuple(_timed(_loop(trial, device), trial)))
     except Exception as error:
         return PlainRates(cores, (), f"{type(error).__name__}: {error}")
     finally:
@@ -129,16 +134,17 @@ def _warm_up(loop: Iterator[int]) -> None:
             break
 
 
-def _loop(trial: PlainTrial) -> Iterator[int]:
+def _loop(trial: PlainTrial, device: torch.device) -> Iterator[int]:
     """Train as a user would by hand; yields the rows of each step when it is done."""
     model, loss, make_optimizer, clip_norm = cloudpickle.loads(trial.blob)
-    model.train()
+    model.to(device).train()
+    loss = loss.on(device)
     parameters = list(model.parameters())
     optimizer = make_optimizer(parameters)
     by_closure = needs_closure(optimizer)
-    samples = trial.samples.unpacked()
+    samples = trial.samples.unpacked().on(device)
     for rows in _batches(len(samples), trial.batch_size):
-        batch = samples.take(rows)
+        batch = samples.take(rows.to(device))
 
         def closure(batch: Samples = batch) -> Tensor:
             optimizer.zero_grad()
@@ -154,6 +160,7 @@ def _loop(trial: PlainTrial) -> Iterator[int]:
         else:
             closure()
             optimizer.step()
+        finish(device)
         yield len(rows)
 
 

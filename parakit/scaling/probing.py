@@ -72,7 +72,7 @@ def probe_contention(
     _check_host(on, workers)
     check_positive("seconds", seconds)
     job = plan(model, data, on=on, workers=1, steps=1, batch_size=rows, **how).job
-    trial = replace(plain_trial(job), seconds=float(seconds), cores=on.threads)
+    trial = replace(plain_trial(job, on), seconds=float(seconds), cores=on.threads)
     alone, together = (_seconds_of_a_step(on, trial, count) for count in (1, workers))
     return max(0.0, together / alone - 1) / ((workers - 1) * on.threads)
 

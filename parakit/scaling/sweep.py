@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
-from parakit.checking import brief, check_choice, check_pool, check_whole, plain
+from parakit.checking import brief, check_choice, check_on_cores, check_pool, check_whole, plain
 from parakit.data import Samples
 from parakit.errors import InputError, ParakitError, RunError
 from parakit.events import History, RunStart
@@ -120,6 +120,7 @@ def sweep(
     ((1, 2), True)
     """
     pool = check_pool(on)
+    check_on_cores(pool, "parakit.sweep")
     counts = wanted_counts(usual_counts(pool) if workers is None else workers)
     repeats, seconds, batch_size, seed = map(plain, (repeats, seconds, batch_size, seed))
     check_extent(len(counts), repeats, seconds)

@@ -272,7 +272,7 @@ class Rivals:
     """
 
     def __init__(self, job: Job, pool: Workers, seconds: float, most_seconds: float | None = None) -> None:
-        self._trial = replace(plain_trial(job), seconds=seconds, most_seconds=most_seconds)
+        self._trial = replace(plain_trial(job, pool), seconds=seconds, most_seconds=most_seconds)
         self._pool = pool
         self._limit_seconds = job.limit_seconds
 

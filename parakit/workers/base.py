@@ -340,8 +340,10 @@ class Workers(ABC):
     kind: str
     #: Threads that torch uses in each worker.
     threads: int
-    #: Cores that this pool's workers can use at once.
+    #: Cores that this pool's workers can use at once; where they compute on GPUs, how many of those there are.
     cores: int
+    #: Where the workers compute: "cpu" or "cuda".
+    device: str = "cpu"
     #: Tells the time of runs on this pool, in seconds; virtual where the workers are simulated.
     clock: Callable[[], float] = perf_counter
     #: Whether the workers, and all times, are only simulated.
@@ -409,6 +411,8 @@ class Workers(ABC):
         """
         if strategy.runs_on == "driver":
             return "tasks"
+        if self.device != "cpu":
+            return "gloo"
         wished = getattr(strategy, "exchange", "auto")
         if wished == "auto" and hierarchical(self.hosts):
             way = "hierarchical"
@@ -489,6 +493,7 @@ class Workers(ABC):
             return f"<Workers: {self.kind}, closed>"
         many = "1 worker" if self.size == 1 else f"{self.size} workers"
         threads = "1 thread" if self.threads == 1 else f"{self.threads} threads"
-        cores = "1 core" if self.cores == 1 else f"{self.cores} cores"
-        crowded = "; more workers than cores" if self.size * self.threads > self.cores else ""
-        return f"<Workers: {self.kind}, {many} of {threads} each, {cores}{crowded}>"
+        noun = "core" if self.device == "cpu" else "GPU"
+        there = f"1 {noun}" if self.cores == 1 else f"{self.cores} {noun}s"
+        crowded = f"; more workers than {noun}s" if self.size * self.threads > self.cores else ""
+        return f"<Workers: {self.kind}, {many} of {threads} each, {there}{crowded}>"

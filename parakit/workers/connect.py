@@ -6,7 +6,8 @@ from typing import Any
 
 import psutil
 
-from parakit.checking import brief, plain
+from parakit.checking import brief, check_choice, plain
+from parakit.devices import DEVICES
 from parakit.errors import InputError, WorkerCountError
 from parakit.machine import usable_cores
 from parakit.workers.base import Workers
@@ -22,6 +23,7 @@ def connect(
     *,
     threads: int | None = None,
     most: int | None = None,
+    device: str = "cpu",
     security: Any = None,
     timeout: float = 60.0,
 ) -> Workers:
@@ -39,6 +41,10 @@ def connect(
     most : int, optional
         How far the pool may grow when a run is resized beyond it. Default: for local processes, the larger of
         their number and twice the machine's cores; for a cluster that can scale, no limit of ours.
+    device : {"cpu", "cuda"}
+        Where the workers compute. With "cuda" each has the GPU that the fewest others have, of those it sees, and
+        holds model and chunks there; give data and model as for CPUs. Gradients are added up by torch.distributed
+        (gloo, through the memory of the hosts), and `cores`, wherever it is shown, counts GPUs.
     security : distributed.security.Security, optional
         For an address with TLS.
     timeout : float
@@ -54,9 +60,9 @@ def connect(
     WorkerCountError
         For a number below 1, or more processes than fit into this machine's memory.
     InputError
-        For something that workers cannot be reached by.
+        For something that workers cannot be reached by, or a GPU in this process where there is none.
     ConnectError
-        If the workers cannot be reached in time, or lack torch or parakit, or have other versions.
+        If the workers cannot be reached in time, or lack torch, parakit or a GPU, or have other versions.
 
     Examples
     --------
@@ -67,8 +73,9 @@ def connect(
     """
     target, threads, most, timeout = map(plain, (target, threads, most, timeout))
     _check_options(threads, most, timeout)
+    _check_device(device, threads)
     if isinstance(target, str) and target == "inline":
-        return InlineWorkers(threads)
+        return InlineWorkers(threads, device)
     if isinstance(target, bool) or (isinstance(target, int) and target < 1):
         raise WorkerCountError(
             f"The number of workers is {target!r}; it must be a whole number of at least 1.",
@@ -82,15 +89,16 @@ def connect(
             remedy='connect("tcp://host:8786") for a scheduler, connect("inline") for this process, or connect(2)',
         )
     # Dask is imported when it is needed: "inline" starts without it.
-    from parakit.workers.dask.reaching import connect_client, connect_cluster, connect_local, what_is
+    from parakit.workers.dask.reaching import Terms, connect_client, connect_cluster, connect_local, what_is
 
     kind = what_is(target)
+    how = Terms(threads or 1, most, device, timeout)
     if kind == "local":
-        return connect_local(target, threads=threads or 1, most=most, timeout=timeout)
+        return connect_local(target, how)
     if kind == "cluster":
-        return connect_cluster(target, threads=threads or 1, most=most, timeout=timeout)
+        return connect_cluster(target, how)
     if kind in ("address", "client"):
-        return connect_client(target, threads=threads or 1, most=most, security=security, timeout=timeout)
+        return connect_client(target, how, security)
     raise InputError(
         f"parakit cannot reach workers through {brief(target)}.",
         remedy='give a number, "inline", a scheduler\'s address such as "tcp://host:8786", a Client or a Cluster',
@@ -110,6 +118,16 @@ def _check_local(count: int, most: int | None) -> None:
         raise InputError(
             f"The pool cannot start with {count} workers and grow to at most {most}.",
             remedy=f"most={count} or more, or leave it out",
+        )
+
+
+def _check_device(device: Any, threads: Any) -> None:
+    check_choice("device", device, DEVICES)
+    if device != "cpu" and threads is not None:
+        raise InputError(
+            f"threads is {brief(threads)}, but workers on GPUs have one thread each.",
+            cause="threads are what torch computes with on cores",
+            remedy="leave threads out",
         )
 
 

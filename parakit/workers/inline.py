@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 from parakit.chunks import DEFAULT_CHUNKS
 from parakit.commits import State, copy_state
+from parakit.data import pack, unpack
+from parakit.devices import device_here, generators_of
 from parakit.evaluation import Tally, tally
 from parakit.gradients import GradientSum
 from parakit.machine import usable_cores
@@ -31,10 +33,12 @@ class InlineWorkers(Workers):
     kind = "inline, in this process"
     in_turns = True
 
-    def __init__(self, threads: int | None = None) -> None:
+    def __init__(self, threads: int | None = None, device: str = "cpu") -> None:
         super().__init__()
+        device_here(device)  # is there one?
+        self.device = device
         self.threads = threads or torch.get_num_threads()
-        self.cores = usable_cores()
+        self.cores = usable_cores() if device == "cpu" else 1
         self._size = 1
 
     @property
@@ -69,7 +73,7 @@ class InlineWorkers(Workers):
 
     def open(self, job: Job) -> InlineCrew:
         """Begin a run."""
-        return InlineCrew(job, job.threads or self.threads)
+        return InlineCrew(job, job.threads or self.threads, device_here(self.device))
 
     def map(self, function: Callable[[Any], Any], items: Sequence[Any], limit_seconds: float) -> list[Any]:
         """Apply a function to items, here."""
@@ -85,13 +89,14 @@ class InlineCrew:
 
     orders_ahead = False
 
-    def __init__(self, job: Job, threads: int) -> None:
+    def __init__(self, job: Job, threads: int, device: torch.device) -> None:
         self._job = job
         self._threads = threads
-        self._replica = Replica(job.recipe)
+        self._device = device
+        self._replica = Replica(job.recipe, device)
         self._holdings: list[Holding] = []
         self._by_name: dict[str, Holding] = {}
-        self._validation = Holding()
+        self._validation = Holding(device=device)
         self._team = InlineTeam(self._replica, self._holdings)
         self._halt = 0
         self._ordered: tuple[int, int, int] | None = None
@@ -105,7 +110,7 @@ class InlineCrew:
     def muster(self, roster: Roster, state: State | None) -> None:
         """Make a roster the active one."""
         job = self._job
-        held = {name: self._by_name.get(name, Holding(job.recipe.order)) for name in roster.members}
+        held = {name: self._by_name.get(name) or Holding(job.recipe.order, self._device) for name in roster.members}
         for name, holding in held.items():
             mine = roster.training.chunks_of[name]
             keep = set(mine) & set(holding.chunks)
@@ -133,7 +138,7 @@ class InlineCrew:
         used = torch.get_num_threads()
         torch.set_num_threads(self._threads)
         try:
-            with torch.random.fork_rng(devices=[]):
+            with torch.random.fork_rng(devices=generators_of(self._device)):
                 self._replica.measure_norms()
                 for step in range(first, first + count):
                     self._job.strategy.step(self._team, step)
@@ -168,7 +173,7 @@ class InlineCrew:
 
     def state(self, step: int) -> State:
         """The state after the last segment."""
-        return dict(copy_state(self._replica.live_state()))
+        return dict(unpack(pack(copy_state(self._replica.live_state()))))
 
     def salvage(self, step: int) -> State | None:
         """Nobody is ever lost here."""
@@ -178,7 +183,7 @@ class InlineCrew:
         """Evaluate the present model on the validation chunks."""
         held = self._validation.samples
         assert held is not None
-        return tally(self._replica.model, self._job.recipe.loss, held)
+        return tally(self._replica.model, self._replica.recipe.loss, held)
 
     def label(self, worker: str) -> str:
         """The name itself."""
@@ -188,7 +193,7 @@ class InlineCrew:
         """Let go of the chunks."""
         self._by_name.clear()
         self._holdings.clear()
-        self._validation = Holding()
+        self._validation = Holding(device=self._device)
 
 
 class InlineTeam:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from parakit.devices import CPU
 from parakit.workers.base import Exchange
 from parakit.workers.group import Adders, Board, Group
 from parakit.workers.hosts import HostsGroup
@@ -27,6 +28,7 @@ def meet(
     numel: int,
     dtype: torch.dtype,
     common: int,
+    device: torch.device = CPU,
 ) -> tuple[Adders, Tensor | None]:
     """Form a group.
 
@@ -46,6 +48,8 @@ def meet(
         Of the vector that is to be added most often.
     common : int
         Bytes of memory that the members of a host are to have in common, where they share memory.
+    device : torch.device
+        Where the vector lies. From a GPU it is added by connections, whatever the exchange.
 
     Returns
     -------
@@ -62,7 +66,7 @@ def meet(
         If the others do not come in time.
     """
     size, capacity = len(hosts), numel * dtype.itemsize
-    if exchange != "gloo" and size > 1:
+    if exchange != "gloo" and size > 1 and device.type == "cpu":
         try:
             group: Slicing
             if exchange == "auto" and hierarchical(hosts):

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from parakit.commits import PrivateCommits, State, copy_state, nbytes_of
 from parakit.data import Samples, pack, unpack
+from parakit.devices import CPU, device_here, give_back, use
 from parakit.errors import Diverged, ParakitError, StaleGeneration
 from parakit.evaluation import Tally, tally
 from parakit.gradients import GradientSum, unflatten_into
@@ -44,16 +45,19 @@ _COMMITS = 2  # that a member keeps: the driver may be one segment behind
 class Resident:
     """A run's part on this worker, and the team that a strategy's text sees when it runs here."""
 
-    def __init__(self, run_id: str, recipe: Recipe, strategy: Strategy, threads: int) -> None:
+    def __init__(
+        self, run_id: str, recipe: Recipe, strategy: Strategy, threads: int, device: torch.device = CPU
+    ) -> None:
         self.run_id = run_id
         self.strategy = strategy
         self.threads = threads
         self.generation = -1
-        torch.set_num_threads(threads)
-        self.replica = Replica(recipe)
+        self.device = device
+        self.make_itself_at_home()
+        self.replica = Replica(recipe, device)
         self._commit_privately()
-        self.training = Holding(recipe.order)
-        self.validation = Holding()
+        self.training = Holding(recipe.order, device)
+        self.validation = Holding(device=device)
         self.rank = 0
         self.group: Adders | None = None
         self._vault: Vault | None = None
@@ -69,6 +73,11 @@ class Resident:
         self._busy = False
         self._moved = perf_counter()
         self._waiting = False
+
+    def make_itself_at_home(self) -> None:
+        """Set what torch counts per thread of Python's: tasks may run on any thread of the worker's."""
+        torch.set_num_threads(self.threads)
+        use(self.device)
 
     def progress(self, *, waiting: bool = False) -> None:
         """Note that the work goes on; told to whoever asks for a pulse."""
@@ -131,9 +140,9 @@ class Resident:
         self.group, place = meet(
             board, orders.rank, orders.hosts, orders.limit_seconds,
             exchange=getattr(self.strategy, "exchange", "auto"), numel=buffer.numel, dtype=buffer.dtype, common=common,
+            device=self.device,
         )  # fmt: skip
-        place = torch.zeros(buffer.numel, dtype=buffer.dtype) if place is None else place
-        buffer.live_in(place, alone=orders.size == 1)
+        buffer.live_in(buffer.fresh_vector() if place is None else place, alone=orders.size == 1)
         if common and isinstance(self.group, Slicing) and self.group.divides:
             self.replica.share(_Common(self, self.group))
 
@@ -354,8 +363,7 @@ def _order(function: Callable[Concatenate[Resident, P], Any]) -> Callable[Concat
 
 
 def _answer(resident: Resident, work: Callable[[], Any]) -> Answer:
-    # Torch counts threads per thread of Python's, and tasks may run on any of the worker's.
-    torch.set_num_threads(resident.threads)
+    resident.make_itself_at_home()
     with resident.lock, resident.at_work():
         try:
             return Answer(work())
@@ -376,14 +384,14 @@ def _failure(kind: str, resident: Resident, error: BaseException) -> Failure:
     return Failure(kind, resident.replica.step, type(error).__name__, text, traceback.format_exc(limit=-6))
 
 
-def prepare(run_id: str, blob: bytes, threads: int) -> Answer:
+def prepare(run_id: str, blob: bytes, threads: int, device: str = "cpu") -> Answer:
     """Make the resident of a run, unless it is here already."""
     with _residents_lock:
         if run_id in _residents:
             return Answer()
         try:
             recipe, strategy = pickle.loads(blob)
-            _residents[run_id] = Resident(run_id, recipe, strategy, threads)
+            _residents[run_id] = Resident(run_id, recipe, strategy, threads, device_here(device))
         except Exception as error:
             failure = Failure("code", 0, type(error).__name__, str(error), traceback.format_exc(limit=-6))
             return Answer(failure=failure)
@@ -438,7 +446,7 @@ def map_gradient(resident: Resident, step: int, rank: int, parameters: Tensor) -
     began = perf_counter()
     replica = resident.replica
     unflatten_into(unpack(parameters), list(replica.model.parameters()))
-    part = replica.gradient(step, resident.training, rank).clone()
+    part = replica.gradient(step, resident.training, rank).on_cpu()
     spent, replica.spent = replica.spent, [0.0] * len(replica.spent)
     wall = perf_counter() - began
     replica.records.append(StepRecord(step, float("nan"), float("nan"), spent, wall, replica.share_rows))
@@ -456,7 +464,7 @@ def add(*answers: Answer) -> Answer:
 @_order
 def collect(resident: Resident) -> tuple[list[StepRecord], dict[str, Tensor]]:
     """The worker's accounts since the last call, and the running statistics of its model."""
-    buffers = {name: b.clone() for name, b in resident.replica.model.named_buffers()}
+    buffers = {name: b.clone().cpu() for name, b in resident.replica.model.named_buffers()}
     return resident.replica.take_records(), buffers
 
 
@@ -498,8 +506,10 @@ def release(run_id: str) -> None:
     if resident is not None:
         resident.leave_group()
         resident.close_vault()
+        device = resident.device
         del resident
         gc.collect()  # a buffer and the sum that it fills know each other
+        give_back(device)
         give_back_freed_memory()
 
 

@@ -18,6 +18,7 @@ import torch
 
 from parakit.chunks import DEFAULT_CHUNKS
 from parakit.commits import State
+from parakit.devices import CPU
 from parakit.errors import InputError, WorkerCountError
 from parakit.evaluation import Tally
 from parakit.rates import learning_rate
@@ -253,7 +254,7 @@ class SimulatedCrew(InlineCrew):
     """A run's hold on simulated workers: what is computed is computed inline, and the clock is moved beside it."""
 
     def __init__(self, job: Job, costs: CostModel, clock: VirtualClock, seed: int) -> None:
-        super().__init__(job, torch.get_num_threads())
+        super().__init__(job, torch.get_num_threads(), CPU)
         self._costs = costs
         self._clock = clock
         self._steps_at_once = 1

@@ -94,7 +94,7 @@ class DaskCrew:
                 self._submit(
                     newcomers,
                     resident.prepare,
-                    lambda m: (self._job.run_id, self._sent(self._blob, m), threads),
+                    lambda m: (self._job.run_id, self._sent(self._blob, m), threads, self._pool.device),
                 ),
                 self.patience(_SETTING_UP),
             )

@@ -17,6 +17,7 @@ from typing import Any
 from distributed import Client, wait
 from distributed.deploy import Cluster
 
+from parakit.devices import gpus_here, share_out
 from parakit.errors import ConnectError, WorkerLost
 from parakit.machine import in_thread
 from parakit.workers.base import Job, Workers
@@ -46,6 +47,7 @@ class DaskWorkers(Workers):
     threads : int
     most : int or None
         How far the pool may grow; None where nobody can be asked.
+    device : {"cpu", "cuda"}
     expected : int
         Workers to wait for.
     timeout : float
@@ -57,13 +59,14 @@ class DaskWorkers(Workers):
     """
 
     def __init__(
-        self, client: Client, kind: str, threads: int, most: int | None, expected: int, timeout: float,
+        self, client: Client, kind: str, threads: int, most: int | None, device: str, expected: int, timeout: float,
         cluster: Cluster | None, ours: Sequence[Any],
     ) -> None:  # fmt: skip
         super().__init__()
         self.client = client
         self.kind = kind
         self.threads = threads
+        self.device = device
         self.cores = 0
         self._most = most
         self._cluster = cluster
@@ -75,6 +78,7 @@ class DaskWorkers(Workers):
         self._labels: dict[str, Any] = {}  # of all workers ever seen: a lost one is still named
         self._pids: dict[str, int] = {}
         self._hosts: dict[str, str] = {}
+        self._gpus: dict[str, str] = {}  # that workers compute on
         self._banished: set[str] = set()
         try:
             self._await_workers(expected, timeout)
@@ -208,9 +212,9 @@ class DaskWorkers(Workers):
             self._run(rendezvous.install, fresh)
             self._ready.update(fresh)
 
-    def _run(self, function: Callable[..., Any], addresses: Sequence[str]) -> dict[str, Any]:
+    def _run(self, function: Callable[..., Any], addresses: Sequence[str], *args: Any) -> dict[str, Any]:
         """Call a function in the event loop of some workers, up to a limit, and as long as they are there."""
-        calling = in_thread(self.client.run, function, workers=list(addresses))
+        calling = in_thread(self.client.run, function, *args, workers=list(addresses))
         deadline = time.monotonic() + _ASK_SECONDS
         while time.monotonic() < deadline:
             try:
@@ -263,8 +267,25 @@ class DaskWorkers(Workers):
             )
         self._pids.update({address: facts["pid"] for address, facts in found.items()})
         self._hosts.update({address: facts["host"] for address, facts in found.items()})
+        if self.device != "cpu":
+            return self._share_gpus_out(addresses)
         hosts = {facts["host"]: facts["cores"] for facts in found.values()}
         return sum(hosts.values())
+
+    def _share_gpus_out(self, addresses: Sequence[str]) -> int:
+        """Tell workers which GPU each is to compute on; returns how many GPUs they see together."""
+        seen: dict[str, tuple[str, ...]] = self._run(gpus_here, addresses)
+        blind = [address for address, gpus in seen.items() if not gpus]
+        if blind:
+            raise ConnectError(
+                f"{len(blind)} of {len(seen)} workers see no GPU; {self.label(blind[0])} is one.",
+                cause="torch's build for CPUs, a machine without an NVIDIA GPU, or CUDA_VISIBLE_DEVICES is empty",
+                remedy='compute on cores: connect(..., device="cpu"); or install torch with CUDA where the GPUs are',
+            )
+        given = share_out(seen, self._gpus)
+        self._run(rendezvous.take_gpu, addresses, given)
+        self._gpus.update(given)
+        return len({gpu for gpus in seen.values() for gpu in gpus})
 
     def _close(self) -> None:
         with contextlib.ExitStack() as closing:  # whoever interrupts the end of one does not spare the next

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import importlib
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from typing import Any
 
 from distributed import Client
@@ -13,6 +14,7 @@ from distributed.comm import connect
 from distributed.deploy import Cluster
 from distributed.security import Security
 
+from parakit.devices import gpus_here
 from parakit.errors import ConnectError, InputError
 from parakit.machine import in_thread, uninterrupted, usable_cores
 from parakit.workers.dask.janitor import Janitor
@@ -20,11 +22,21 @@ from parakit.workers.dask.local import WatchedCluster
 from parakit.workers.dask.nursery import Nursery
 from parakit.workers.dask.pool import DaskWorkers
 
-__all__ = ["connect_client", "connect_cluster", "connect_local", "what_is"]
+__all__ = ["Terms", "connect_client", "connect_cluster", "connect_local", "what_is"]
 
 _UNLIMITED = 100_000
 _LATER = "torch._dynamo"  # what the first optimizer of this process imports, for a second: time to do so is now
 _CLOSE_SECONDS = 10.0
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What a pool is to be like, as for `parakit.connect`."""
+
+    threads: int
+    most: int | None
+    device: str
+    timeout: float
 
 
 def what_is(target: Any) -> str:
@@ -38,18 +50,18 @@ def what_is(target: Any) -> str:
     return "cluster" if isinstance(target, Cluster) else ""
 
 
-def connect_local(count: int | None, *, threads: int, most: int | None, timeout: float) -> DaskWorkers:
+def connect_local(count: int | None, how: Terms) -> DaskWorkers:
     """Start processes on this machine, with torch imported, listening on loopback only."""
-    wanted = count or usable_cores()
-    limit = max(wanted, 2 * usable_cores()) if most is None else most
+    wanted = count or (usable_cores() if how.device == "cpu" else max(1, len(gpus_here())))
+    limit = max(wanted, 2 * usable_cores()) if how.most is None else how.most
     if limit < wanted:
         raise InputError(f"The pool cannot start with {wanted} workers and grow to at most {limit}.")
     return uninterrupted(
-        lambda: _start_local(wanted, threads, limit, timeout), DaskWorkers.close, timeout + 2 * _CLOSE_SECONDS
+        lambda: _start_local(wanted, replace(how, most=limit)), DaskWorkers.close, how.timeout + 2 * _CLOSE_SECONDS
     )
 
 
-def _start_local(count: int, threads: int, most: int, timeout: float) -> DaskWorkers:
+def _start_local(count: int, how: Terms) -> DaskWorkers:
     with contextlib.ExitStack() as undo:
         try:
             nursery = Nursery()
@@ -65,26 +77,24 @@ def _start_local(count: int, threads: int, most: int, timeout: float) -> DaskWor
                 cause="too little memory, or a script that starts workers without a guard",
                 remedy='in a script, put the code under: if __name__ == "__main__":',
             ) from error
-        client = Client(cluster, timeout=timeout, set_as_default=False)
+        client = Client(cluster, timeout=how.timeout, set_as_default=False)
         undo.pop_all()
     many = "process" if count == 1 else "processes"
     ours = (client, cluster, janitor, nursery)
-    return DaskWorkers(client, f"{count} local {many}", threads, most, count, timeout, cluster, ours=ours)
+    return _pool(client, f"{count} local {many}", how, count, cluster, ours=ours)
 
 
-def connect_cluster(cluster: Cluster, *, threads: int, most: int | None, timeout: float) -> DaskWorkers:
+def connect_cluster(cluster: Cluster, how: Terms) -> DaskWorkers:
     """Use somebody's cluster; the connection is ours, the cluster is not."""
     try:
-        client = Client(cluster, timeout=timeout, set_as_default=False)
+        client = Client(cluster, timeout=how.timeout, set_as_default=False)
     except Exception as error:
         raise _unreachable(repr(cluster), error) from error
     kind = f"{type(cluster).__name__} {cluster.scheduler_address}"
-    return DaskWorkers(client, kind, threads, most or _UNLIMITED, 1, timeout, cluster, ours=(client,))
+    return _pool(client, kind, how, 1, cluster, ours=(client,))
 
 
-def connect_client(
-    target: str | Client, *, threads: int, most: int | None, security: Any, timeout: float
-) -> DaskWorkers:
+def connect_client(target: str | Client, how: Terms, security: Any) -> DaskWorkers:
     """Use the cluster behind an address or a client."""
     if isinstance(target, Client):
         if target.asynchronous or target.status != "running":
@@ -92,16 +102,21 @@ def connect_client(
                 f"This client cannot be used: it is {'asynchronous' if target.asynchronous else target.status}.",
                 remedy="give a running Client that was not made with asynchronous=True",
             )
-        cluster = target.cluster
-        limit = (most or _UNLIMITED) if cluster is not None else None
         address = target.scheduler.address if target.scheduler is not None else "?"
-        return DaskWorkers(target, f"Dask at {address}", threads, limit, 1, timeout, cluster, ours=())
+        return _pool(target, f"Dask at {address}", how, 1, target.cluster, ours=())
     try:
-        _knock(target, timeout, security)
-        client = Client(target, timeout=timeout, security=security, set_as_default=False)
+        _knock(target, how.timeout, security)
+        client = Client(target, timeout=how.timeout, security=security, set_as_default=False)
     except Exception as error:
         raise _unreachable(target, error) from error
-    return DaskWorkers(client, f"Dask at {target}", threads, None, 1, timeout, None, ours=(client,))
+    return _pool(client, f"Dask at {target}", how, 1, None, ours=(client,))
+
+
+def _pool(
+    client: Client, kind: str, how: Terms, expected: int, cluster: Cluster | None, ours: tuple[Any, ...]
+) -> DaskWorkers:
+    most = None if cluster is None else how.most or _UNLIMITED
+    return DaskWorkers(client, kind, how.threads, most, how.device, expected, how.timeout, cluster, ours)
 
 
 def _knock(address: str, timeout: float, security: Security | None) -> None:

@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from distributed import Worker, get_worker
 from distributed.utils import sync
 
+from parakit.devices import own
 from parakit.errors import StaleGeneration
 from parakit.workers.group import GroupBroken
 from parakit.workers.resident import pulse, release
 
-__all__ = ["PULSE", "WorkerBoard", "forget", "install"]
+__all__ = ["PULSE", "WorkerBoard", "forget", "install", "take_gpu"]
 
 _HANDLER = "parakit_board"
 #: What a worker is asked for a pulse by.
@@ -110,6 +112,11 @@ def install(dask_worker: Worker) -> None:
 
     dask_worker.handlers[_HANDLER] = handle
     dask_worker.handlers[PULSE] = give_pulse
+
+
+def take_gpu(given: Mapping[str, str], dask_worker: Worker) -> None:
+    """Compute on the GPU that this worker is given, by its address."""
+    own(given[dask_worker.address])
 
 
 def forget(run_id: str) -> None:
