@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from parakit.devices import unit_of
 from parakit.errors import InputError
 from parakit.events import (
     KINDS,
@@ -351,6 +352,11 @@ class Course:
         if self.start is None:
             return None
         return max(1, self.start.cores // max(1, self.start.threads_per_worker))
+
+    @property
+    def unit(self) -> str:
+        """What `crowded_above` counts: "core" or "GPU"."""
+        return unit_of(self.start.device if self.start else "cpu")
 
     # --- the last steps
 

@@ -24,6 +24,7 @@ __all__ = [
     "own",
     "seed",
     "share_out",
+    "unit_of",
     "use",
 ]
 
@@ -33,7 +34,14 @@ CPU = torch.device("cpu")
 #: Where workers may compute.
 DEVICES = ("cpu", "cuda")
 
+_CALLED = {"cpu": "core", "cuda": "GPU"}
+
 _own_gpu = 0  # torch's number, in this process, of the GPU that it is to use
+
+
+def unit_of(kind: str) -> str:
+    """What one of those that compute is called, for people: "core" or "GPU"."""
+    return _CALLED[kind]
 
 
 def gpus_here() -> tuple[str, ...]:

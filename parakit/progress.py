@@ -7,6 +7,7 @@ import threading
 import time
 from typing import TYPE_CHECKING
 
+from parakit.devices import unit_of
 from parakit.events import (
     PLAIN,
     Asked,
@@ -154,7 +155,7 @@ def many(count: int, noun: str) -> str:
 
 def rival_name(cores: int, device: str = "cpu") -> str:
     """What plain PyTorch in one process with so many threads, or on one GPU, is called."""
-    return f"{PLAIN}, {many(cores, 'core') if device == 'cpu' else '1 GPU'}"
+    return f"{PLAIN}, {many(cores, unit_of(device))}"
 
 
 def _about_a_wish(event: Asked) -> str:
@@ -203,8 +204,7 @@ def _about_an_epoch(event: EpochEnded) -> str:
 
 
 def _about_a_baseline(event: Baseline) -> str:
-    cores = "1 core" if event.cores == 1 else f"all {event.cores} cores"
-    cores = cores if event.device == "cpu" else "1 GPU"
+    cores = f"1 {unit_of(event.device)}" if event.cores == 1 else f"all {event.cores} cores"
     median, low, high = map(three_digits, (event.samples_per_second, event.low, event.high))
     return f"{event.name} with {cores}: {median} samples/s ({low} to {high})"
 

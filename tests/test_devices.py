@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
+from matplotlib.text import Text
 
 import parakit as pk
 from parakit import devices
+from parakit.control_room import report
+from parakit.course import Course
 from parakit.devices import share_out
 from parakit.errors import ConnectError, InputError
-from parakit.events import Baseline
+from parakit.events import Baseline, History
 from parakit.losses import summed
 from parakit.progress import rival_name, sentence
+from tests.test_course import segments, started
 
 NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU: tests/test_gpu.py is for it")
 
@@ -105,6 +111,15 @@ def test_plain_pytorch_on_a_gpu_is_called_that() -> None:
     assert sentence(event) == "plain PyTorch with 1 GPU: 2,000 samples/s (1,900 to 2,100)"
     assert rival_name(1, "cuda") == "plain PyTorch, 1 GPU"
     assert rival_name(2) == "plain PyTorch, 2 cores"
+
+
+def test_a_picture_and_a_table_of_a_run_on_gpus_speak_of_gpus() -> None:
+    history, course = History(), Course()
+    history.append(replace(started(cores=1), device="cuda"), *segments([1] * 5 + [2] * 5))
+    course.follow(history)
+    words = [text.get_text() for text in pk.plots.speedup(history).figure.findobj(Text)]
+    assert "more than GPUs" in words
+    assert "more workers than GPUs" in report.summary_text(course, [])
 
 
 def test_cpu_needs_nothing_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

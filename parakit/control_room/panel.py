@@ -22,6 +22,7 @@ from parakit.control_room.draft import Draft
 from parakit.control_room.place import Place, cell_id, cell_number
 from parakit.control_room.steering import Itinerary, Steering, stops_of_a_tour
 from parakit.course import Course
+from parakit.devices import unit_of
 from parakit.errors import ParakitError, RunError
 from parakit.events import History, StepDone
 from parakit.machine import yield_to_others
@@ -499,7 +500,8 @@ def _remarks(pool: Workers) -> list[str]:
     if pool.in_turns:
         return ["Virtual workers compute one after the other in this process: their number does not change the speed."]
     if pool.cores == 1:
-        return ["There is 1 core here, which all workers share: more of them cannot be faster on this machine."]
+        one = f"There is 1 {unit_of(pool.device)} here, which all workers share"
+        return [f"{one}: more of them cannot be faster on this machine."]
     return []
 
 

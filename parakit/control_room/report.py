@@ -91,7 +91,7 @@ def _marks(course: Course) -> list[str]:
     """What the marks in the table mean, as far as there are any."""
     found = []
     if any(_crowded(course, count) for count in course.rates):
-        found.append(f"{_CROWDED}: more workers than cores")
+        found.append(f"{_CROWDED}: more workers than {course.unit}s")
     if not course.one or not course.plain:
         found.append(f"{_NOT_MEASURED}: not measured yet")
     if course.uncertain:

@@ -102,11 +102,11 @@ class SpeedupPlot:
         self._furniture = furniture
         for thing in self._fixed:
             thing.remove()
-        self._fixed = self._draw_fixed(right, top, cores, rival, course.rival, missing)
+        self._fixed = self._draw_fixed(right, top, cores, rival, course, missing)
         return True
 
     def _draw_fixed(
-        self, right: int, top: float, cores: int | None, rival: float | None, name: str, missing: str
+        self, right: int, top: float, cores: int | None, rival: float | None, course: Course, missing: str
     ) -> list[Any]:
         ax = self.ax
         ax.set(xlim=(0.5, right + 0.6), ylim=(0, top))
@@ -114,11 +114,11 @@ class SpeedupPlot:
         lines: list[Line2D | Any] = ax.plot([0.5, right + 1], [0.5, right + 1], color=GREY, ls="--", lw=1.1,
                                             label="ideal")  # fmt: skip
         if rival is not None:
-            lines.append(ax.axhline(rival, color=INK, ls=":", lw=1.4, label=name))
+            lines.append(ax.axhline(rival, color=INK, ls=":", lw=1.4, label=course.rival))
         if cores is not None and right > cores:
             lines.append(
                 ax.axvspan(cores + 0.5, right + 1, facecolor=SHADE, edgecolor="none", zorder=0,
-                           label="more than cores")
+                           label=f"more than {course.unit}s")
             )  # fmt: skip
         legend_above(ax, lines, columns=3, gap=1.0, length=1.8)
         if missing:

@@ -21,6 +21,7 @@ from typing import Any, Literal, Protocol, Self
 from parakit.chunks import DEFAULT_CHUNKS, Ownership
 from parakit.commits import State
 from parakit.data import Samples
+from parakit.devices import unit_of
 from parakit.errors import PoolError, WorkerCountError
 from parakit.evaluation import Tally
 from parakit.replica import Recipe, StepRecord
@@ -493,7 +494,7 @@ class Workers(ABC):
             return f"<Workers: {self.kind}, closed>"
         many = "1 worker" if self.size == 1 else f"{self.size} workers"
         threads = "1 thread" if self.threads == 1 else f"{self.threads} threads"
-        noun = "core" if self.device == "cpu" else "GPU"
+        noun = unit_of(self.device)
         there = f"1 {noun}" if self.cores == 1 else f"{self.cores} {noun}s"
         crowded = f"; more workers than {noun}s" if self.size * self.threads > self.cores else ""
         return f"<Workers: {self.kind}, {many} of {threads} each, {there}{crowded}>"
