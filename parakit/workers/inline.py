@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from parakit.chunks import DEFAULT_CHUNKS
 from parakit.commits import State, copy_state
 from parakit.data import pack, unpack
-from parakit.devices import device_here, generators_of
+from parakit.devices import CPU, device_here, generators_of
 from parakit.evaluation import Tally, tally
 from parakit.gradients import GradientSum
 from parakit.machine import usable_cores
@@ -89,7 +89,7 @@ class InlineCrew:
 
     orders_ahead = False
 
-    def __init__(self, job: Job, threads: int, device: torch.device) -> None:
+    def __init__(self, job: Job, threads: int, device: torch.device = CPU) -> None:
         self._job = job
         self._threads = threads
         self._device = device

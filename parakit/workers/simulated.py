@@ -18,7 +18,6 @@ import torch
 
 from parakit.chunks import DEFAULT_CHUNKS
 from parakit.commits import State
-from parakit.devices import CPU
 from parakit.errors import InputError, WorkerCountError
 from parakit.evaluation import Tally
 from parakit.rates import learning_rate
@@ -254,7 +253,7 @@ class SimulatedCrew(InlineCrew):
     """A run's hold on simulated workers: what is computed is computed inline, and the clock is moved beside it."""
 
     def __init__(self, job: Job, costs: CostModel, clock: VirtualClock, seed: int) -> None:
-        super().__init__(job, torch.get_num_threads(), CPU)
+        super().__init__(job, torch.get_num_threads())
         self._costs = costs
         self._clock = clock
         self._steps_at_once = 1
