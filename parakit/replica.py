@@ -44,6 +44,7 @@ __all__ = [
 OptimizerFactory = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 SchedulerFactory = Callable[[torch.optim.Optimizer], torch.optim.lr_scheduler.LRScheduler]
 
+_LARGE_SLICE = 1 << 18  # bytes of a gradient; to copy a smaller one takes less time than to leave it in its pieces
 _CLIP_EPSILON = 1e-6  # as in torch.nn.utils.clip_grad_norm_
 
 DATA, FORWARD, BACKWARD, EXCHANGE, UPDATE = (PHASES.index(p) for p in PHASES[:5])
@@ -317,7 +318,9 @@ class Replica:
     def share(self, common: Common) -> None:
         """Update a slice from now on; all members do, with the same state. Only where `common_nbytes` is not 0."""
         self._shard = Shard(self.optimizer, self.buffer.parameters, common)
-        self.buffer.keep_apart(self._shard.where)
+        where = self._shard.where
+        if (where.stop - where.start) * self.buffer.dtype.itemsize >= _LARGE_SLICE:
+            self.buffer.keep_apart(where)
         self.spent = [0.0] * len(self.spent)  # no step has begun
 
     def unshare(self) -> None:

@@ -329,6 +329,18 @@ class Branching(nn.Module):
 
 
 @pytest.mark.dask
+@pytest.mark.parametrize("workers", [2, 3])
+def test_a_model_whose_slices_are_large_is_exact(pool: pk.Workers, workers: int) -> None:
+    _, inputs, targets = problem()
+    with torch.random.fork_rng():
+        torch.manual_seed(2)
+        model = nn.Sequential(nn.Linear(6, 12_000), nn.Tanh(), nn.Linear(12_000, 3)).double()
+    how = {"loss": nn.CrossEntropyLoss(), "optimizer": OPTIMIZERS["adamw"], "clip_norm": 0.5}
+    run = trained(model, (inputs, targets), pool, workers=workers, **how)
+    assert_same(run, *expected(model, inputs, targets, **how))
+
+
+@pytest.mark.dask
 @pytest.mark.parametrize("strategy", STRATEGIES[:2], ids=repr)
 def test_branches_that_few_samples_take_are_exact(pool: pk.Workers, strategy: Any) -> None:
     torch.manual_seed(4)

@@ -253,6 +253,16 @@ class SharedGroup(Slicing):
             raise
 
 
+@dataclass(frozen=True)
+class _Slices:
+    """A member's slice of every member's vector, by rank, and what is behind the slices."""
+
+    key: tuple[tuple[int, ...], int, int, torch.dtype]
+    where: slice
+    slices: list[Tensor]
+    tails: list[Tensor]
+
+
 @dataclass
 class _Inside:
     """What a member of an open group works with. An operation that goes on when the group is closed keeps it."""
@@ -263,6 +273,7 @@ class _Inside:
     size: int
     _operations: int = 0
     _unsettled: bool = False
+    _known: _Slices | None = None
 
     def pass_barrier(self) -> None:
         self._unsettled = False
@@ -299,16 +310,29 @@ class _Inside:
     def sum_slice(self, flat: Tensor, body: int, own: Sequence[Tensor] | None) -> Summed:
         self._announce(flat, self.arena.place_of(flat), slices=True)
         self.barrier.wait()
-        vectors = [self.arena.at(place, flat.numel(), flat.dtype) for place in self._places(flat)]
-        where = _cut(body, self.size)[self.rank]
-        pieces = [flat[where]] if own is None else list(own)
-        lengths = [piece.numel() for piece in pieces]
-        for piece, *parts in zip(pieces, *(vector[where].split(lengths) for vector in vectors), strict=True):
-            self._add_in_place([piece if rank == self.rank else part for rank, part in enumerate(parts)])
-        tail = torch.empty_like(flat[body:])
-        _add([vector[body:] for vector in vectors], tail)
+        seen = self._slices_at(self._places(flat), flat.numel(), body, flat.dtype)
+        if own is None:
+            pieces = [seen.slices[self.rank]]
+            self._add_in_place(seen.slices)
+        else:
+            pieces = list(own)
+            lengths = [piece.numel() for piece in pieces]
+            for piece, *parts in zip(pieces, *(part.split(lengths) for part in seen.slices), strict=True):
+                self._add_in_place([piece if rank == self.rank else part for rank, part in enumerate(parts)])
+        tail = torch.empty_like(seen.tails[0])
+        _add(seen.tails, tail)
         self._unsettled = True
-        return Summed(where, pieces, tail)
+        return Summed(seen.where, pieces, tail)
+
+    def _slices_at(self, places: list[int], numel: int, body: int, dtype: torch.dtype) -> _Slices:
+        """What `_Slices` says of vectors that lie at some places; of those of the last step it is known."""
+        key = (tuple(places), numel, body, dtype)
+        if self._known is None or self._known.key != key:
+            where = _cut(body, self.size)[self.rank]
+            vectors = [self.arena.at(place, numel, dtype) for place in places]
+            slices, tails = [vector[where] for vector in vectors], [vector[body:] for vector in vectors]
+            self._known = _Slices(key, where, slices, tails)
+        return self._known
 
     def _announce(self, flat: Tensor, place: int | None, *, slices: bool = False) -> None:
         """Tell the others, who read it behind the next barrier, what this member adds."""
