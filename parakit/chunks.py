@@ -23,11 +23,13 @@ import numpy.typing as npt
 
 from parakit.errors import DataError, WorkerCountError
 
-__all__ = ["DEFAULT_CHUNKS", "EpochOrder", "Ownership", "chunk_count", "cut"]
+__all__ = ["DEFAULT_CHUNKS", "ORDER", "EpochOrder", "Ownership", "chunk_count", "cut"]
 
 Rows = npt.NDArray[np.int64]
 
 DEFAULT_CHUNKS = 64
+#: Changes whenever a seed comes to mean another order of rows.
+ORDER = 2
 _CUT_STREAM = 0  # separates the generator of the cut from those of the epochs
 _EPOCH_STREAM = 1
 _SMALL_ROWS = 1024  # of a chunk that is shuffled together with the others

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 __all__ = ["Commits", "PrivateCommits", "State", "copy_state", "nbytes_of"]
@@ -57,9 +58,11 @@ class PrivateCommits:
         into = self._spare.pop() if self._spare else None
         self._states = [copy_state(state, into), *earlier[: self._most - 1]]
 
-    def give_up(self) -> None:
-        """Keep nothing, and no memory for it."""
+    def give_up(self) -> bool:
+        """Keep nothing, and no memory for it; says whether there was any."""
+        some = bool(self._states or self._spare)
         self._states, self._spare = [], []
+        return some
 
     def of_step(self, step: int) -> State | None:
         """The state of a step, if it is kept."""
@@ -74,16 +77,16 @@ def nbytes_of(tree: Any) -> int:
     return sum(map(nbytes_of, parts))
 
 
-def copy_state(tree: Any, into: Any = None) -> Any:
-    """A copy of a state, written into an older copy's memory where that has the same shape."""
+def copy_state(tree: Any, into: Any = None, *, device: torch.device | None = None) -> Any:
+    """A copy of a state, written into an older copy's memory where that has the same shape, or else on a device."""
     if isinstance(tree, Tensor):
         if isinstance(into, Tensor) and into.shape == tree.shape and into.dtype == tree.dtype:
             return into.copy_(tree)
-        return tree.detach().clone()
+        return tree.detach().to(device or tree.device, copy=True)
     if isinstance(tree, dict):
         old = into if isinstance(into, dict) else {}
-        return {key: copy_state(value, old.get(key)) for key, value in tree.items()}
+        return {key: copy_state(value, old.get(key), device=device) for key, value in tree.items()}
     if isinstance(tree, list | tuple):
         olds = into if isinstance(into, list | tuple) and len(into) == len(tree) else [None] * len(tree)
-        return type(tree)(copy_state(value, old) for value, old in zip(tree, olds, strict=True))
+        return type(tree)(copy_state(value, old, device=device) for value, old in zip(tree, olds, strict=True))
     return copy.deepcopy(tree)

@@ -7,7 +7,8 @@ work is only queued when a call returns. Refuses to know what is computed.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
 
@@ -16,6 +17,7 @@ from parakit.errors import InputError
 __all__ = [
     "CPU",
     "DEVICES",
+    "computing_on",
     "device_here",
     "finish",
     "generators_of",
@@ -103,6 +105,17 @@ def use(device: torch.device) -> None:
     """Let this thread put on a GPU of its own what names no number."""
     if device.type == "cuda":
         torch.cuda.set_device(device)
+
+
+@contextmanager
+def computing_on(kind: str) -> Iterator[torch.device]:
+    """The device of a kind that this process is to use, for a while; memory that was freed by then is given back."""
+    device = device_here(kind)
+    use(device)
+    try:
+        yield device
+    finally:
+        give_back(device)
 
 
 def seed(device: torch.device, value: int) -> None:

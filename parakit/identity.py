@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from parakit.chunks import ORDER
 from parakit.data import Samples, leaves
 from parakit.replica import Recipe
 
@@ -41,6 +42,7 @@ def identity_of(recipe: Recipe, samples: Samples) -> dict[str, Any]:
         "parakit": version("parakit"),
         "torch": str(torch.__version__),
         "seed": recipe.seed,
+        "order of rows": ORDER,
         "batch_size": order.batch_size,
         "samples": sum(order.sizes),
         "chunks": len(order.sizes),

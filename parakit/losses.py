@@ -180,7 +180,9 @@ def summed(loss: Any, output: Tree, target: Tree) -> SummedLoss:
 
 
 def _module(loss: Any) -> Any:
-    """The loss object that does what one of torch's loss functions does; anything else as it is."""
+    """The loss object that does what one of torch's loss functions does; anything else as it is, but on the CPU."""
+    if isinstance(loss, nn.Module) and any(b.device.type != "cpu" for b in loss.buffers()):
+        loss = copy.deepcopy(loss).cpu()
     return next((twin() for function, twin in _FUNCTIONS if loss is function), loss)
 
 

@@ -177,6 +177,7 @@ class Replica:
         self.buffer = GradientBuffer([p for p in parameters if p.requires_grad])
         self.optimizer = recipe.optimizer(parameters)
         self.scheduler = recipe.scheduler(self.optimizer) if recipe.scheduler else None
+        self._fused = [{"fused": group["fused"]} if "fused" in group else {} for group in self.optimizer.param_groups]
         self._by_closure = needs_closure(self.optimizer)
         self.step = 0
         self.records: list[StepRecord] = []
@@ -212,6 +213,7 @@ class Replica:
         """
         start = perf_counter()
         share = holding.share(step)
+        finish(self.device)
         # The same for all workers, so that the sum over the batch is a mean, if the loss is one of its rows.
         unit = float(self.recipe.order.batch_rows(step)) if self.recipe.loss.divides and self.buffer.direct else 1.0
         if share is None:
@@ -438,6 +440,8 @@ class Replica:
         self.unshare()
         load_model_state(self.model, state)
         self.optimizer.load_state_dict(copy_state(state["optimizer"]))
+        for group, chosen in zip(self.optimizer.param_groups, self._fused, strict=True):
+            group.update(chosen)  # it may have been another kind of device's
         if self.scheduler and state["scheduler"] is not None:
             self.scheduler.load_state_dict(copy_state(state["scheduler"]))
         self.step = int(state["step"])

@@ -34,7 +34,7 @@ from parakit.checking import (
 from parakit.checkpoints import Checkpoint, Checkpoints, check_fits, check_plain, load
 from parakit.chunks import DEFAULT_CHUNKS, EpochOrder, Ownership, chunk_count, cut
 from parakit.data import Samples
-from parakit.devices import device_here
+from parakit.devices import computing_on
 from parakit.errors import CheckpointError, DataError, InputError
 from parakit.evaluation import Evaluation, Tally, tally
 from parakit.events import History, RunStart
@@ -319,7 +319,11 @@ def evaluate(
 
 def _tally_packed(item: tuple[bytes, Samples, str]) -> Tally:
     blob, samples, kind = item
-    device = device_here(kind)
+    with computing_on(kind) as device:
+        return _tally_on(device, blob, samples)
+
+
+def _tally_on(device: torch.device, blob: bytes, samples: Samples) -> Tally:
     model, loss = cloudpickle.loads(blob)
     return tally(model.to(device), loss.on(device), samples.unpacked().on(device))
 

@@ -150,6 +150,16 @@ def test_a_checkpoint_of_another_run_is_refused_with_the_difference(
     assert words in str(caught.value)
 
 
+def test_a_checkpoint_of_another_order_of_rows_is_refused(
+    inline: pk.Workers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as before:
+        before.setattr("parakit.identity.ORDER", 1)
+        train(inline, steps=3, checkpoint=tmp_path).wait(LIMIT, progress=False)
+    with pytest.raises(CheckpointError, match="order of rows is 2 here, 1 in the checkpoint"):
+        train(inline, resume=tmp_path)
+
+
 def test_a_state_that_is_not_plain_is_refused_at_the_call(inline: pk.Workers, tmp_path: Path) -> None:
     class Odd(torch.optim.lr_scheduler.StepLR):
         def state_dict(self) -> dict[str, Any]:

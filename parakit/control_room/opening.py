@@ -40,8 +40,8 @@ def panel(
     workers : int, optional
         How many workers to begin with; all of the pool by default. With a model only.
     baselines : bool
-        Whether the panel measures what speed is relative to, as the run begins: plain PyTorch with all cores, for
-        about two seconds between two segments; and one worker, by letting the run go on with one for about as long.
+        Whether the panel measures what speed is relative to, as the run begins: plain PyTorch (all cores, or one GPU),
+        for about two seconds between two segments; and one worker, by letting the run go on with one for about as long.
         That changes when the run ends, but not what it computes.
     tour : bool, optional
         Whether to visit every worker count right after the start. Default: only where nobody can press the button.

@@ -19,13 +19,13 @@ HEADINGS = ("workers", "samples per second", "speedup", "efficiency", "vs plain"
 _SHORT_HEADINGS = ("workers", "samples/s (quartiles)", "speedup", "efficiency", "vs plain")
 _MEANING = (
     "samples per second: median (quartiles); speedup: over 1 worker of this run; efficiency: speedup over workers; "
-    "vs plain: relative to plain PyTorch in one process with all cores, at the best of its measurements"
+    "vs plain: relative to plain PyTorch in one process with all cores or one GPU, at the best of its measurements"
 )
 _SHORT_MEANING = (
     "samples/s: samples per second, median (quartiles)",
     "speedup: over 1 worker of this run",
     "efficiency: speedup over workers",
-    "vs plain: relative to plain PyTorch in one process with all cores, at the best of its measurements",
+    "vs plain: relative to plain PyTorch in one process with all cores or one GPU, at the best of its measurements",
 )
 _NOT_MEASURED = "–"
 _CROWDED = "*"

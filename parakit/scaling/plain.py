@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from parakit.data import Samples
-from parakit.devices import device_here, finish, generators_of
+from parakit.devices import computing_on, finish, generators_of
 from parakit.gradients import call_model
 from parakit.machine import usable_cores
 from parakit.replica import needs_closure
@@ -99,8 +99,7 @@ def measure(trial: PlainTrial) -> PlainRates:
     used = torch.get_num_threads()
     torch.set_num_threads(cores)
     try:
-        device = device_here(trial.device)
-        with torch.random.fork_rng(devices=generators_of(device)):
+        with computing_on(trial.device) as device, torch.random.fork_rng(devices=generators_of(device)):
             return PlainRates(cores, tuple(_timed(_loop(trial, device), trial)))
     except Exception as error:
         return PlainRates(cores, (), f"{type(error).__name__}: {error}")

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from parakit.checking import check_pool, check_positive, check_whole
+from parakit.checking import check_on_cores, check_pool, check_positive, check_whole
 from parakit.errors import InputError, RunError
 from parakit.scaling import plain
 from parakit.scaling.calibration import usual_seconds
@@ -151,6 +151,7 @@ class _Weights(nn.Module):
 
 def _check_host(on: Any, workers: int) -> None:
     pool = check_pool(on)
+    check_on_cores(pool, "A probe")
     check_whole("workers", workers, 2)
     if pool.simulated or pool.in_turns or not pool.one_host:
         raise InputError(

@@ -32,8 +32,8 @@ def connect(
     Parameters
     ----------
     target : int, str, Client, Cluster or None
-        A number starts that many warm processes on this machine (None: one a core), which listen on loopback
-        only. A string is the address of a Dask scheduler, or "inline" for virtual workers in this process. A
+        A number starts that many warm processes on this machine (None: one a core, or one a GPU), which listen on
+        loopback only. A string is the address of a Dask scheduler, or "inline" for virtual workers in this process. A
         `distributed.Client` or any Dask cluster object is used as it is, and never shut down from here.
     threads : int, optional
         Threads that torch uses in each worker, the same for every worker count. Default: 1 on Dask workers; what
@@ -43,7 +43,8 @@ def connect(
         their number and twice the machine's cores; for a cluster that can scale, no limit of ours.
     device : {"cpu", "cuda"}
         Where the workers compute. With "cuda" each has the GPU that the fewest others have, of those it sees, and
-        holds model and chunks there; give data and model as for CPUs. Gradients are added up by torch.distributed
+        holds model and chunks there; give data and model as for CPUs. Tensors that a function captures stay where
+        they are. Gradients are added up by torch.distributed
         (gloo, through the memory of the hosts), and `cores`, wherever it is shown, counts GPUs.
     security : distributed.security.Security, optional
         For an address with TLS.

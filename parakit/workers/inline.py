@@ -16,8 +16,7 @@ from torch import Tensor, nn
 
 from parakit.chunks import DEFAULT_CHUNKS
 from parakit.commits import State, copy_state
-from parakit.data import pack, unpack
-from parakit.devices import CPU, device_here, generators_of
+from parakit.devices import CPU, device_here, generators_of, give_back, use
 from parakit.evaluation import Tally, tally
 from parakit.gradients import GradientSum
 from parakit.machine import usable_cores
@@ -37,7 +36,7 @@ class InlineWorkers(Workers):
         super().__init__()
         device_here(device)  # is there one?
         self.device = device
-        self.threads = threads or torch.get_num_threads()
+        self.threads = threads or (torch.get_num_threads() if device == "cpu" else 1)
         self.cores = usable_cores() if device == "cpu" else 1
         self._size = 1
 
@@ -137,6 +136,7 @@ class InlineCrew:
         committed = self._replica.commit()
         used = torch.get_num_threads()
         torch.set_num_threads(self._threads)
+        use(self._device)
         try:
             with torch.random.fork_rng(devices=generators_of(self._device)):
                 self._replica.measure_norms()
@@ -173,7 +173,7 @@ class InlineCrew:
 
     def state(self, step: int) -> State:
         """The state after the last segment."""
-        return dict(unpack(pack(copy_state(self._replica.live_state()))))
+        return dict(copy_state(self._replica.live_state(), device=CPU))
 
     def salvage(self, step: int) -> State | None:
         """Nobody is ever lost here."""
@@ -194,6 +194,7 @@ class InlineCrew:
         self._by_name.clear()
         self._holdings.clear()
         self._validation = Holding(device=self._device)
+        give_back(self._device)
 
 
 class InlineTeam:

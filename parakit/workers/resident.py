@@ -224,7 +224,8 @@ class Resident:
         self._state_nbytes = nbytes
         if self._alike < _COMMITS:
             return self.replica.commit()
-        self._private.give_up()
+        if self._private.give_up():
+            return_free_memory()
         self.replica.go_on()
         return 0.0
 
@@ -363,9 +364,9 @@ def _order(function: Callable[Concatenate[Resident, P], Any]) -> Callable[Concat
 
 
 def _answer(resident: Resident, work: Callable[[], Any]) -> Answer:
-    resident.make_itself_at_home()
     with resident.lock, resident.at_work():
         try:
+            resident.make_itself_at_home()
             return Answer(work())
         except StaleGeneration as error:  # somebody else's order: the present group has nothing to do with it
             return Answer(failure=_failure("stale", resident, error))
@@ -474,7 +475,7 @@ def state(resident: Resident, step: int | None = None) -> State:
     found = resident.replica.state_of(resident.replica.step if step is None else step)
     if found is None:
         raise ParakitError(f"This worker is at step {resident.replica.step} and has no state of step {step}.")
-    return dict(pack(copy_state(found)))
+    return dict(pack(copy_state(found, device=CPU)))
 
 
 @_order
@@ -509,8 +510,8 @@ def release(run_id: str) -> None:
         device = resident.device
         del resident
         gc.collect()  # a buffer and the sum that it fills know each other
-        give_back(device)
         give_back_freed_memory()
+        give_back(device)
 
 
 def survey() -> dict[str, Any]:

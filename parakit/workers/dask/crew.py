@@ -436,6 +436,10 @@ class DaskCrew:
             cause="the process was killed, ran out of memory, or its machine was taken away",
         )
 
+    @property
+    def _inline(self) -> str:
+        return "'inline'" if self._pool.device == "cpu" else f"'inline', device='{self._pool.device}'"
+
     def explained(self, failures: Mapping[str, Failure]) -> RunFailed | WorkerLost:
         """The error that a user should see: code that raised explains a lost partner, not the other way round."""
         gone = set(self.members) - set(self._pool.names)
@@ -446,7 +450,8 @@ class DaskCrew:
             return RunFailed(
                 f"Step {failure.step} failed on {self.label(member)}: {failure.error}: {failure.text}",
                 cause="the model, the loss or the optimizer raised this error in its own code",
-                remedy="try the same batch in this notebook: pk.train(..., on=pk.connect('inline')) raises it here",
+                remedy="try the same batch in this notebook: "
+                f"pk.train(..., on=pk.connect({self._inline})) raises it here",
             )
         if gone:
             return self._lost(gone)

@@ -68,6 +68,7 @@ class DaskWorkers(Workers):
         self.threads = threads
         self.device = device
         self.cores = 0
+        self._cores_of: dict[str, int] = {}  # hosts, or GPUs
         self._most = most
         self._cluster = cluster
         self._ours = tuple(ours)
@@ -82,7 +83,7 @@ class DaskWorkers(Workers):
         self._banished: set[str] = set()
         try:
             self._await_workers(expected, timeout)
-            self.cores = self._survey(self.names)
+            self.make_ready(self.names)
         except BaseException:
             self.close()
             raise
@@ -252,8 +253,8 @@ class DaskWorkers(Workers):
                 remedy="look at the workers' logs, or wait longer: connect(..., timeout=300)",
             ) from error
 
-    def _survey(self, addresses: Sequence[str]) -> int:
-        """Check that workers have what training needs; returns the cores of their machines together."""
+    def _survey(self, addresses: Sequence[str]) -> None:
+        """Check that workers have what training needs, and see what they compute with."""
         found = self._run(_surveyor(), addresses)
         ours = _surveyor()()
         wrong = {address: told for address, facts in found.items() if (told := _lacks(facts, ours))}
@@ -267,13 +268,14 @@ class DaskWorkers(Workers):
             )
         self._pids.update({address: facts["pid"] for address, facts in found.items()})
         self._hosts.update({address: facts["host"] for address, facts in found.items()})
-        if self.device != "cpu":
-            return self._share_gpus_out(addresses)
-        hosts = {facts["host"]: facts["cores"] for facts in found.values()}
-        return sum(hosts.values())
+        if self.device == "cpu":
+            self._cores_of.update({facts["host"]: facts["cores"] for facts in found.values()})
+        else:
+            self._share_gpus_out(addresses)
+        self.cores = sum(self._cores_of.values())
 
-    def _share_gpus_out(self, addresses: Sequence[str]) -> int:
-        """Tell workers which GPU each is to compute on; returns how many GPUs they see together."""
+    def _share_gpus_out(self, addresses: Sequence[str]) -> None:
+        """Tell workers which GPU each is to compute on."""
         seen: dict[str, tuple[str, ...]] = self._run(gpus_here, addresses)
         blind = [address for address, gpus in seen.items() if not gpus]
         if blind:
@@ -282,10 +284,12 @@ class DaskWorkers(Workers):
                 cause="torch's build for CPUs, a machine without an NVIDIA GPU, or CUDA_VISIBLE_DEVICES is empty",
                 remedy='compute on cores: connect(..., device="cpu"); or install torch with CUDA where the GPUs are',
             )
+        there = self._workers()
+        self._gpus = {address: gpu for address, gpu in self._gpus.items() if address in there}
         given = share_out(seen, self._gpus)
         self._run(rendezvous.take_gpu, addresses, given)
         self._gpus.update(given)
-        return len({gpu for gpus in seen.values() for gpu in gpus})
+        self._cores_of.update({gpu: 1 for gpus in seen.values() for gpu in gpus})
 
     def _close(self) -> None:
         with contextlib.ExitStack() as closing:  # whoever interrupts the end of one does not spare the next

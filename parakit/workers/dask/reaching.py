@@ -9,12 +9,12 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from distributed import Client
 from distributed.comm import connect
 from distributed.deploy import Cluster
 from distributed.security import Security
 
-from parakit.devices import gpus_here
 from parakit.errors import ConnectError, InputError
 from parakit.machine import in_thread, uninterrupted, usable_cores
 from parakit.workers.dask.janitor import Janitor
@@ -52,7 +52,7 @@ def what_is(target: Any) -> str:
 
 def connect_local(count: int | None, how: Terms) -> DaskWorkers:
     """Start processes on this machine, with torch imported, listening on loopback only."""
-    wanted = count or (usable_cores() if how.device == "cpu" else max(1, len(gpus_here())))
+    wanted = count or (usable_cores() if how.device == "cpu" else max(1, torch.cuda.device_count()))
     limit = max(wanted, 2 * usable_cores()) if how.most is None else how.most
     if limit < wanted:
         raise InputError(f"The pool cannot start with {wanted} workers and grow to at most {limit}.")
