@@ -67,6 +67,11 @@ def test_a_rival_answers_and_ends(kind: str, nothing_left: None) -> None:
     assert opened.process.returncode is not None
 
 
+def test_a_rival_that_cannot_start_is_not_waited_for(nothing_left: None) -> None:
+    with pytest.raises(AssertionError, match="a rival ended as it started"), rival("plain", 0, -1):
+        pass
+
+
 @pytest.mark.parametrize("name", [*NAMES, "resize", "panel_overhead", "coverage"])
 def test_every_benchmark_can_be_asked_alone(name: str) -> None:
     assert Path(__file__).with_name("benchmarks").joinpath(f"{name}.py").exists()

@@ -153,7 +153,7 @@ def test_buttons_pause_resume_and_stop(inline: pk.Workers) -> None:
         controls.pause.click()
         until(lambda: controls.pause.description == "Resume")
         assert run.status == "paused"
-        assert "Paused: 1 worker active" in status(room)
+        until(lambda: "Paused: 1 worker active" in status(room))
         stood = run.step
         time.sleep(0.3)
         assert run.step == stood

@@ -23,6 +23,7 @@ from tests.benchmarks.workloads import WORKLOADS, optimizer
 _KEY = b"a benchmark and its rivals"
 _ROOT = Path(__file__).resolve().parents[2]
 _ANSWER_SECONDS = 120.0
+_LOOK_SECONDS = 0.5
 _WARM_STEPS = 3
 #: What glibc's malloc is told in parakit's workers.
 TUNED = {"MALLOC_TRIM_THRESHOLD_": str(1 << 30), "MALLOC_MMAP_THRESHOLD_": str(1 << 30)}
@@ -85,9 +86,9 @@ def rival(kind: str, workload: int, threads: int, *, tuned: bool = False) -> Ite
                 command, cwd=_ROOT, env=_environment(tuned, threads if kind == "ddp" else None),
                 stderr=subprocess.DEVNULL,
             )  # fmt: skip
-            members = []
+            members: list[Connection] = []
             try:
-                members = [listener.accept() for _ in range(2 if kind == "ddp" else 1)]
+                members.extend(_accepted(listener, process) for _ in range(2 if kind == "ddp" else 1))
                 yield Rival(process, members)
             finally:
                 for member in members:  # the processes end by themselves when there is nobody left to order
@@ -97,6 +98,17 @@ def rival(kind: str, workload: int, threads: int, *, tuned: bool = False) -> Ite
                 if process.poll() is None:
                     process.kill()
                     process.wait()
+
+
+def _accepted(listener: Listener, process: subprocess.Popen[bytes]) -> Connection:
+    """The next one that connects; a process that ends before it does, or takes too long, is not waited for."""
+    listener._listener._socket.settimeout(_LOOK_SECONDS)  # type: ignore[attr-defined]  # it has no limit of its own
+    deadline = time.monotonic() + _ANSWER_SECONDS
+    while True:
+        with contextlib.suppress(TimeoutError):
+            return listener.accept()
+        assert process.poll() is None, "a rival ended as it started"
+        assert time.monotonic() < deadline, "a rival did not start"
 
 
 def _environment(tuned: bool, threads: int | None) -> dict[str, str]:

@@ -38,5 +38,8 @@ def test_opens_the_first_notebook_and_ends_on_a_signal(
     keep_screenshot(lab, "make_lab")
 
     make_lab.interrupt(number)
+    # Python loses an interrupt that comes in the callback of a weak reference; a person would press the keys again.
+    if make_lab.wait_until_gone(5):
+        make_lab.interrupt(number)
 
     assert make_lab.wait_until_gone() == []
