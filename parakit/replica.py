@@ -189,6 +189,8 @@ class Replica:
         self._shard: Shard | None = None
         self._commits: Commits = PrivateCommits()
         self._changed = True  # since the last commit
+        #: Whether an update has begun and not come to its end: then the state is of no step.
+        self._torn = False
         self.commit()
 
     @property
@@ -250,7 +252,8 @@ class Replica:
         began = perf_counter()
         before = sum(self.spent)
         rate = learning_rate(self.optimizer)
-        self._changed = True
+        # From when this worker's gradient can be summed, others may update their slices of the memory in common.
+        self._changed = self._torn = True
         if self._shard is None:
             loss, norms = self._update_whole(summed, rate)
         else:
@@ -262,7 +265,7 @@ class Replica:
         self.records.append(StepRecord(self.step, loss, rate, self.spent, wall, self.share_rows, norms))
         self.spent = [0.0] * len(self.spent)
         self.step += 1
-        self._measuring = False
+        self._torn = self._measuring = False
 
     def _update_whole(self, summed: Callable[[], GradientSum], rate: float) -> tuple[float, tuple[float, float] | None]:
         """Update all parameters; returns the loss, and the norms if they are measured."""
@@ -410,7 +413,7 @@ class Replica:
 
     def state_of(self, step: int) -> State | None:
         """The present state or a commit, if one of them is of this step; not to be changed."""
-        return self.live_state() if self.step == step else self._commits.of_step(step)
+        return self.live_state() if self.step == step and not self._torn else self._commits.of_step(step)
 
     def _return_to(self, step: int) -> bool:
         """Return to the commit of a step; says whether there is one."""
@@ -422,11 +425,12 @@ class Replica:
     def fall_back(self, step: int) -> bool:
         """Go back to a step that every member of the group has finished; says whether that state is here.
 
-        It is a commit; or the present state, of a member that finished a segment and was never told to begin the next.
+        It is a commit; or the present state, of a member that finished a segment and was never told to begin the next,
+        or had not come to an update in it.
         """
         if self._return_to(step):
             return True
-        if self.step != step:
+        if self.step != step or self._torn:
             return False
         self._forget_accounts()
         self.commit()
@@ -445,6 +449,7 @@ class Replica:
         if self.scheduler and state["scheduler"] is not None:
             self.scheduler.load_state_dict(copy_state(state["scheduler"]))
         self.step = int(state["step"])
+        self._torn = False
         self._forget_accounts()
         self._changed = True
         self.commit()

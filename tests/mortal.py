@@ -39,13 +39,22 @@ def arm(folder: Path, place: str, kind: str = "kill") -> Path:
 
 
 _hooked: set[str] = set()
+_rank = -1  # of this process in the present step, as far as `RankedAllReduce` tells
 
 
 def strike_after_updates(folder: str) -> None:
-    """Let this process pass a place, "slice", whenever one of torch's optimizers has updated what it updates here."""
+    """Let this process pass two places whenever one of torch's optimizers has updated what it updates here.
+
+    They are "slice" and, say, "slice of rank 0".
+    """
+
+    def pass_by(*_: Any) -> None:
+        strike(folder, "slice")
+        strike(folder, f"slice of rank {_rank}")
+
     if folder not in _hooked:
         _hooked.add(folder)
-        register_optimizer_step_post_hook(lambda *_: strike(folder, "slice"))
+        register_optimizer_step_post_hook(pass_by)
 
 
 class MortalNet(nn.Module):
@@ -96,6 +105,15 @@ class MortalSGD(torch.optim.SGD):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         strike(self.folder, "load")
         super().load_state_dict(state_dict)
+
+
+class RankedAllReduce(AllReduce):
+    """All-reduce that lets places know the rank of their process."""
+
+    def step(self, team: Any, step: int) -> None:
+        global _rank
+        _rank = team.rank
+        super().step(team, step)
 
 
 class MortalAllReduce(AllReduce):

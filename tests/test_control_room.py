@@ -10,7 +10,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -69,7 +69,8 @@ def opened(*subject: Any, **how: Any) -> Iterator[Panel]:
         room.close()
         if room.run is not None:
             room.run.stop()
-            until(lambda: room.run.status in ("finished", "failed"))
+            with suppress(RunError):
+                room.run.wait(30, progress=False)  # the pool is free then
 
 
 def status(room: Panel) -> str:

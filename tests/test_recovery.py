@@ -18,11 +18,11 @@ from distributed import Client, LocalCluster
 
 import parakit as pk
 from parakit.errors import Diverged, InputError, RunError, RunFailed
-from parakit.events import Recovered, RunEnd, Said, WorkersLost
+from parakit.events import Recovered, RunEnd, Said, SegmentDone, WorkersLost
 from parakit.workers import resident
 from parakit.workers.dask import mapping
 from parakit.workers.dask.crew import DaskCrew
-from tests.mortal import MortalAllReduce, MortalNet, MortalSGD, arm, sgd
+from tests.mortal import MortalAllReduce, MortalNet, MortalSGD, RankedAllReduce, arm, sgd
 from tests.test_exact import wait_for
 from tests.waiting import until
 
@@ -123,6 +123,23 @@ def test_a_worker_that_is_lost_with_an_update_half_done_harms_no_state(
     assert 20 < lost.step == recovered.step < STEPS
     assert recovered.steps_again == 0
     assert_as_if_nothing_had_happened(run, undisturbed)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_the_first_update_of_a_segment_half_done_harms_no_state(
+    three: pk.Workers, tmp_path: Path, undisturbed: pk.Run, rank: int
+) -> None:
+    # Whoever is left then is at the step that the run goes on from, but in the memory in common a slice is not.
+    run = train(three, tmp_path, optimizer=sgd, strategy=RankedAllReduce(), steps=7, pause_seconds=0.9)
+    wait_for(run, lambda: run.step > 2)
+    armed = arm(tmp_path, f"slice of rank {rank}")
+    run.wait(LIMIT, progress=False)
+    assert not armed.exists()
+    assert {segment.steps for segment in run.history.of(SegmentDone)} == {1}
+    the_only_loss(run)
+    torch.testing.assert_close(
+        torch.from_numpy(run.history.losses), torch.from_numpy(undisturbed.history.losses[:7]), rtol=0, atol=1e-5
+    )
 
 
 def test_a_worker_that_is_killed_while_it_evaluates(three: pk.Workers, tmp_path: Path, undisturbed: pk.Run) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim import lr_scheduler as schedules
 
 from parakit.chunks import EpochOrder
-from parakit.commits import copy_state
+from parakit.commits import PrivateCommits, copy_state
 from parakit.data import Samples, leaves
 from parakit.gradients import GradientSum
 from parakit.losses import summed
@@ -81,6 +81,27 @@ SCHEDULES: dict[str, Callable[..., Any]] = {
         o, [schedules.ConstantLR(o, 0.1, 3), schedules.ExponentialLR(o, 0.9)], milestones=[3]
     ),
 }
+
+
+def test_a_state_in_the_middle_of_an_update_is_of_no_step() -> None:
+    replica, held = Replica(recipe(SGD)), holding(0, 1)
+    replica.commit_to(PrivateCommits())  # as where another member keeps the commits
+    assert replica.state_of(0) is not None
+    assert replica.fall_back(0)
+    replica.commit_to(PrivateCommits())
+
+    def broken() -> GradientSum:
+        raise OSError("a member was lost")
+
+    with pytest.raises(OSError, match="lost"):
+        replica.update(broken)
+    assert replica.step == 0
+    assert replica.state_of(0) is None
+    assert not replica.fall_back(0)
+    replica.load(copy_state(replica.live_state()))
+    assert replica.fall_back(0)
+    train(replica, held, 1)
+    assert replica.fall_back(1)
 
 
 def train(replica: Replica, held: Holding, steps: int) -> list[float]:
