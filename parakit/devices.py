@@ -17,6 +17,7 @@ from parakit.errors import InputError
 __all__ = [
     "CPU",
     "DEVICES",
+    "WHY_NO_GPU",
     "computing_on",
     "device_here",
     "finish",
@@ -35,6 +36,9 @@ CPU = torch.device("cpu")
 
 #: Where workers may compute.
 DEVICES = ("cpu", "cuda")
+
+#: Why a process may see no GPU, for errors.
+WHY_NO_GPU = "torch's build for CPUs, no NVIDIA GPU in the machine, or CUDA_VISIBLE_DEVICES is empty"
 
 _CALLED = {"cpu": "core", "cuda": "GPU"}
 
@@ -95,7 +99,7 @@ def device_here(kind: str) -> torch.device:
     if not gpus_here():
         raise InputError(
             "This process sees no GPU.",
-            cause="torch's build for CPUs, no NVIDIA GPU in this machine, or CUDA_VISIBLE_DEVICES is empty",
+            cause=WHY_NO_GPU,
             remedy='compute on cores: device="cpu"; or install torch with CUDA where the GPU is',
         )
     return torch.device("cuda", _own_gpu)

@@ -174,8 +174,7 @@ class GradientSum:
 
     def on_cpu(self) -> GradientSum:
         """A copy that shares no memory, on the CPU."""
-        vector = self.vector
-        return self._like(vector.clone() if vector.device.type == "cpu" else vector.cpu())
+        return self._like(self.vector.to("cpu", copy=True))
 
     def _like(self, vector: Tensor) -> GradientSum:
         return self.around(vector, self._flags, self.unit)

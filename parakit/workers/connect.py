@@ -44,8 +44,8 @@ def connect(
     device : {"cpu", "cuda"}
         Where the workers compute. With "cuda" each has the GPU that the fewest others have, of those it sees, and
         holds model and chunks there; give data and model as for CPUs. Tensors that a function captures stay where
-        they are. Gradients are added up by torch.distributed
-        (gloo, through the memory of the hosts), and `cores`, wherever it is shown, counts GPUs.
+        they are. Gradients are added up by torch.distributed (gloo, through the memory of the hosts), and `cores`,
+        wherever it is shown, counts GPUs.
     security : distributed.security.Security, optional
         For an address with TLS.
     timeout : float

@@ -17,7 +17,7 @@ from typing import Any
 from distributed import Client, wait
 from distributed.deploy import Cluster
 
-from parakit.devices import gpus_here, share_out
+from parakit.devices import WHY_NO_GPU, gpus_here, share_out
 from parakit.errors import ConnectError, WorkerLost
 from parakit.machine import in_thread
 from parakit.workers.base import Job, Workers
@@ -281,7 +281,7 @@ class DaskWorkers(Workers):
         if blind:
             raise ConnectError(
                 f"{len(blind)} of {len(seen)} workers see no GPU; {self.label(blind[0])} is one.",
-                cause="torch's build for CPUs, a machine without an NVIDIA GPU, or CUDA_VISIBLE_DEVICES is empty",
+                cause=WHY_NO_GPU,
                 remedy='compute on cores: connect(..., device="cpu"); or install torch with CUDA where the GPUs are',
             )
         there = self._workers()
