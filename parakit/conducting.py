@@ -55,7 +55,7 @@ class Conductor:
         self._pace = _Pace()
         self._stragglers = Stragglers()
         self._ordered: deque[_Segment] = deque()  # segments without a report yet
-        self._reported = 0.0  # when the last report came
+        self._ended = 0.0  # when the last segment did
         self._epochs = 0  # that were closed
         saving = plan.saving
         saver = Saver(saving.checkpoints, saving.every_seconds, plan.identity) if saving else None
@@ -178,9 +178,8 @@ class Conductor:
             self._order(self._ordered[0].end)
         segment = self._ordered.popleft()
         report = self._membership.crew.report()
-        began, self._reported = max(segment.ordered, self._reported), self.now()
         if report.steps:
-            self._take(report, began, self._reported)
+            self._take(report, segment.ordered, self.now())
         self._keep()
 
     def _order(self, first: int) -> None:
@@ -204,22 +203,30 @@ class Conductor:
             and not self._keeper.due(self.now())
         )
 
-    def _take(self, report: Report, began: float, ended: float) -> None:
+    def _take(self, report: Report, ordered: float, reported: float) -> None:
+        """Note what was done in a segment.
+
+        Reports come late where this process is busy. That costs no time while members go on with what was ordered
+        ahead, so their own clocks tell then how long a segment took.
+        """
         group, order = self._membership, self._plan.job.recipe.order
+        began = max(ordered, self._ended) if report.seconds is None else self._ended
+        seconds = reported - began if report.seconds is None else report.seconds
+        self._ended = ended = min(reported, began + seconds)
         steps = steps_done(report, group.labels, order, group.roster.generation, began, ended)
-        done = self._finished(steps, began, ended, report)
-        seconds = sum(step.seconds for step in steps)
-        self._pace.learn(report.steps, seconds, done.control_seconds, self._wishes.news_seconds)
+        done = self._finished(steps, ended, seconds, report)
+        stepping = sum(step.seconds for step in steps)
+        self._pace.learn(report.steps, stepping, done.control_seconds, self._wishes.news_seconds)
         self._history.append(*steps, *gradient_norms(report, ended), done)
         self._history.append(*self._stragglers.look(steps))
         self.step += report.steps
         group.progress()
 
-    def _finished(self, steps: Sequence[StepDone], began: float, ended: float, report: Report) -> SegmentDone:
+    def _finished(self, steps: Sequence[StepDone], ended: float, seconds: float, report: Report) -> SegmentDone:
         # Of whoever was busy longest; the slowest of each step together may be more than the segment.
         busy = max(sum(record.wall_seconds for record in records) for records in report.records)
         return SegmentDone(
-            ended, self.step, len(steps), ended - began, max(0.0, ended - began - busy), report.commit_seconds,
+            ended, self.step, len(steps), seconds, max(0.0, seconds - busy), report.commit_seconds,
             sum(step.samples for step in steps), self.world_size, self._membership.roster.generation,
         )  # fmt: skip
 

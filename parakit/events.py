@@ -192,8 +192,9 @@ class GradientNorms(Event):
 class SegmentDone(Event):
     """A segment ended and its last step is committed.
 
-    ``seconds`` is its wall time as the notebook sees it; ``control_seconds`` what remains of it after the steps:
-    orders, commit and report. ``commit_seconds`` is the part of that in which the slowest worker kept its state.
+    ``seconds`` is its wall time: from the end of the segment before, by the clocks of the workers, or from the order
+    to the report where it was ordered later. ``control_seconds`` is what remains of it after the steps: orders, commit
+    and report. ``commit_seconds`` is the part of that in which the slowest worker kept its state.
     ``samples`` counts the rows trained on; ``world_size`` and ``generation`` are those of its steps.
     """
 

@@ -16,6 +16,7 @@ from parakit.errors import InputError, RunFailed, WorkerLost
 from parakit.events import EpochEnded, SegmentDone
 from parakit.pacing import NEWS_SECONDS
 from parakit.workers.base import Job, Report
+from parakit.workers.dask.crew import DaskCrew
 from parakit.workers.inline import InlineCrew, InlineWorkers
 from tests.test_exact import wait_for
 
@@ -115,6 +116,31 @@ def test_times_of_segments_add_up_to_the_time_that_went_by() -> None:
     assert sum(segment.seconds for segment in segments) <= whole
     for before, after in itertools.pairwise(segments):
         assert after.at_seconds - after.seconds >= before.at_seconds - 1e-9
+
+
+@pytest.mark.dask
+def test_a_segment_lasts_as_long_if_its_report_or_the_one_before_comes_late(
+    pool: pk.Workers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    report, number = DaskCrew.report, itertools.count()
+
+    def late(crew: DaskCrew) -> Report:
+        found = report(crew)
+        time.sleep(0.15 * (next(number) % 2))
+        return found
+
+    monkeypatch.setattr(DaskCrew, "report", late)
+    run = train(pool, workers=2, steps=4000).wait(LIMIT, progress=False)
+    steps = {step.step: step for step in run.history.steps}
+    first, *segments = run.history.of(SegmentDone)
+    assert len(steps) == 4000
+    assert len(segments) > 4
+    for segment in segments:
+        mine = [steps[segment.first_step + place] for place in range(segment.steps)]
+        for rank in range(2):
+            assert sum(sum(step.workers[rank].seconds()) for step in mine) <= segment.seconds * (1 + 1e-9)
+    whole = segments[-1].at_seconds - first.at_seconds
+    assert sum(segment.seconds for segment in segments) == pytest.approx(whole, abs=0.3)
 
 
 def test_nothing_is_asked_of_workers_while_an_order_is_under_way() -> None:

@@ -219,12 +219,16 @@ class Report:
         One list a member, by rank; all of the same length.
     commit_seconds : float
         The longest that a member took to keep its state.
+    seconds : float or None
+        From the end of the segment before to the end of this one, by the clocks of the members: the longest of them.
+        None if it was ordered later than that end; then it took what the driver's clock says.
     excerpt : Excerpt or None
         Whose records they are, if not everybody's.
     """
 
     records: tuple[list[StepRecord], ...]
     commit_seconds: float
+    seconds: float | None = None
     excerpt: Excerpt | None = None
 
     @property

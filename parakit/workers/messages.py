@@ -80,10 +80,20 @@ class Orders:
 
 @dataclass(frozen=True)
 class Segment:
-    """What a worker did in a segment, and where its commits can be found, if they can."""
+    """What a worker did in a segment, and where its commits can be found, if they can.
+
+    Attributes
+    ----------
+    records : list of StepRecord
+    commit_seconds : float
+    seconds : float or None
+        From the end of the segment before it to its own, by the clock of the worker; None if it was ordered later.
+    vault : VaultKey or None
+    """
 
     records: list[StepRecord]
     commit_seconds: float
+    seconds: float | None
     vault: VaultKey | None = None
 
 

@@ -68,6 +68,7 @@ class Resident:
         self._halt = 0
         self._ended = False
         self._ordered = 0  # segments that this generation ordered of this worker
+        self._finished = 0.0  # when the last of them was, perf_counter
         self._faltered = False  # in one of them
         self._untidy = False
         self._busy = False
@@ -201,13 +202,15 @@ class Resident:
         if self._faltered:
             self.leave_group()  # nobody need wait for this member
         if ahead and (self._faltered or self.replica.step != first):
-            return Segment([], 0.0, self._vault_key)
+            return Segment([], 0.0, None, self._vault_key)
         if self.replica.step != first:
             raise ParakitError(f"This worker is at step {self.replica.step}, but step {first} was ordered.")
         self._faltered = True  # until the end is reached
-        segment = self._segment(first, count, wish, covered)
+        committed = self._segment(first, count, wish, covered)
         self._faltered = False
-        return segment
+        before, self._finished = self._finished, perf_counter()
+        seconds = self._finished - before if ahead else None
+        return Segment(self.replica.take_records(), committed, seconds, self._vault_key)
 
     def _keep(self, covered: bool) -> float:
         """Commit, or leave it to rank 0; says how many seconds that took.
@@ -229,7 +232,8 @@ class Resident:
         self.replica.go_on()
         return 0.0
 
-    def _segment(self, first: int, count: int, wish: int, covered: bool) -> Segment:
+    def _segment(self, first: int, count: int, wish: int, covered: bool) -> float:
+        """Commit and do the steps; says how many seconds keeping the state took."""
         committed = self._keep(covered)
         self.progress()
         self._heeded, self._ended = wish, False
@@ -246,7 +250,7 @@ class Resident:
         if self._untidy:  # by now, what came in messages is gone from them
             self._untidy = False
             return_free_memory()
-        return Segment(self.replica.take_records(), committed, self._vault_key)
+        return committed
 
     def _settle(self) -> None:
         if self.group is not None:

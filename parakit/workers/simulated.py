@@ -283,7 +283,7 @@ class SimulatedCrew(InlineCrew):
         pace = max(1e-9, (perf_counter() - began) / steps)
         self._steps_at_once = max(1, min(4 * self._steps_at_once, int(_REAL_SECONDS / pace)))
         self._clock.advance(self._timed.take_seconds() + self._costs.control_seconds)
-        return Report(records, 0.0, self._timed.take_excerpt())
+        return Report(records, 0.0, excerpt=self._timed.take_excerpt())
 
     def _do(self, first: int, count: int, wish: int) -> tuple[list[StepRecord], ...]:
         self._timed.forget()  # what a segment left that was rolled back

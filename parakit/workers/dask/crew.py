@@ -283,7 +283,10 @@ class DaskCrew:
         answers = self._answers(ordered.futures, self.patience(work_seconds=ordered.expected_seconds))
         segments: list[Segment] = list(answers.values())
         self._vault = open_vault(segments[0].vault, self._vault)
-        return Report(tuple(s.records for s in segments), max(s.commit_seconds for s in segments))
+        spans = [segment.seconds for segment in segments if segment.seconds is not None]
+        return Report(
+            tuple(s.records for s in segments), max(s.commit_seconds for s in segments), max(spans, default=None)
+        )
 
     def _abandon(self) -> None:
         """Let go of the segments that were ordered ahead."""
