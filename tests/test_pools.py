@@ -9,6 +9,7 @@ import subprocess
 import sys
 import sysconfig
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ from torch import nn
 import parakit as pk
 from parakit.errors import ConnectError, PoolError, WorkerCountError, WorkerLost
 from parakit.workers import resident
+from parakit.workers.base import Roster
+from parakit.workers.dask.crew import DaskCrew
 from parakit.workers.messages import Orders
 from tests.conftest import leftovers, standing
 from tests.test_exact import wait_for
@@ -100,6 +103,26 @@ def test_an_address_cannot_grow(foreign: LocalCluster) -> None:
         run = endless(workers, workers=1)
         with pytest.raises(WorkerCountError, match=r"3 workers were asked for, but this pool .* has 2"):
             run.resize(3)
+
+
+def test_a_run_that_is_stopped_before_its_chunks_arrived_leaves_no_thread(
+    foreign: LocalCluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loading, load = threading.Event(), DaskCrew._load_for
+
+    def slowly(crew: DaskCrew, roster: Roster) -> Any:
+        loading.set()
+        time.sleep(0.5)
+        return load(crew, roster)
+
+    monkeypatch.setattr(DaskCrew, "_load_for", slowly)
+    with pk.connect(foreign.scheduler_address) as workers:
+        run = endless(workers, workers=2)
+        assert loading.wait(LIMIT)
+    assert run.stopped_early
+    assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("parakit-")]
+    with Client(foreign, set_as_default=False) as client:
+        assert [found["runs"] for found in client.run(resident.survey).values()] == [(), ()]
 
 
 def test_a_worker_without_parakit_is_named_with_the_remedy(tmp_path: Path, nothing_left: None) -> None:

@@ -72,7 +72,7 @@ class DaskCrew:
         self._step_seconds: float | None = None
         self._ordered: deque[_Ordered] = deque()  # segments without a report yet
         self._numbers = itertools.count(1)  # of the segments that this generation ordered
-        self._halting: set[LocalFuture[None]] = set()
+        self._beside: set[LocalFuture[None]] = set()  # what goes on in threads of its own
         self._brought: dict[int, dict[str, tuple[Any, Any]]] = {}
         self._touched: set[str] = set()  # workers that hold something of this run
         self._released = False
@@ -83,7 +83,13 @@ class DaskCrew:
 
     def prepare(self, roster: Roster) -> LocalFuture[None]:
         """Bring chunks and recipe to those who need them, while the run goes on."""
-        return in_thread(self._bring, roster)
+        return self._go_on_beside(self._bring, roster)
+
+    def _go_on_beside(self, function: Callable[..., None], *args: Any) -> LocalFuture[None]:
+        going_on = in_thread(function, *args)
+        self._beside.add(going_on)
+        going_on.add_done_callback(self._beside.discard)
+        return going_on
 
     def _bring(self, roster: Roster) -> None:
         newcomers = [member for member in roster.members if member not in self._held]
@@ -124,6 +130,8 @@ class DaskCrew:
     def _place(self, member: str, chunks: Sequence[int], load: Callable[[int], Samples]) -> Any:
         if not chunks:
             return {}
+        if self._released:
+            raise WorkerLost("The run ended while its chunks were under way.")
         return self._sent({chunk: load(chunk).packed() for chunk in chunks}, member)
 
     def _sent(self, value: Any, member: str) -> Any:
@@ -241,9 +249,10 @@ class DaskCrew:
         self._released = True
         self._brought.clear()
         self._vault = None
-        for halting in tuple(self._halting):  # a connection that is cut off while it opens would stay open
+        deadline = time.monotonic() + _DISMISS_SECONDS
+        for going_on in tuple(self._beside):  # a pool may close next, and cut connections off that are being opened
             with suppress(Exception):
-                halting.result(_DISMISS_SECONDS)
+                going_on.result(max(0.0, deadline - time.monotonic()))
         self._dismiss(list(self._touched))
 
     def _dismiss(self, members: Sequence[str]) -> None:
@@ -314,9 +323,7 @@ class DaskCrew:
         if self._driver is not None:
             self._driver.halted = max(self._driver.halted, wish)
         elif members and not self._released:
-            halting = in_thread(self._halt_one, members[0], wish)
-            self._halting.add(halting)
-            halting.add_done_callback(self._halting.discard)
+            self._go_on_beside(self._halt_one, members[0], wish)
 
     def _halt_one(self, member: str, wish: int) -> None:
         with suppress(Exception):  # a member that is gone ends the segment anyhow
