@@ -150,6 +150,19 @@ def test_why_plain_pytorch_is_faster(slow: dict[str, Any], cores: int, reason: s
     assert reason in advice.sentence
 
 
+@pytest.mark.parametrize(
+    ("steps", "reason"),
+    [
+        (10, "one process does this work better than several, and that of parakit needs 5 % of the time for control "
+             "between segments"),
+        (1000, "the model and batch are so small that a step takes 1 ms, and what parakit does beside torch shows"),
+    ],
+)  # fmt: skip
+def test_why_one_process_of_parakit_is_slower(steps: int, reason: str) -> None:
+    advice = Advice([*PLAIN, *measured(1, 4, [90.0, 99.0], steps=steps), *measured(4, 1, [50.0, 55.0])], cores=4)
+    assert advice.sentence == f"plain PyTorch, 4 threads: 1.11 times 1 process of 4 threads; {reason}."
+
+
 def test_what_cannot_be_told_apart_is_said_to_be() -> None:
     advice = Advice([*PLAIN, *measured(2, 2, [90.0, 120.0])], cores=4)
     assert "as fast as each other" in advice.sentence

@@ -130,7 +130,7 @@ def test_the_first_update_of_a_segment_half_done_harms_no_state(
     three: pk.Workers, tmp_path: Path, undisturbed: pk.Run, rank: int
 ) -> None:
     # Whoever is left then is at the step that the run goes on from, but in the memory in common a slice is not.
-    run = train(three, tmp_path, optimizer=sgd, strategy=RankedAllReduce(), steps=7, pause_seconds=0.9)
+    run = train(three, tmp_path, optimizer=sgd, strategy=RankedAllReduce(), steps=7, pause_seconds=0.6)
     wait_for(run, lambda: run.step > 2)
     armed = arm(tmp_path, f"slice of rank {rank}")
     run.wait(LIMIT, progress=False)

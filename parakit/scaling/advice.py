@@ -157,9 +157,14 @@ class Advice:
         lost = row.exchange + row.waiting + row.control
         if self.cores == 1:
             return "there is one core, so no two processes compute at the same time"
+        small = f"the model and batch are so small that a step takes {1e3 * row.step_seconds:.2g} ms"
         if row.step_seconds < _SHORT_SECONDS and lost > _MUCH:
-            step = f"a step takes {1e3 * row.step_seconds:.2g} ms, of which {_percent(lost)} go into"
-            return f"the model and batch are so small that {step} exchange, waiting and control"
+            return f"{small}, of which {_percent(lost)} go into exchange, waiting and control"
+        if row.layout.workers == 1:  # it exchanges nothing, and waits for nobody
+            if row.step_seconds < _SHORT_SECONDS:
+                return f"{small}, and what parakit does beside torch shows"
+            control = f"{_percent(row.control)} of the time for control between segments"
+            return f"one process does this work better than several, and that of parakit needs {control}"
         reasons = {
             f"exchanging {_short(self.parameters)} parameters takes {_percent(row.exchange)} of a step": row.exchange,
             f"processes wait for each other for {_percent(row.waiting)} of a step": row.waiting,
