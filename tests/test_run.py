@@ -426,7 +426,7 @@ def test_the_noise_scale_is_told_in_words_until_it_is_known(inline: pk.Workers) 
     assert alone.noise.noise_scale is None
     assert "at least two workers" in alone.noise.words
     run = pk.train(
-        small_net(), pk.datasets.digits().train, on=inline, workers=8, steps=3000, batch_size=256,
+        small_net(), pk.datasets.digits().train, on=inline, workers=8, steps=1500, batch_size=256,
         optimizer=lambda p: torch.optim.SGD(p, lr=1e-4),
     ).wait(LIMIT, progress=False)  # fmt: skip
     norms = run.history.of(GradientNorms)
