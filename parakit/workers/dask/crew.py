@@ -22,7 +22,7 @@ from parakit.machine import in_thread, return_free_memory
 from parakit.vault import OpenVault, open_vault
 from parakit.workers import resident
 from parakit.workers.base import Job, Remnant, Report, Roster
-from parakit.workers.dask.addresses import host_of, is_here
+from parakit.workers.dask.addresses import address_of, host_of, is_here
 from parakit.workers.dask.driver import DriverTeam, settled
 from parakit.workers.dask.rendezvous import WorkerBoard, forget
 from parakit.workers.dask.sending import send
@@ -63,7 +63,7 @@ class DaskCrew:
         self._resident = job.strategy.runs_on == "workers"
         self.orders_ahead = self._resident
         self._blob = cloudpickle.dumps((job.recipe, job.strategy))
-        #: Addresses of the active workers, in the order of their ranks.
+        #: Names of the active workers, in the order of their ranks.
         self.members: tuple[str, ...] = ()
         self._generation = -1
         self._held: dict[str, _Held] = {}  # the chunks that members hold, for training and for validation
@@ -212,7 +212,7 @@ class DaskCrew:
         """Scatter a value to members, each of which gets a copy."""
 
         def scatter() -> Any:
-            return self._client.scatter(value, workers=list(members), broadcast=True, hash=False)
+            return self._client.scatter(value, workers=list(map(address_of, members)), broadcast=True, hash=False)
 
         try:
             return in_thread(scatter).result(self._job.limit_seconds)
@@ -234,7 +234,7 @@ class DaskCrew:
         )  # fmt: skip
 
     def _board(self, roster: Roster) -> WorkerBoard:
-        return WorkerBoard(roster.members[0], self._job.run_id, roster.generation)
+        return WorkerBoard(address_of(roster.members[0]), self._job.run_id, roster.generation)
 
     def order_for(self, member: str, *more: Any) -> tuple[Any, ...]:
         """The arguments of an order of the present generation."""
@@ -256,12 +256,13 @@ class DaskCrew:
         self._dismiss(list(self._touched))
 
     def _dismiss(self, members: Sequence[str]) -> None:
-        there = self._pool.names
-        present = [member for member in members if member in there]
+        # One that died may have been handed what another took up that is at its address now.
+        staying = {address_of(member) for member in self.members if member not in members}
+        present = set(map(address_of, members)).intersection(map(address_of, self._pool.names)) - staying
         self._touched.difference_update(members)
         if present:
             with suppress(Exception):  # whoever is gone, or does not answer, has nothing to give back
-                in_thread(self._client.run, forget, self._job.run_id, workers=present).result(_DISMISS_SECONDS)
+                in_thread(self._client.run, forget, self._job.run_id, workers=list(present)).result(_DISMISS_SECONDS)
 
     # --- segments
 
@@ -327,7 +328,7 @@ class DaskCrew:
 
     def _halt_one(self, member: str, wish: int) -> None:
         with suppress(Exception):  # a member that is gone ends the segment anyhow
-            self._client.run(resident.halt, self._job.run_id, wish, workers=[member])
+            self._client.run(resident.halt, self._job.run_id, wish, workers=[address_of(member)])
 
     def set_learning_rate(self, value: float) -> None:
         """Let whoever updates go on at another learning rate: the driver, or else every member."""
@@ -372,7 +373,7 @@ class DaskCrew:
     def submit_to(self, members: Sequence[str], function: Callable[..., Answer], *args: Any) -> Future[Any]:
         """A task on one of some members; never shared with an equal one."""
         key = f"parakit-{function.__name__}-{self._job.run_id}-{next(self._count)}"
-        return self._client.submit(function, *args, key=key, pure=False, workers=list(members))
+        return self._client.submit(function, *args, key=key, pure=False, workers=list(map(address_of, members)))
 
     def _answers(self, futures: Mapping[str, Future[Any]], limits: Limits) -> dict[str, Any]:
         """Wait for answers, and return their values; the first failure that explains the others is raised."""

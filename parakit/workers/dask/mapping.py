@@ -13,6 +13,7 @@ from distributed import Future
 from distributed.scheduler import KilledWorker
 
 from parakit.errors import WorkerLost
+from parakit.workers.dask.addresses import address_of
 from parakit.workers.dask.sending import send
 from parakit.workers.dask.watching import Limits, watch
 
@@ -76,7 +77,8 @@ def _do_some(
     futures: dict[int, Future[Any]] = {}
     for number, item in items.items():
         placed = send(pool, _NOBODY, item, owners[number], _SILENT_SECONDS)
-        futures[number] = pool.client.submit(function, placed, workers=[owners[number]], pure=False)
+        place = address_of(owners[number])
+        futures[number] = pool.client.submit(function, placed, workers=[place], pure=False)
     left = max(0.1, deadline - time.monotonic())
     outcome = watch(pool, _NOBODY, list(futures.values()), list(owners.values()), Limits(_SILENT_SECONDS, left, left))
     if outcome.waiting:

@@ -22,7 +22,7 @@ from parakit.errors import ConnectError, WorkerLost
 from parakit.machine import in_thread
 from parakit.workers.base import Job, Workers
 from parakit.workers.dask import rendezvous
-from parakit.workers.dask.addresses import host_of
+from parakit.workers.dask.addresses import Lives, address_of, host_of
 from parakit.workers.dask.crew import DaskCrew
 from parakit.workers.dask.mapping import map_on
 from parakit.workers.messages import Pulse
@@ -72,6 +72,7 @@ class DaskWorkers(Workers):
         self._most = most
         self._cluster = cluster
         self._ours = tuple(ours)
+        self._lives = Lives()
         self._ready: set[str] = set()
         if self._local:
             for logger in ("distributed.scheduler", "distributed.nanny"):
@@ -90,13 +91,16 @@ class DaskWorkers(Workers):
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Addresses of the workers that can work now, in the order of their names."""
+        """The workers that can work now, in the order of Dask's names; here they are known by their addresses.
+
+        A process at an address where another one died has a name of its own, see `parakit.workers.dask.addresses`.
+        """
         # A worker that is paused or about to leave takes no orders any more.
         workers = {
-            address: found["name"] for address, found in self._workers().items()
-            if address not in self._banished and found.get("status", "running") == "running"
+            name: found["name"] for name, found in self._workers().items()
+            if name not in self._banished and found.get("status", "running") == "running"
         }  # fmt: skip
-        return tuple(sorted(workers, key=lambda address: _natural(workers[address])))
+        return tuple(sorted(workers, key=lambda name: _natural(workers[name])))
 
     @property
     def most(self) -> int:
@@ -111,7 +115,7 @@ class DaskWorkers(Workers):
     @property
     def hosts(self) -> tuple[str, ...]:
         """What each worker's address says of its host: workers that listen on one address are processes of one."""
-        return tuple(host_of(address) for address in self.names)
+        return tuple(host_of(name) for name in self.names)
 
     @property
     def dashboard(self) -> str:
@@ -131,12 +135,12 @@ class DaskWorkers(Workers):
         """
         there = self.names
         self.make_ready(there)
-        return {self.label(address): self._pids[address] for address in there}
+        return {self.label(name): self._pids[name] for name in there}
 
-    def label(self, address: str) -> str:
+    def label(self, name: str) -> str:
         """A short name for a worker, also for one that has gone."""
-        name = self._labels.get(address, address)
-        return f"worker {name}" if isinstance(name, int) else str(name)
+        short = self._labels.get(name, name)
+        return f"worker {short}" if isinstance(short, int) else str(short)
 
     def grow(self, count: int) -> None:
         """Ask the cluster for more workers."""
@@ -156,29 +160,29 @@ class DaskWorkers(Workers):
         self._pardon()
         return DaskCrew(self, job)
 
-    def banish(self, addresses: Iterable[str]) -> None:
+    def banish(self, names: Iterable[str]) -> None:
         """Do without workers that hang.
 
         A local one is killed, which frees those that wait for it at once, and Dask starts another in its place. One of
         somebody else's cluster is left alone, and not used before the next run that finds it awake.
         """
-        for address in addresses:
-            self._banished.add(address)
-            if self._local and address in self._pids:
+        for name in names:
+            self._banished.add(name)
+            if self._local and name in self._pids:
                 with contextlib.suppress(OSError):
-                    os.kill(self._pids[address], signal.SIGKILL)
+                    os.kill(self._pids[name], signal.SIGKILL)
 
     def _pardon(self) -> None:
         """Take banished workers back that answer by now."""
-        asked = {address: self.ask_pulse(address, "") for address in self._banished & set(self._workers())}
-        for address, answer in asked.items():
+        asked = {name: self.ask_pulse(name, "") for name in self._banished & set(self._workers())}
+        for name, answer in asked.items():
             with contextlib.suppress(Exception):
                 answer.result(_PARDON_SECONDS)
-                self._banished.discard(address)
+                self._banished.discard(name)
 
-    def ask_pulse(self, address: str, run_id: str) -> LocalFuture[Pulse]:
+    def ask_pulse(self, name: str, run_id: str) -> LocalFuture[Pulse]:
         """Ask a worker for its pulse in a run, without waiting; fails if the worker cannot be asked."""
-        scheduler, loop = self.client.scheduler, self.client.loop
+        scheduler, loop, address = self.client.scheduler, self.client.loop, address_of(name)
         assert scheduler is not None
         assert loop is not None
 
@@ -205,32 +209,36 @@ class DaskWorkers(Workers):
             wait(futures, timeout=limit_seconds, return_when="FIRST_COMPLETED")
         return [future for future in futures if not future.done()]
 
-    def make_ready(self, addresses: Iterable[str]) -> None:
+    def make_ready(self, names: Iterable[str]) -> None:
         """Check workers that are new to this pool, and teach them to keep boards."""
-        fresh = [address for address in addresses if address not in self._ready]
+        fresh = [name for name in names if name not in self._ready]
         if fresh:
             self._survey(fresh)
             self._run(rendezvous.install, fresh)
             self._ready.update(fresh)
 
-    def _run(self, function: Callable[..., Any], addresses: Sequence[str], *args: Any) -> dict[str, Any]:
+    def _run(self, function: Callable[..., Any], names: Sequence[str], *args: Any) -> dict[str, Any]:
         """Call a function in the event loop of some workers, up to a limit, and as long as they are there."""
-        calling = in_thread(self.client.run, function, *args, workers=list(addresses))
+        addresses = {name: address_of(name) for name in names}
+        calling = in_thread(self.client.run, function, *args, workers=list(addresses.values()))
         deadline = time.monotonic() + _ASK_SECONDS
         while time.monotonic() < deadline:
             try:
                 found: dict[str, Any] = calling.result(_LOOK_SECONDS)
-                return found
+                if set(names) - set(self._workers()):  # another may have come at its address, and answered
+                    raise WorkerLost(f"One of {len(names)} workers died while it was asked.")
+                return {name: found[address] for name, address in addresses.items()}
             except TimeoutError as error:
                 if calling.done():
-                    raise WorkerLost(f"One of {len(addresses)} workers did not answer in time.") from error
-                if set(addresses) - set(self._workers()):  # Dask would try to reach it for many seconds
-                    raise WorkerLost(f"One of {len(addresses)} workers died before it was asked.") from None
+                    raise WorkerLost(f"One of {len(names)} workers did not answer in time.") from error
+                if set(names) - set(self._workers()):  # Dask would try to reach it for many seconds
+                    raise WorkerLost(f"One of {len(names)} workers died before it was asked.") from None
             except OSError as error:  # a connection that broke: what is called here raises none
-                raise WorkerLost(f"One of {len(addresses)} workers died while it was asked.") from error
-        raise WorkerLost(f"One of {len(addresses)} workers did not answer within {_ASK_SECONDS:g} s.")
+                raise WorkerLost(f"One of {len(names)} workers died while it was asked.") from error
+        raise WorkerLost(f"One of {len(names)} workers did not answer within {_ASK_SECONDS:g} s.")
 
     def _workers(self) -> dict[str, dict[str, Any]]:
+        """What the scheduler knows of each worker, by its name."""
         # The client's own scheduler_info() shares its answer with a refresh that runs now and then and asks for no
         # workers at all; read in the wrong moment, it says that everybody is gone.
         if self.client.status != "running" or self.client.scheduler is None:
@@ -239,8 +247,11 @@ class DaskWorkers(Workers):
             identity = self.client.sync(self.client.scheduler.identity, n_workers=-1, callback_timeout=_ASK_SECONDS)
         except OSError:  # the scheduler is gone, and with it everybody
             return {}
-        workers: dict[str, dict[str, Any]] = identity["workers"]
-        self._labels.update({address: w["name"] for address, w in workers.items()})
+        workers: dict[str, dict[str, Any]] = {
+            self._lives.name(address, told.get("local_directory")): told
+            for address, told in identity["workers"].items()
+        }
+        self._labels.update({name: told["name"] for name, told in workers.items()})
         return workers
 
     def _await_workers(self, count: int, timeout: float) -> None:
@@ -253,31 +264,31 @@ class DaskWorkers(Workers):
                 remedy="look at the workers' logs, or wait longer: connect(..., timeout=300)",
             ) from error
 
-    def _survey(self, addresses: Sequence[str]) -> None:
+    def _survey(self, names: Sequence[str]) -> None:
         """Check that workers have what training needs, and see what they compute with."""
-        found = self._run(_surveyor(), addresses)
+        found = self._run(_surveyor(), names)
         ours = _surveyor()()
-        wrong = {address: told for address, facts in found.items() if (told := _lacks(facts, ours))}
+        wrong = {name: told for name, facts in found.items() if (told := _lacks(facts, ours))}
         if wrong:
-            address, told = next(iter(wrong.items()))
+            name, told = next(iter(wrong.items()))
             raise ConnectError(
-                f"{len(wrong)} of {len(found)} workers cannot train; {address} {told}.",
+                f"{len(wrong)} of {len(found)} workers cannot train; {address_of(name)} {told}.",
                 cause="the workers run in another environment than this notebook",
                 remedy=f"install there: pip install parakit=={ours['parakit']} torch=={ours['torch']} "
                 f"(Python {ours['python']})",
             )
-        self._pids.update({address: facts["pid"] for address, facts in found.items()})
-        self._hosts.update({address: facts["host"] for address, facts in found.items()})
+        self._pids.update({name: facts["pid"] for name, facts in found.items()})
+        self._hosts.update({name: facts["host"] for name, facts in found.items()})
         if self.device == "cpu":
             self._cores_of.update({facts["host"]: facts["cores"] for facts in found.values()})
         else:
-            self._share_gpus_out(addresses)
+            self._share_gpus_out(names)
         self.cores = sum(self._cores_of.values())
 
-    def _share_gpus_out(self, addresses: Sequence[str]) -> None:
+    def _share_gpus_out(self, names: Sequence[str]) -> None:
         """Tell workers which GPU each is to compute on."""
-        seen: dict[str, tuple[str, ...]] = self._run(gpus_here, addresses)
-        blind = [address for address, gpus in seen.items() if not gpus]
+        seen: dict[str, tuple[str, ...]] = self._run(gpus_here, names)
+        blind = [name for name, gpus in seen.items() if not gpus]
         if blind:
             raise ConnectError(
                 f"{len(blind)} of {len(seen)} workers see no GPU; {self.label(blind[0])} is one.",
@@ -285,9 +296,9 @@ class DaskWorkers(Workers):
                 remedy='compute on cores: connect(..., device="cpu"); or install torch with CUDA where the GPUs are',
             )
         there = self._workers()
-        self._gpus = {address: gpu for address, gpu in self._gpus.items() if address in there}
+        self._gpus = {name: gpu for name, gpu in self._gpus.items() if name in there}
         given = share_out(seen, self._gpus)
-        self._run(rendezvous.take_gpu, addresses, given)
+        self._run(rendezvous.take_gpu, names, {address_of(name): gpu for name, gpu in given.items()})
         self._gpus.update(given)
         self._cores_of.update({gpu: 1 for gpus in seen.values() for gpu in gpus})
 

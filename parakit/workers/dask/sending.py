@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from parakit.errors import WorkerLost
 from parakit.machine import in_thread
+from parakit.workers.dask.addresses import address_of
 from parakit.workers.dask.watching import Pulses
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ def send(pool: DaskWorkers, run_id: str, value: Any, name: str, silent_seconds: 
     WorkerLost
         If it gives none, and is done without from then on; or if it is gone.
     """
-    sending = in_thread(pool.client.scatter, [value], workers=[name], hash=False)
+    sending = in_thread(pool.client.scatter, [value], workers=[address_of(name)], hash=False)
     pulses = Pulses(pool, run_id, time.monotonic())
     while not sending.done():
         try:
