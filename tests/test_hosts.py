@@ -24,7 +24,7 @@ from parakit.workers.group import GroupBroken
 from parakit.workers.hosts import HostsGroup
 from parakit.workers.layout import equal_counts, hierarchical
 from parakit.workers.shared import CannotShare
-from tests.members import FolderBoard, Member, ask, members
+from tests.members import FolderBoard, Member, ask
 from tests.serial import batches, train_serially
 from tests.test_exact import BATCH, CHUNKS, SAMPLES, SEED, assert_same, expected, problem, resized_along, trained
 
@@ -173,16 +173,20 @@ def add_forever(kept: dict[str, Any], rank: int, by_slices: bool) -> float:
 
 @pytest.mark.parametrize("by_slices", [False, True], ids=["whole", "by slices"])
 @pytest.mark.parametrize("dead", [0, 3])
-def test_when_a_member_dies_those_of_all_hosts_know_soon(boards: Callable[[], str], dead: int, by_slices: bool) -> None:
-    with members(4) as team:
-        assert all(answer.good for answer in ask(team, form, (A, A, B, B), boards()))
-        for rank, member in enumerate(team):
-            member.tell(add_forever, rank, by_slices)
-        time.sleep(0.3)
-        killed = time.monotonic()
-        os.kill(team[dead].pid, signal.SIGKILL)
-        told = [member.answer(LIMIT_SECONDS).good for rank, member in enumerate(team) if rank != dead]
-        assert all(0 < at - killed < SOON_SECONDS for at in told)
+def test_when_a_member_dies_those_of_all_hosts_know_soon(
+    team: list[Member], boards: Callable[[], str], dead: int, by_slices: bool
+) -> None:
+    assert all(answer.good for answer in ask(team, form, (A, A, B, B), boards()))
+    for rank, member in enumerate(team):
+        member.tell(add_forever, rank, by_slices)
+    time.sleep(0.3)
+    killed = time.monotonic()
+    os.kill(team[dead].pid, signal.SIGKILL)
+    told = [member.answer(LIMIT_SECONDS).good for rank, member in enumerate(team) if rank != dead]
+    assert all(0 < at - killed < SOON_SECONDS for at in told)
+    team[dead].close()
+    team[dead] = Member()  # the others are as good as before
+    assert [answer.error for answer in ask([m for rank, m in enumerate(team) if rank != dead], leave)] == [""] * 3
 
 
 def form_without_sharing(kept: dict[str, Any], rank: int, layout: tuple[str, ...], folder: str, where: str) -> str:

@@ -255,7 +255,7 @@ def test_a_script_without_a_guard_is_told_about_it(tmp_path: Path) -> None:
 
 
 def test_a_worker_that_dies_while_it_is_asked_is_lost_and_no_error_of_a_users_code(nothing_left: None) -> None:
-    with pk.connect(1) as pool, pytest.raises(WorkerLost, match="died while it was asked"):
+    with pk.connect(1) as pool, pytest.raises(WorkerLost, match="died before it answered"):
         pool._run(die, pool.names)  # type: ignore[attr-defined]
 
 

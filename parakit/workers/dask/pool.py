@@ -226,15 +226,15 @@ class DaskWorkers(Workers):
             try:
                 found: dict[str, Any] = calling.result(_LOOK_SECONDS)
                 if set(names) - set(self._workers()):  # another may have come at its address, and answered
-                    raise WorkerLost(f"One of {len(names)} workers died while it was asked.")
+                    raise WorkerLost(f"One of {len(names)} workers died before it answered.")
                 return {name: found[address] for name, address in addresses.items()}
             except TimeoutError as error:
                 if calling.done():
                     raise WorkerLost(f"One of {len(names)} workers did not answer in time.") from error
                 if set(names) - set(self._workers()):  # Dask would try to reach it for many seconds
-                    raise WorkerLost(f"One of {len(names)} workers died before it was asked.") from None
+                    raise WorkerLost(f"One of {len(names)} workers died before it answered.") from None
             except OSError as error:  # a connection that broke: what is called here raises none
-                raise WorkerLost(f"One of {len(names)} workers died while it was asked.") from error
+                raise WorkerLost(f"One of {len(names)} workers died before it answered.") from error
         raise WorkerLost(f"One of {len(names)} workers did not answer within {_ASK_SECONDS:g} s.")
 
     def _workers(self) -> dict[str, dict[str, Any]]:
