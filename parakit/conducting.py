@@ -103,22 +103,27 @@ class Conductor:
         return self._keeper.state
 
     def conduct(self) -> None:
-        """Do the whole run; never raises."""
+        """Do the whole run; never raises. The pool is free for another one before anybody can see that it ended."""
+        status, error = "finished", None
         try:
             self._history.append(self._plan.start)
             self._membership.open()
             while not self._train():
                 pass
             self._keeper.close()
-            self._end("finished")
-        except Exception as error:
+        except Exception as raised:
             done = self.step
-            self._rescue(error)
-            self.error = _explained(error, done, self._keeper.step)
+            self._rescue(raised)
+            status, error = "failed", _explained(raised, done, self._keeper.step)
             self._keeper.close()
-            self._end("failed")
         finally:
-            self._membership.release()
+            ended = self.now()
+            try:
+                self._membership.release()
+            finally:
+                self._pool.free(self._plan.job.run_id)
+        self.error = error
+        self._end(status, ended)
 
     def _train(self) -> bool:
         """Train until the run is over, or members are lost and the others ready to go on; says whether it is over."""
@@ -163,10 +168,10 @@ class Conductor:
     def _say(self, text: str) -> None:
         self._history.append(Said(self.now(), text))
 
-    def _end(self, status: str) -> None:
+    def _end(self, status: str, at_seconds: float) -> None:
         self.status = status
         reason = str(self.error) if self.error else ("stopped" if self.step < self._plan.steps else "")
-        self._history.append(RunEnd(self.now(), status, self.step, reason))
+        self._history.append(RunEnd(at_seconds, status, self.step, reason))
 
     # --- segments
 

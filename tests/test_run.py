@@ -24,6 +24,7 @@ from parakit.events import PHASES, Asked, EpochEnded, GradientNorms, History, Re
 from parakit.replica import Holding
 from parakit.workers import resident
 from tests.test_exact import Slowed, problem, wait_for
+from tests.waiting import until
 
 LIMIT = 60
 
@@ -150,6 +151,19 @@ def test_a_resize_moves_only_what_must_move_and_is_quick(pool: pk.Workers) -> No
     assert set(moved[3::4]) <= {41, 42, 43}  # 3 to 1
     # Many times the half second that a resize takes at most on an idle machine: this is no benchmark.
     assert float(np.median(latencies)) < 2
+
+
+@pytest.mark.parametrize("kind", ["inline", pytest.param("pool", marks=pytest.mark.dask)])
+def test_a_pool_is_free_once_a_run_says_that_it_is_over(kind: str, request: pytest.FixtureRequest) -> None:
+    workers = request.getfixturevalue(kind)
+    data = pk.datasets.digits().train
+    ends = {"finished": small_net(), "failed": FailsLate()}
+    for _ in range(3):
+        for end, model in ends.items():
+            run = pk.train(model, data, on=workers, workers=2, steps=12)
+            until(lambda run=run: run.status not in ("running", "paused"), LIMIT)
+            assert run.status == end  # and the next one starts at once
+            assert (run.error is not None) == (end == "failed")
 
 
 @pytest.mark.dask
