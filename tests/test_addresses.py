@@ -37,6 +37,8 @@ def test_each_process_at_an_address_has_a_name_of_its_own() -> None:
     third = lives.name(here, "worker-d")
     assert len({here, second, third}) == 3
     assert lives.name(here, "worker-d") == third
+    assert lives.name(here, "worker-c") == second  # as a thread may say that looked earlier, and comes later
+    assert lives.name(here, "worker-a") == here
     assert lives.name(there, "worker-b") == there
     assert address_of(here) == address_of(second) == address_of(third) == here
     assert host_of(third) == host_of(here) == HOST

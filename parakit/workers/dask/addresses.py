@@ -20,17 +20,15 @@ class Lives:
     """The processes that were seen at each address, told apart by the folders that Dask makes for them."""
 
     def __init__(self) -> None:
-        self._seen: dict[str, tuple[Any, int]] = {}  # by address, the last process's folder, and how many there were
+        self._seen: dict[str, dict[Any, int]] = {}  # by address, the numbers of the processes there by their folders
         self._lock = threading.Lock()
 
     def name(self, address: str, folder: Any) -> str:
-        """The name of the process that is at an address now: the address itself for the first one seen there."""
-        with self._lock:
-            last, count = self._seen.get(address, (folder, 1))
-            if folder != last:
-                count += 1
-            self._seen[address] = folder, count
-        return address if count == 1 else f"{address}{_LIFE}{count}"
+        """The name of a process seen at an address: the address itself for the first one there."""
+        with self._lock:  # threads may look at once, and what one saw may be older than what another did
+            numbers = self._seen.setdefault(address, {})
+            number = numbers.setdefault(folder, len(numbers) + 1)
+        return address if number == 1 else f"{address}{_LIFE}{number}"
 
 
 def address_of(name: str) -> str:
