@@ -11,6 +11,7 @@ too; any other difference is installed on top. While nothing changed, this costs
 from __future__ import annotations
 
 import argparse
+import functools
 import hashlib
 import json
 import os
@@ -18,7 +19,10 @@ import platform
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 # Through realpath, or a clone reached by a symbolic link would look moved and be built twice.
@@ -31,6 +35,8 @@ VENV_PYTHON = VENV / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
 TORCH = "2.13.0"
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 PROBE_SECONDS = 5
+RUNNING: set[subprocess.Popen[bytes]] = set()  # started here
+PIECES = 4  # of the pinned packages, installed side by side: pip unpacks and compiles on one core
 
 MINIMUM = (3, 11)
 # The first one that works is taken: the user's own python3, then the tested ones, then newer ones.
@@ -142,14 +148,42 @@ def create(python: str, version: str) -> None:
 
 
 def install(reusable: bool) -> None:
-    """Requirements first: they hold torch's own dependencies, pinned."""
-    say("installing the pinned packages" + ("" if reusable else ": some 200 MB, a few minutes the first time"))
-    pip("-r", "requirements.txt")
-    install_torch()
+    """Install all side by side, as every version is pinned; pip's check then finds whatever would be missing."""
+    say("installing the pinned packages" + ("" if reusable else ": some 400 MB, a few minutes the first time"))
+    with tempfile.TemporaryDirectory() as folder:
+        pieces = pieces_of_requirements(Path(folder))
+        side_by_side(install_torch, *(functools.partial(pip, "--no-deps", "-r", str(piece)) for piece in pieces))
     # hatchling is pinned in requirements.txt; without isolation nothing that is not pinned gets fetched.
     pip("--no-deps", "--no-build-isolation", "--editable", ".")
-    run([str(VENV_PYTHON), "-m", "pip", "check"])
+    check = [str(VENV_PYTHON), "-m", "pip", "check"]
+    if not run(check, check=False):  # a build of torch for GPUs needs more than what is pinned
+        pip("--constraint", "requirements.txt", "torch==" + TORCH)
+        run(check)
     silence_news()
+
+
+def side_by_side(*tasks: Callable[[], object]) -> None:
+    """Do all, some at once. After an error nothing more is begun; an interrupt also ends what is going on."""
+    with ThreadPoolExecutor(max(2, min(os.cpu_count() or 1, PIECES))) as side:
+        doing = [side.submit(task) for task in tasks]
+        try:
+            for one in doing:
+                one.result()
+        except BaseException as error:
+            for one in doing:
+                one.cancel()
+            for process in [] if isinstance(error, SetupError) else list(RUNNING):
+                process.terminate()
+            raise
+
+
+def pieces_of_requirements(folder: Path) -> list[Path]:
+    """Files that hold the pinned packages among them."""
+    lines = [line for line in (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines() if line[:1] != "#"]
+    files = [folder / f"requirements-{number}.txt" for number in range(PIECES)]
+    for number, file in enumerate(files):
+        file.write_text("\n".join(lines[number::PIECES]) + "\n", encoding="utf-8")
+    return files
 
 
 def install_torch() -> None:
@@ -157,11 +191,10 @@ def install_torch() -> None:
         return
     if wants_cpu_build() and answers(CPU_INDEX + "/torch/"):
         say(f"installing torch {TORCH} for the CPU, some 200 MB")
-        # --no-deps: everything else comes from the default registry, in the pinned versions.
         if pip("--no-deps", "--index-url", CPU_INDEX, f"torch=={TORCH}+cpu", check=False):
             return
     say(f"installing torch {TORCH} from the default registry")
-    pip("--constraint", "requirements.txt", "torch==" + TORCH)
+    pip("--no-deps", "torch==" + TORCH)
 
 
 def installed_torch() -> str:
@@ -206,11 +239,21 @@ def pip(*arguments: str, check: bool = True) -> bool:
 def run(command: list[str], check: bool = True) -> bool:
     """Run silently; what it said is shown only if it fails and that matters."""
     environment = {name: value for name, value in os.environ.items() if name not in MISLEADING}
-    done = subprocess.run(command, cwd=str(ROOT), env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    if done.returncode and check:
-        end = "\n".join(done.stdout.decode(errors="replace").splitlines()[-15:])
+    process = subprocess.Popen(
+        command, cwd=str(ROOT), env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )  # fmt: skip
+    RUNNING.add(process)
+    try:
+        said = process.communicate()[0]
+    except BaseException:
+        process.kill()
+        raise
+    finally:
+        RUNNING.discard(process)
+    if process.returncode and check:
+        end = "\n".join(said.decode(errors="replace").splitlines()[-15:])
         raise SetupError("{}\nSet-up failed at: {}\nDetails: {}".format(end, " ".join(command), LOG))
-    return done.returncode == 0
+    return process.returncode == 0
 
 
 def say(text: str) -> None:
