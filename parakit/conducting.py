@@ -103,27 +103,24 @@ class Conductor:
         return self._keeper.state
 
     def conduct(self) -> None:
-        """Do the whole run; never raises. The pool is free for another one before anybody can see that it ended."""
-        status, error = "finished", None
+        """Do the whole run; never raises. It has let go of the workers before its status says that it is over."""
+        error: RunFailed | None = None
         try:
             self._history.append(self._plan.start)
             self._membership.open()
             while not self._train():
                 pass
             self._keeper.close()
-        except Exception as raised:
+        except BaseException as raised:  # an inline worker's code may even ask for the end of the process
             done = self.step
             self._rescue(raised)
-            status, error = "failed", _explained(raised, done, self._keeper.step)
+            error = _explained(raised, done, self._keeper.step)
             self._keeper.close()
+        try:
+            self._membership.release()
         finally:
-            ended = self.now()
-            try:
-                self._membership.release()
-            finally:
-                self._pool.free(self._plan.job.run_id)
-        self.error = error
-        self._end(status, ended)
+            self.error = error
+            self._end("failed" if error else "finished")
 
     def _train(self) -> bool:
         """Train until the run is over, or members are lost and the others ready to go on; says whether it is over."""
@@ -168,10 +165,10 @@ class Conductor:
     def _say(self, text: str) -> None:
         self._history.append(Said(self.now(), text))
 
-    def _end(self, status: str, at_seconds: float) -> None:
+    def _end(self, status: str) -> None:
         self.status = status
         reason = str(self.error) if self.error else ("stopped" if self.step < self._plan.steps else "")
-        self._history.append(RunEnd(at_seconds, status, self.step, reason))
+        self._history.append(RunEnd(self.now(), status, self.step, reason))
 
     # --- segments
 
@@ -309,7 +306,7 @@ class Conductor:
         busy = bool(self._ordered)
         self._keeper.keep(self._membership.crew, self.step, self.now(), busy=busy, final=final)
 
-    def _rescue(self, error: Exception) -> None:
+    def _rescue(self, error: BaseException) -> None:
         """After a failure: fetch the last commit, or what is left of it; a state that diverged is none."""
         try:
             self._keeper.take(self._membership.crew.state(self.step))
@@ -355,7 +352,7 @@ class _Pace:
         return steps * self._step_seconds
 
 
-def _explained(error: Exception, done: int, kept: int) -> RunFailed:
+def _explained(error: BaseException, done: int, kept: int) -> RunFailed:
     """What a user should read about an error that ended the run after some steps, with the state of a step kept."""
     remedy = f"run.model holds the state of step {kept}; parakit.train(..., resume=run) goes on from there"
     if isinstance(error, Diverged):

@@ -56,9 +56,12 @@ class Run:
     def status(self) -> str:
         """What the run is doing: "running", "paused", "finished" or "failed".
 
-        A run that was stopped is finished; `stopped_early` tells the difference.
+        A run that was stopped is finished; `stopped_early` tells the difference. Once it is over, its pool is free.
         """
-        return self._conductor.status
+        status = self._conductor.status
+        if status in ("finished", "failed") and threading.current_thread() is not self._thread:
+            self._ended.wait(_LET_GO_SECONDS)  # an instant
+        return status
 
     @property
     def stopped_early(self) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
 import socket
 from collections.abc import Iterator
@@ -45,6 +46,12 @@ def test_each_process_at_an_address_has_a_name_of_its_own() -> None:
     assert host_of("tls://[::1]:4001") == "::1"
 
 
+def is_free(port: int) -> bool:
+    """Whether nobody listens there; no port of these is given to those who ask for any."""
+    with socket.socket() as trial:
+        return trial.connect_ex((HOST, port)) != 0
+
+
 class _Patient(SpecCluster):
     """Dask's cluster, but one that lets every worker come back, however often and soon it dies again."""
 
@@ -55,10 +62,7 @@ class _Patient(SpecCluster):
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[SpecCluster]:
     """Three workers, each on a port of its own for good."""
-    with socket.socket() as one, socket.socket() as two, socket.socket() as three:
-        for free in (one, two, three):
-            free.bind((HOST, 0))
-        ports = [free.getsockname()[1] for free in (one, two, three)]
+    ports = [port for port in random.sample(range(20_000, 32_000), 100) if is_free(port)][:3]
     options = {"host": HOST, "nthreads": 1, "dashboard": False, "dashboard_address": None, "silence_logs": 50}
     options["preload"] = ["parakit.workers.warm"]
     spec = {n: {"cls": Nanny, "options": {**options, "worker_port": port}} for n, port in enumerate(ports)}

@@ -24,6 +24,7 @@ import parakit as pk
 from parakit.errors import ConnectError, PoolError, WorkerCountError, WorkerLost
 from parakit.workers import resident
 from parakit.workers.base import Roster
+from parakit.workers.dask.addresses import address_of
 from parakit.workers.dask.crew import DaskCrew
 from parakit.workers.messages import Orders
 from tests.conftest import leftovers, standing
@@ -190,7 +191,7 @@ def test_orders_of_an_older_generation_are_refused(pool: pk.Workers) -> None:
     wait_for(run, lambda: run.world_size == 1)
     run.resize(2)
     wait_for(run, lambda: run.world_size == 2)
-    client, worker, run_id = pool.client, pool.names[1], run._plan.job.run_id  # type: ignore[attr-defined]
+    client, worker, run_id = pool.client, address_of(pool.names[1]), run._plan.job.run_id  # type: ignore[attr-defined]
     for generation in (0, 1):
         order = client.submit(
             resident.advance, run_id, generation, 1, 0, 1, 0, False, False, workers=[worker], pure=False

@@ -21,6 +21,7 @@ from parakit.errors import Diverged, InputError, RunError, RunFailed
 from parakit.events import Recovered, RunEnd, Said, SegmentDone, WorkersLost
 from parakit.workers import resident
 from parakit.workers.dask import mapping
+from parakit.workers.dask.addresses import address_of
 from parakit.workers.dask.crew import DaskCrew
 from tests.mortal import MortalAllReduce, MortalNet, MortalSGD, RankedAllReduce, arm, sgd
 from tests.test_exact import wait_for
@@ -62,9 +63,10 @@ def three(mortals: pk.Workers) -> pk.Workers:
     return mortals
 
 
-def pid_of(on: pk.Workers, address: str) -> int:
-    found: dict[str, Any] = on.client.run(resident.survey, workers=[address])  # type: ignore[attr-defined]
-    return int(found[address]["pid"])
+def pid_of(on: pk.Workers, name: str) -> int:
+    place = address_of(name)
+    found: dict[str, Any] = on.client.run(resident.survey, workers=[place])  # type: ignore[attr-defined]
+    return int(found[place]["pid"])
 
 
 def members(run: pk.Run) -> tuple[str, ...]:

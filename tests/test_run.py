@@ -23,6 +23,7 @@ from parakit.errors import PoolError, RunEnded, RunError, RunFailed, WaitTimeout
 from parakit.events import PHASES, Asked, EpochEnded, GradientNorms, History, Resized, RunEnd, RunStart, SegmentDone
 from parakit.replica import Holding
 from parakit.workers import resident
+from parakit.workers.inline import InlineCrew
 from tests.test_exact import Slowed, problem, wait_for
 from tests.waiting import until
 
@@ -164,6 +165,46 @@ def test_a_pool_is_free_once_a_run_says_that_it_is_over(kind: str, request: pyte
             until(lambda run=run: run.status not in ("running", "paused"), LIMIT)
             assert run.status == end  # and the next one starts at once
             assert (run.error is not None) == (end == "failed")
+            assert run.kept_state()["step"] == run.model_step  # and the next one may go on from it
+
+
+class Quits(nn.Module):
+    """Asks for the end of the process where it is trained, after some steps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(64, 10)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        if self.calls > 7:
+            sys.exit(3)
+        return self.layer(pixels)
+
+
+def test_code_that_asks_for_the_end_of_the_process_fails_the_run(inline: pk.Workers) -> None:
+    run = pk.train(Quits(), pk.datasets.digits().train, on=inline, steps=50)
+    with pytest.raises(RunFailed, match="SystemExit: 3"):
+        run.wait(LIMIT, progress=False)
+    assert run.status == "failed"
+    assert run.history.of(RunEnd)[-1].status == "failed"
+
+
+def test_a_run_ends_even_if_its_workers_cannot_be_let_go_of(
+    inline: pk.Workers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(_: object) -> None:
+        raise OSError("nobody answers")
+
+    monkeypatch.setattr(InlineCrew, "release", fails)
+    monkeypatch.setattr(threading, "excepthook", lambda _: None)
+    run = pk.train(FailsLate(), pk.datasets.digits().train, on=inline, steps=50)
+    with pytest.raises(RunFailed, match="the seventh seal is broken"):
+        run.wait(LIMIT, progress=False)
+    assert run.status == "failed"
+    monkeypatch.undo()
+    assert pk.train(small_net(), pk.datasets.digits().train, on=inline, steps=5).wait(LIMIT, progress=False).step == 5
 
 
 @pytest.mark.dask

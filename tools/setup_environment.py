@@ -20,9 +20,10 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 # Through realpath, or a clone reached by a symbolic link would look moved and be built twice.
@@ -36,6 +37,7 @@ TORCH = "2.13.0"
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 PROBE_SECONDS = 5
 RUNNING: set[subprocess.Popen[bytes]] = set()  # started here
+INTERRUPTED = threading.Event()
 PIECES = 4  # of the pinned packages, installed side by side: pip unpacks and compiles on one core
 
 MINIMUM = (3, 11)
@@ -156,8 +158,8 @@ def install(reusable: bool) -> None:
     # hatchling is pinned in requirements.txt; without isolation nothing that is not pinned gets fetched.
     pip("--no-deps", "--no-build-isolation", "--editable", ".")
     check = [str(VENV_PYTHON), "-m", "pip", "check"]
-    if not run(check, check=False):  # a build of torch for GPUs needs more than what is pinned
-        pip("--constraint", "requirements.txt", "torch==" + TORCH)
+    if not run(check, check=False):  # other systems, and builds of torch for GPUs, need more than what is pinned
+        pip("--constraint", "requirements.txt", "-r", "requirements.txt", "torch==" + TORCH)
         run(check)
     silence_news()
 
@@ -167,13 +169,15 @@ def side_by_side(*tasks: Callable[[], object]) -> None:
     with ThreadPoolExecutor(max(2, min(os.cpu_count() or 1, PIECES))) as side:
         doing = [side.submit(task) for task in tasks]
         try:
-            for one in doing:
+            for one in as_completed(doing):
                 one.result()
         except BaseException as error:
             for one in doing:
                 one.cancel()
-            for process in [] if isinstance(error, SetupError) else list(RUNNING):
-                process.terminate()
+            if not isinstance(error, SetupError):
+                INTERRUPTED.set()
+                for process in list(RUNNING):
+                    process.terminate()
             raise
 
 
@@ -243,6 +247,8 @@ def run(command: list[str], check: bool = True) -> bool:
         command, cwd=str(ROOT), env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     )  # fmt: skip
     RUNNING.add(process)
+    if INTERRUPTED.is_set():  # whoever was to end it may have come too early
+        process.terminate()
     try:
         said = process.communicate()[0]
     except BaseException:
@@ -250,7 +256,7 @@ def run(command: list[str], check: bool = True) -> bool:
         raise
     finally:
         RUNNING.discard(process)
-    if process.returncode and check:
+    if process.returncode and (check or INTERRUPTED.is_set()):
         end = "\n".join(said.decode(errors="replace").splitlines()[-15:])
         raise SetupError("{}\nSet-up failed at: {}\nDetails: {}".format(end, " ".join(command), LOG))
     return process.returncode == 0

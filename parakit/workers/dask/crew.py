@@ -257,7 +257,7 @@ class DaskCrew:
 
     def _dismiss(self, members: Sequence[str]) -> None:
         # One that died may have been handed what another took up that is at its address now.
-        staying = {address_of(member) for member in self.members if member not in members}
+        staying = {address_of(m) for m in self.members if m not in members and not self._released}
         present = set(map(address_of, members)).intersection(map(address_of, self._pool.names)) - staying
         self._touched.difference_update(members)
         if present:

@@ -93,7 +93,8 @@ class DaskWorkers(Workers):
     def names(self) -> tuple[str, ...]:
         """The workers that can work now, in the order of Dask's names; here they are known by their addresses.
 
-        A process at an address where another one died has a name of its own, see `parakit.workers.dask.addresses`.
+        A process at an address where another one died has a name of its own; `parakit.workers.dask.addresses` says how
+        to read it.
         """
         # A worker that is paused or about to leave takes no orders any more.
         workers = {
