@@ -14,6 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 import parakit as pk
 from parakit.devices import DEVICES
@@ -24,6 +25,9 @@ _SHARED_MEMORY = "shared-memory segments"
 # One of a process, kept by the libraries themselves for as long as it lives.
 _STANDING_THREADS = ("Dask-Callback-Thread", "Dask-Offload", "Profile", "TCP-Executor", "asyncio_", "pydevd")
 
+# How fast a machine is, is no property of the code: every test has a time limit of its own.
+settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("any machine")
 torch.set_num_threads(1)
 pk.datasets.digits()  # scikit-learn's helpers make a few semaphores when they are first imported, and keep them
 

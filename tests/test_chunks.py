@@ -6,7 +6,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from parakit.chunks import EpochOrder, Ownership, chunk_count, cut
@@ -63,7 +63,6 @@ def test_every_batch_takes_its_share_of_every_chunk(sizes: list[int], batch: int
     assert np.abs(ahead).max() <= (1 if max(sizes) == min(sizes) else 1 + len(sizes) / 2)
 
 
-@settings(deadline=None)
 @given(
     samples=st.integers(1, 300),
     chunks=st.integers(1, 20),

@@ -131,7 +131,7 @@ def test_a_curve_is_bounded_and_in_order(values: list[tuple[int, float]], most: 
         assert points[:, 1].max() <= max(v for _, v in values) + 1e-9
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(st.lists(st.integers(1, 60), max_size=6), st.lists(st.sampled_from([1, 2, 3]), min_size=1, max_size=25))
 def test_following_in_pieces_gives_what_following_at_once_gives(cuts: list[int], sizes: list[int]) -> None:
     events = [started(), *segments(sizes)]

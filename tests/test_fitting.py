@@ -106,7 +106,7 @@ def test_a_band_for_the_next_run_is_wider_and_both_grow_with_distance() -> None:
 
 
 # Few examples, so that all of them stay within seconds; SciPy is loaded within the first.
-FEW = settings(max_examples=20, deadline=None)
+FEW = settings(max_examples=20)
 SIGMAS, KAPPAS, RATES = st.floats(0.0, 0.5), st.floats(0.0, 0.05), st.floats(1e-3, 1e9)
 COUNTS = st.lists(st.integers(2, 64), min_size=4, max_size=8, unique=True)
 

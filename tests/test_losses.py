@@ -162,7 +162,7 @@ def assert_same_over_shares(loss: SummedLoss, original: Any, output: Tensor, tar
 
 
 @pytest.mark.parametrize("name", CASES)
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 @given(rows=st.integers(2, 9), seed=st.integers(0, 10**6), cuts=st.lists(st.integers(1, 8), max_size=3))
 def test_the_sums_of_any_shares_give_the_loss_of_the_whole(name: str, rows: int, seed: int, cuts: list[int]) -> None:
     original, data = CASES[name]
