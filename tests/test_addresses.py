@@ -12,13 +12,13 @@ from typing import Any
 
 import pytest
 from distributed import Client, Nanny, Scheduler, SpecCluster
-from distributed.deploy import Cluster
 
 import parakit as pk
 from parakit.errors import WorkerLost
 from parakit.events import Recovered, WorkersLost
 from parakit.workers import resident
 from parakit.workers.dask.addresses import Lives, address_of, host_of
+from parakit.workers.dask.local import WatchedCluster
 from parakit.workers.dask.rendezvous import WorkerBoard
 from parakit.workers.group import GroupBroken
 from tests.mortal import arm
@@ -55,8 +55,7 @@ def is_free(port: int) -> bool:
 class _Patient(SpecCluster):
     """Dask's cluster, but one that lets every worker come back, however often and soon it dies again."""
 
-    def _update_worker_status(self, op: str, msg: Any) -> None:
-        Cluster._update_worker_status(self, op, msg)
+    _update_worker_status = WatchedCluster._update_worker_status
 
 
 @pytest.fixture(scope="module")

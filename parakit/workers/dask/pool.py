@@ -224,18 +224,19 @@ class DaskWorkers(Workers):
         calling = in_thread(self.client.run, function, *args, workers=list(addresses.values()))
         deadline = time.monotonic() + _ASK_SECONDS
         while time.monotonic() < deadline:
+            found: dict[str, Any] | None = None
             try:
-                found: dict[str, Any] = calling.result(_LOOK_SECONDS)
-                if set(names) - set(self._workers()):  # another may have come at its address, and answered
-                    raise WorkerLost(f"One of {len(names)} workers died before it answered.")
-                return {name: found[address] for name, address in addresses.items()}
+                found = calling.result(_LOOK_SECONDS)
             except TimeoutError as error:
                 if calling.done():
                     raise WorkerLost(f"One of {len(names)} workers did not answer in time.") from error
-                if set(names) - set(self._workers()):  # Dask would try to reach it for many seconds
-                    raise WorkerLost(f"One of {len(names)} workers died before it answered.") from None
             except OSError as error:  # a connection that broke: what is called here raises none
                 raise WorkerLost(f"One of {len(names)} workers died before it answered.") from error
+            # Dask would try to reach one that is gone for many seconds; or another came at its address, and answered.
+            if set(names) - set(self._workers()):
+                raise WorkerLost(f"One of {len(names)} workers died before it answered.")
+            if found is not None:
+                return {name: found[address] for name, address in addresses.items()}
         raise WorkerLost(f"One of {len(names)} workers did not answer within {_ASK_SECONDS:g} s.")
 
     def _workers(self) -> dict[str, dict[str, Any]]:

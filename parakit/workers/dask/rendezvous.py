@@ -63,7 +63,6 @@ class WorkerBoard:
 
     def _ask(self, key: str, value: bytes | None) -> bytes | None:
         worker = get_worker()
-        found: dict[str, Any] | None
         if worker.address == self.keeper:
             found = _answer(self.run_id, self.generation, key, value)
         else:
@@ -74,21 +73,21 @@ class WorkerBoard:
                     f"The member that keeps the board cannot be reached: {type(error).__name__}: {error}",
                     cause="it died while the group was formed",
                 ) from error
-        if found is None:  # what Dask answers where nobody taught the worker to keep boards
-            raise GroupBroken(
-                "The member that was to keep the board is gone, and another process is at its address.",
-                cause="it died while the group was formed, and was started anew",
-            )
         if found.get("stale"):
             raise StaleGeneration(f"Generation {self.generation} of run {self.run_id} was replaced by a newer one.")
         answer: bytes | None = found["value"]
         return answer
 
-    async def _ask_keeper(self, worker: Worker, key: str, value: bytes | None) -> dict[str, Any] | None:
+    async def _ask_keeper(self, worker: Worker, key: str, value: bytes | None) -> dict[str, Any]:
         keeper = worker.rpc(self.keeper)
         reply: dict[str, Any] | None = await getattr(keeper, _HANDLER)(
             run_id=self.run_id, generation=self.generation, key=key, value=value
         )
+        if reply is None:  # what Dask answers where nobody taught the worker to keep boards
+            raise GroupBroken(
+                "The member that was to keep the board is gone, and another process is at its address.",
+                cause="it died while the group was formed, and was started anew",
+            )
         return reply
 
 
