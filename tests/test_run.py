@@ -168,23 +168,8 @@ def test_a_pool_is_free_once_a_run_says_that_it_is_over(kind: str, request: pyte
             assert run.kept_state()["step"] == run.model_step  # and the next one may go on from it
 
 
-class Quits(nn.Module):
-    """Asks for the end of the process where it is trained, after some steps."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer = nn.Linear(64, 10)
-        self.register_buffer("calls", torch.zeros(()))
-
-    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
-        self.calls += 1
-        if self.calls > 7:
-            sys.exit(3)
-        return self.layer(pixels)
-
-
 def test_code_that_asks_for_the_end_of_the_process_fails_the_run(inline: pk.Workers) -> None:
-    run = pk.train(Quits(), pk.datasets.digits().train, on=inline, steps=50)
+    run = pk.train(FailsLate("3", SystemExit), pk.datasets.digits().train, on=inline, steps=50)
     with pytest.raises(RunFailed, match="SystemExit: 3"):
         run.wait(LIMIT, progress=False)
     assert run.status == "failed"
@@ -270,16 +255,18 @@ def test_the_model_can_be_had_while_it_trains(pool: pk.Workers) -> None:
 class FailsLate(nn.Module):
     """Fails on a worker only, after some steps."""
 
-    def __init__(self, said: str = "the seventh seal is broken") -> None:
+    def __init__(
+        self, said: str = "the seventh seal is broken", error: type[BaseException] = FloatingPointError
+    ) -> None:
         super().__init__()
-        self.said = said
+        self.said, self.error = said, error
         self.layer = nn.Linear(64, 10)
         self.register_buffer("calls", torch.zeros(()))
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
         self.calls += 1
         if self.calls > 7:
-            raise FloatingPointError(self.said)
+            raise self.error(self.said)
         return self.layer(pixels)
 
 
