@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from parakit.errors import InputError
+from parakit.shared_memory import Segment
 from parakit.workers.group import Group, GroupBroken
 from parakit.workers.shared import CannotShare, SharedGroup
 from parakit.workers.shared.barrier import Barrier, barrier_nbytes
-from parakit.workers.shared.segments import Segment
 from tests.conftest import left_in_shared_memory, shared_memory
 from tests.members import FolderBoard, Member, ask
 

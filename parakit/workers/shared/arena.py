@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from parakit.errors import InputError
+from parakit.shared_memory import Segment
 from parakit.workers.shared.barrier import barrier_nbytes
-from parakit.workers.shared.segments import Segment
 
 __all__ = ["Arena", "Plan"]
 

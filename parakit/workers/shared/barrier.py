@@ -15,8 +15,8 @@ from pathlib import Path
 
 import psutil
 
+from parakit.shared_memory import LINE, Segment
 from parakit.workers.group import GroupBroken
-from parakit.workers.shared.segments import LINE, Segment
 from parakit.workers.shared.waiting import fence, make_bell, pause
 
 __all__ = ["Barrier", "barrier_nbytes"]

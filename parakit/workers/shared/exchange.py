@@ -20,11 +20,11 @@ from torch import Tensor
 
 from parakit.errors import InputError
 from parakit.machine import usable_cores
+from parakit.shared_memory import Segment
 from parakit.workers.group import Board, GroupBroken
 from parakit.workers.shared.arena import Arena, Plan
 from parakit.workers.shared.barrier import Barrier
 from parakit.workers.shared.joining import join
-from parakit.workers.shared.segments import Segment
 from parakit.workers.slicing import Slicing, Summed
 
 __all__ = ["SharedGroup"]

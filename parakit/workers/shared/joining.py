@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from parakit.errors import StaleGeneration
+from parakit.shared_memory import CannotShare, Segment, SegmentKey
 from parakit.workers.group import Board, GroupBroken
-from parakit.workers.shared.segments import CannotShare, Segment, SegmentKey
 
 __all__ = ["join"]
 

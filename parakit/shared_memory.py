@@ -79,13 +79,16 @@ class Segment:
     descriptor : int
         Of a file of the key's length; not closed here.
     key : SegmentKey
+    private : bool
+        See `attach`.
     """
 
-    def __init__(self, descriptor: int, key: SegmentKey) -> None:
-        self._memory = mmap.mmap(descriptor, key.nbytes)
+    def __init__(self, descriptor: int, key: SegmentKey, *, private: bool = False) -> None:
+        # A private mapping shows what is there, and keeps what is written to it for this process: page by page.
+        self._memory = mmap.mmap(descriptor, key.nbytes, access=mmap.ACCESS_COPY if private else mmap.ACCESS_WRITE)
         self.key = key
         self._descriptor = -1
-        if key.nbytes >= _LARGE_BYTES and hasattr(mmap, "MADV_HUGEPAGE"):
+        if not private and key.nbytes >= _LARGE_BYTES and hasattr(mmap, "MADV_HUGEPAGE"):
             with suppress(OSError):  # a kernel without them
                 self._memory.madvise(mmap.MADV_HUGEPAGE)
         self._bytes = torch.frombuffer(self._memory, dtype=torch.uint8)
@@ -119,8 +122,14 @@ class Segment:
         return segment
 
     @classmethod
-    def attach(cls, key: SegmentKey) -> Segment:
-        """Another process's segment.
+    def attach(cls, key: SegmentKey, *, private: bool = False) -> Segment:
+        """Another process's segment, or one of this process once more.
+
+        Parameters
+        ----------
+        key : SegmentKey
+        private : bool
+            Whether what is written to it is to be seen by nobody else. Pages that are only read take no more memory.
 
         Raises
         ------
@@ -133,7 +142,7 @@ class Segment:
             descriptor = os.open(key.path, os.O_RDWR | os.O_CLOEXEC)
             try:
                 right = os.fstat(descriptor).st_size == key.nbytes
-                segment = cls(descriptor, key) if right else None
+                segment = cls(descriptor, key, private=private) if right else None
             finally:
                 os.close(descriptor)
         except OSError as error:
@@ -155,6 +164,11 @@ class Segment:
             os.close(descriptor)
             self.key.remove()
 
+    def leave_open(self) -> int:
+        """The descriptor by which others attach, to be closed by whoever asked: `hide` does nothing any more."""
+        descriptor, self._descriptor = self._descriptor, -1
+        return descriptor
+
     @property
     def address(self) -> int:
         """Where it begins in this process."""
@@ -163,6 +177,12 @@ class Segment:
     def words(self) -> memoryview:
         """All of it as unsigned numbers of 8 bytes; storing one is one move of the processor."""
         return memoryview(self._memory).cast("Q")
+
+    def storage(self, first: int, nbytes: int) -> Tensor:
+        """A part of it as bytes, in a storage of their own: what copies or saves that takes nothing else along."""
+        if nbytes == 0:
+            return torch.empty(0, dtype=torch.uint8)
+        return torch.frombuffer(self._memory, dtype=torch.uint8, offset=first, count=nbytes)
 
     def tensor(self, first: int, numel: int, dtype: torch.dtype) -> Tensor:
         """A part of it as a vector.
