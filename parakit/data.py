@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset, default_collate
 
 from parakit.errors import DataError
+from parakit.settings import drawing
 
 __all__ = ["Samples", "Tree", "leaves", "map_tree", "pack", "unpack"]
 
@@ -24,6 +25,7 @@ Tree = Any  # Tensor | tuple[Tree, ...] | dict[str, Tree]; spelled out it only g
 # numpy has no such type, so these travel as integers of the same width.
 _DISGUISES = {torch.bfloat16: torch.int16}
 _READ_AT_ONCE = 1024
+_READ_AGAIN = 16  # items, to see whether they are drawn anew each time
 
 
 def map_tree(function: Callable[[Any], Any], tree: Tree) -> Tree:
@@ -155,6 +157,10 @@ class Samples:
         """Apply a function to every tensor."""
         return Samples(map_tree(function, self.inputs), map_tree(function, self.targets))
 
+    def copied(self) -> Samples:
+        """The same in memory of their own: code may write to what it is given."""
+        return self.map(lambda leaf: leaf.clone())
+
     def on(self, device: torch.device) -> Samples:
         """The rows on a device; copied only if they are elsewhere."""
         return self if device.type == "cpu" else self.map(lambda leaf: leaf.to(device))
@@ -232,12 +238,13 @@ def _read(dataset: Any, what: str) -> tuple[Any, Any]:
                 f"An item of {what} is {_article(first)}, not a pair (input, target).",
                 remedy="wrap the Dataset so that each item is (input, target); the input may be a tuple or dict",
             )
-        blocks = []
+        watch, blocks = drawing(), []
         for start in range(0, count, _READ_AT_ONCE):
             items = [dataset[row] for row in range(start, min(start + _READ_AT_ONCE, count))]
             blocks.append(default_collate(items))
-        frozen = _differ(first, dataset[0])
+        drew = watch.draws
         inputs, targets = (_join([block[side] for block in blocks]) for side in (0, 1))
+        unlike = _unlike_again(dataset, inputs, targets, count)
     except DataError:
         raise
     except Exception as error:
@@ -246,14 +253,38 @@ def _read(dataset: Any, what: str) -> tuple[Any, Any]:
             cause="items of different shapes or types",
             remedy="pad or crop the items to one shape, or give tensors",
         ) from error
-    if frozen:
+    if unlike is not None or drew.torch or drew.others:
+        seen = (
+            f"Reading item {unlike} of {what} twice gave different values"
+            if unlike is not None
+            else f"Reading the items of {what} drew random numbers, so reading them twice may give different values"
+        )
         warnings.warn(
-            f"Reading item 0 of {what} twice gave different values. The items are read once, when the run starts, so "
-            "random augmentation is frozen; put it into the model's forward to have it fresh in every epoch.",
+            f"{seen}. The items are read once, when the run starts, so random augmentation is frozen; put it into the "
+            "model's forward to have it fresh in every epoch.",
             UserWarning,
             stacklevel=4,
         )
     return inputs, targets
+
+
+def _unlike_again(dataset: Any, inputs: Tree, targets: Tree, count: int) -> int | None:
+    """The first of some items, from everywhere, that is read otherwise a second time; None if there is none."""
+    for row in sorted(set(np.linspace(0, count - 1, _READ_AGAIN).astype(int).tolist())):
+        again = dataset[row]
+        for known, side in ((inputs, again[0]), (targets, again[1])):
+            mine = leaves(map_tree(lambda leaf, row=row: leaf[row : row + 1], known))  # type: ignore[misc]
+            theirs = leaves(map_tree(torch.as_tensor, default_collate([side])))
+            if not all(_equal(a, b) for a, b in zip(mine, theirs, strict=True)):
+                return int(row)
+    return None
+
+
+def _equal(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors are equal; NaN is like NaN."""
+    if torch.equal(one, other):
+        return True
+    return one.is_floating_point() and torch.equal(one.nan_to_num(0), other.nan_to_num(0))
 
 
 def _join(trees: Sequence[Tree]) -> Tree:
@@ -263,15 +294,6 @@ def _join(trees: Sequence[Tree]) -> Tree:
     if isinstance(first, tuple | list):
         return tuple(_join([tree[place] for tree in trees]) for place in range(len(first)))
     return first if len(trees) == 1 else torch.cat(list(trees))
-
-
-def _differ(first: Any, again: Any) -> bool:
-    """Whether two readings of an item differ; NaN is like NaN."""
-    once, twice = (leaves(map_tree(torch.as_tensor, default_collate([item])[0])) for item in (first, again))
-    return not all(
-        torch.equal(a, b) or (a.is_floating_point() and torch.equal(a.nan_to_num(0), b.nan_to_num(0)))
-        for a, b in zip(once, twice, strict=True)
-    )
 
 
 def _tensors(tree: Tree, what: str) -> Tree:

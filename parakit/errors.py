@@ -16,7 +16,8 @@ also a `ValueError`; what went wrong while running is also a `RuntimeError`, so 
     ├── RunError (RuntimeError)
     │   ├── CheckpointError          a checkpoint that is missing or damaged, does not fit, or cannot be written
     │   ├── RunFailed                    the run stopped by itself; its last committed state is kept
-    │   │   └── Diverged                 the loss or a parameter is no finite number any more
+    │   │   ├── Diverged                 the loss or a parameter is no finite number any more
+    │   │   └── BatchDependent           what a share comes to depends on the rest of its batch
     │   ├── RunEnded                     a wish came after the run's end
     │   ├── WorkerLost                   a worker died, or was silent for too long
     │   └── StaleGeneration              an order of an older process group was refused
@@ -26,6 +27,7 @@ also a `ValueError`; what went wrong while running is also a `RuntimeError`, so 
 from __future__ import annotations
 
 __all__ = [
+    "BatchDependent",
     "CheckpointError",
     "ConnectError",
     "DataError",
@@ -52,14 +54,18 @@ class ParakitError(Exception):
     ----------
     fact : str
         What is the case, with the numbers.
+    where : str, optional
+        Lines of code, as a traceback shows them, indented.
     cause : str, optional
         The likely cause.
     remedy : str, optional
         What to do about it.
     """
 
-    def __init__(self, fact: str, *, cause: str = "", remedy: str = "") -> None:
+    def __init__(self, fact: str, *, where: str = "", cause: str = "", remedy: str = "") -> None:
         lines = [fact]
+        if where:
+            lines.append(where)
         if cause:
             lines.append(f"Likely cause: {cause}")
         if remedy:
@@ -117,9 +123,13 @@ class Diverged(RunFailed):
         Steps that were done; the states of earlier ones are good.
     """
 
-    def __init__(self, fact: str, *, step: int = 0, cause: str = "", remedy: str = "") -> None:
-        super().__init__(fact, cause=cause, remedy=remedy)
+    def __init__(self, fact: str, *, step: int = 0, where: str = "", cause: str = "", remedy: str = "") -> None:
+        super().__init__(fact, where=where, cause=cause, remedy=remedy)
         self.step = step
+
+
+class BatchDependent(RunFailed):
+    """The loss of some samples is not what parts of them come to, so several workers would train otherwise than one."""
 
 
 class RunEnded(RunError):

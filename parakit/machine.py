@@ -10,11 +10,14 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any, TypeVar
 
+import psutil
 from dask.system import cpu_count
 
 __all__ = [
+    "free_memory",
     "give_back_freed_memory",
     "in_thread",
     "keep_freed_memory",
@@ -25,6 +28,11 @@ __all__ = [
     "yield_to_others",
 ]
 
+# Of control groups, version 2 and 1: what they may use, and use.
+_GROUPS = (
+    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+    ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+)
 _QUICK_SECONDS = 0.0005
 _NICE = 10
 
@@ -44,6 +52,15 @@ _keepers = 0
 def usable_cores() -> int:
     """Cores that this process may use: the machine's, less what affinity and control groups withhold."""
     return int(cpu_count())
+
+
+def free_memory() -> int:
+    """Bytes that this machine, or the control group of this process, has left."""
+    left = int(psutil.virtual_memory().available)
+    for limit, used in _GROUPS:
+        with suppress(OSError, ValueError):
+            left = min(left, int(Path(limit).read_text()) - int(Path(used).read_text()))
+    return max(0, left)
 
 
 def yield_to_others() -> None:
