@@ -1,31 +1,43 @@
 """Losses as sums: what makes uneven shares exact.
 
-A mean over one worker's share says nothing exact about the mean over the batch; a sum does. So a loss is split into
-a *sum over samples* and a *count*, both of which add up across workers, and one division by the global count gives
-the loss and the gradient that a single process would have computed. For losses that torch averages by weights
-(class weights, `ignore_index`), the count is the sum of those weights. What is neither a sum nor a mean over samples
-is refused, not approximated.
+A mean over one worker's share says nothing exact about the mean over the batch; a sum does. So a loss is seen as a
+*sum over samples* and a *count*, both of which add up across workers, and one division by the global count gives the
+loss and the gradient that a single process would have computed. For losses that torch averages by weights (class
+weights, `ignore_index`), the count is the sum of those weights; a loss of a user's own may say sum and count itself.
+
+Which form a loss has, `parakit.loss_forms` finds out.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from numbers import Real
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from parakit.data import Tree, leaves, map_tree
-from parakit.errors import DataError, LossError
+from parakit.data import Tree, leaves
+from parakit.errors import LossError
+from parakit.exactness.loss_calls import CallsOfLosses, Divide, weight_sum
 
-__all__ = ["SummedLoss", "check_labels", "summed"]
+__all__ = [
+    "ELEMENTWISE", "WEIGHTED", "Form", "ShareLoss", "SummedLoss", "as_object", "check_loss", "check_scalar", "describe",
+    "form_of_known", "is_same", "rows_of", "together",
+]  # fmt: skip
 
-_WEIGHTED = (nn.CrossEntropyLoss, nn.NLLLoss)
-# Their mean is the plain mean over what reduction="none" returns.
-_ELEMENTWISE = (
+#: "mean", "sum": over samples. "weighted": torch's loss object with weights. "weighted calls": a function of calls of
+#: torch's losses that all have the same weights. "several means": one of such calls with weights of their own, which
+#: workers add up in each step. "counted": it says sum and count itself.
+Form = Literal["mean", "sum", "weighted", "weighted calls", "several means", "counted"]
+
+#: Torch's losses that take class labels, and weights for them.
+WEIGHTED = (nn.CrossEntropyLoss, nn.NLLLoss)
+#: Torch's losses whose means are means over rows of what each row contributes.
+ELEMENTWISE = (
     nn.MSELoss, nn.L1Loss, nn.SmoothL1Loss, nn.HuberLoss, nn.BCELoss, nn.BCEWithLogitsLoss, nn.KLDivLoss,
     nn.PoissonNLLLoss, nn.SoftMarginLoss, nn.MultiLabelMarginLoss, nn.MultiLabelSoftMarginLoss, nn.MultiMarginLoss,
     nn.HingeEmbeddingLoss,
@@ -42,6 +54,31 @@ _FUNCTIONS: tuple[tuple[Any, Callable[[], nn.Module]], ...] = (
 )
 # Float32 rounding over a handful of samples stays far below this; a wrong kind of mean does not.
 _SAME = 1e-4
+_NOTHING = 1e-6  # a loss is compared as if it were at least this large
+
+
+@dataclass(frozen=True)
+class ShareLoss:
+    """The loss of some samples of a batch.
+
+    Attributes
+    ----------
+    value : scalar tensor
+        With its graph.
+    weight : float
+        By which the value is a sum over the samples.
+    count : float
+        What sums are divided by, once they are added up; 0 for a loss that is itself a sum.
+    """
+
+    value: Tensor
+    weight: float
+    count: float
+
+    @property
+    def total(self) -> float:
+        """The sum over the samples."""
+        return float(self.value.detach()) * self.weight
 
 
 @dataclass(frozen=True)
@@ -51,47 +88,80 @@ class SummedLoss:
     Parameters
     ----------
     function : callable
-        The user's loss, or its summing twin.
-    kind : {"weighted", "labels", "elementwise", "batch", "sum", "mean of samples"}
-        How the sum and the count are found. "labels" is "weighted" where every label counts as one.
+        The user's loss.
+    form : Form
+    calls : int
+        How many means over classes it calls for, where they are "several means".
     """
 
     function: Callable[[Any, Any], Any]
-    kind: str
+    form: Form
+    calls: int = 0
 
-    def __call__(self, output: Tree, target: Tree) -> tuple[Tensor, Tensor | float]:
-        """The sum over the samples given, with its gradient, and the count to divide by.
+    def of_share(self, model: Callable[[], Tree], target: Tree, divide: Divide | None = None) -> ShareLoss:
+        """The loss of what a model makes of some samples.
 
         Parameters
         ----------
-        output, target : tree of tensors
-            What the model returned for some samples, and their targets.
-
-        Returns
-        -------
-        total : scalar tensor
-            Adds up over shares.
-        count : scalar tensor or float
-            Adds up over shares; 0 for a loss that is a sum and is not divided.
+        model : callable
+            Returns the output for the samples; called once.
+        target : tree of tensors
+            Of the samples.
+        divide : callable, optional
+            Where it is "several means": from the number of a call and the weights of these samples to those of the
+            batch, for as much of the batch as these samples are of its rows.
         """
-        value = self.function(output, target)
-        if self.kind == "weighted":
-            return value, _weight_sum(self.function, output, target)
-        if self.kind == "labels":
-            return value, float(target.numel())
-        if self.kind == "elementwise":
-            return value.sum(), float(value.numel())
-        if self.kind == "batch":
-            return value, float(_rows(target))
-        if self.kind == "sum":
-            return value, 0.0
-        return value * _rows(target), float(_rows(target))
+        rows = rows_of(target)
+        if self.form in ("mean", "sum"):
+            value = self.function(model(), target)
+            return ShareLoss(value, float(rows), float(rows)) if self.divides else ShareLoss(value, 1.0, 0.0)
+        if self.form == "counted":
+            value, count = self.function(model(), target)
+            return ShareLoss(value, 1.0, float(count))
+        if self.form == "weighted":
+            output = model()
+            loss: Any = self.function
+            return ShareLoss(_summing(loss)(output, target), 1.0, float(_weights(loss, output, target)))
+        if self.form == "weighted calls":
+            with CallsOfLosses(_by_nothing) as seen:
+                value = self.function(model(), target)
+            return ShareLoss(value, 1.0, float(self._common(seen.weights)))
+        with CallsOfLosses(divide) as seen:
+            value = self.function(model(), target)
+        self._check_calls(seen.weights)
+        return ShareLoss(value, float(rows), float(rows))
+
+    def __call__(self, output: Tree, target: Tree) -> ShareLoss:
+        """The loss of some samples whose output is there."""
+        return self.of_share(lambda: output, target)
+
+    def _common(self, weights: Sequence[Tensor | float]) -> float:
+        sums = [float(weight) for weight in weights]
+        self._check_calls(sums)
+        if any(abs(each - sums[0]) > _SAME * abs(sums[0]) for each in sums):
+            raise LossError(
+                f"The loss {self.original} divided by sums of weights that differ, "
+                f"{', '.join(f'{s:g}' for s in sums)}; when it was tried they were the same.",
+                cause="targets of which some are ignored in one part of the loss and not in another",
+                remedy="return (sum, count) from the loss, or give each part as nn.CrossEntropyLoss(reduction='sum') "
+                "over a count of your own",
+            )
+        return sums[0]
+
+    def _check_calls(self, weights: Sequence[Any]) -> None:
+        if len(weights) != self.calls:
+            raise LossError(
+                f"The loss {self.original} averaged over classes {len(weights)} times in a step, and {self.calls} "
+                "times when it was tried.",
+                cause="a branch that depends on the samples or on the step",
+                remedy="return (sum, count) from the loss: both are added up over the workers",
+            )
 
     def on(self, device: torch.device) -> SummedLoss:
         """The same loss with its weights on a device; itself, where it has none of its own."""
-        if not isinstance(self.function, nn.Module) or device.type == "cpu":
-            return self
-        return replace(self, function=copy.deepcopy(self.function).to(device))
+        if isinstance(self.function, nn.Module) and device.type != "cpu":
+            self.function.to(device)  # in place: it may share parameters with the model
+        return self
 
     def knowing(self, *every: Tree) -> SummedLoss:
         """The same loss, which need not look for labels to ignore, if it will be given none of them.
@@ -102,16 +172,24 @@ class SummedLoss:
             All targets that it will ever be given.
         """
         loss: Any = self.function
-        if self.kind != "weighted" or loss.weight is not None:
+        if self.form != "weighted" or loss.weight is not None:
             return self
-        if any(not isinstance(t, Tensor) or t.is_floating_point() or bool(_ignored(loss, t).any()) for t in every):
-            return self
-        return replace(self, kind="labels")
+        for target in every:
+            if not isinstance(target, Tensor) or target.is_floating_point():
+                return self
+            if bool((target.long() == loss.ignore_index).any()):
+                return self
+        return replace(self, form="mean")
 
     @property
     def divides(self) -> bool:
         """Whether it is a mean; else it is a sum."""
-        return self.kind != "sum"
+        return self.form != "sum"
+
+    @property
+    def meets(self) -> bool:
+        """Whether workers have to add something up in the middle of it."""
+        return self.form == "several means"
 
     @property
     def original(self) -> str:
@@ -119,203 +197,117 @@ class SummedLoss:
         return getattr(self.function, "__name__", type(self.function).__name__)
 
 
-def _rows(target: Tree) -> int:
-    return len(leaves(target)[0])
+def _by_nothing(_number: int, _weights: Any) -> float:
+    return 1.0
 
 
-def _weight_sum(loss: Any, output: Tensor, target: Tensor) -> Tensor | float:
-    """What torch divides by in the mean of a cross entropy: the weights of the targets that are not ignored."""
+def rows_of(target: Tree) -> int:
+    """Rows of some targets."""
+    return len(target) if isinstance(target, Tensor) else len(leaves(target)[0])
+
+
+def _summing(loss: nn.Module) -> nn.Module:
+    twin = copy.copy(loss)
+    twin.reduction = "sum"  # type: ignore[assignment]  # an attribute of torch's losses
+    return twin
+
+
+def _weights(loss: Any, output: Tensor, target: Tensor) -> Tensor | float:
     if target.is_floating_point():  # class probabilities: torch divides by the number of rows, whatever the weights
         return float(output.numel() // output.shape[min(1, output.ndim - 1)])
-    counted = ~_ignored(loss, target)
-    if loss.weight is None:
-        return float(counted.sum())
-    weights: Tensor = loss.weight[target.long() * counted]  # row 0 stands in for what is ignored
-    return torch.where(counted, weights, 0.0).sum()
+    return weight_sum(target, loss.weight, loss.ignore_index)
 
 
-def _ignored(loss: Any, labels: Tensor) -> Tensor:
-    """Which labels a cross entropy leaves out."""
-    ignored: Tensor = labels.long() == loss.ignore_index  # in eight bits, -100 would be a class
-    return ignored
+# --- which form
 
 
-def summed(loss: Any, output: Tree, target: Tree) -> SummedLoss:
-    """The summing form of a user's loss, checked on a few samples.
+def check_loss(loss: Any, own: Sequence[nn.Parameter]) -> Any:
+    """The loss object that does what one of torch's loss functions does; anything else as it is.
 
     Parameters
     ----------
-    loss : callable
-        Takes (output, target) and returns a scalar.
-    output, target : tree of tensors
-        A model's output for some samples, at least two, and their targets.
-
-    Returns
-    -------
-    SummedLoss
+    loss : object
+        What a user gave.
+    own : sequence of Parameter
+        Of the model, which a loss may know.
 
     Raises
     ------
     LossError
-        If it is no callable, returns no scalar, has parameters of its own, or does not add up over samples.
+        If it cannot be called, or has parameters of its own to train.
     """
     if not callable(loss) or isinstance(loss, type):
         raise LossError(
             f"The loss is {loss!r}, which cannot be called with (output, target).",
             remedy="give an instance such as nn.CrossEntropyLoss(), or a function",
         )
-    loss = _module(loss)
-    if isinstance(loss, nn.Module) and any(p.requires_grad for p in loss.parameters()):
-        raise LossError(
-            f"The loss {type(loss).__name__} has trainable parameters of its own.",
-            remedy="make them part of the model, whose output may be a tuple that the loss reads",
-        )
-    _check_scalar(loss, output, target)
     if isinstance(loss, nn.Module):
-        known = _known(loss)
-        if known is not None:
-            _check_shapes(known, output, target)
-            return known
-    return _probed(loss, output, target)
+        known = set(map(id, own))
+        foreign = [name for name, p in loss.named_parameters() if p.requires_grad and id(p) not in known]
+        if foreign:
+            raise LossError(
+                f"The loss {type(loss).__name__} has trainable parameters of its own: {', '.join(foreign[:3])}.",
+                remedy="make them part of the model, whose output may be a tuple that the loss reads",
+            )
+    return as_object(loss)
 
 
-def _module(loss: Any) -> Any:
-    """The loss object that does what one of torch's loss functions does; anything else as it is, but on the CPU."""
-    if isinstance(loss, nn.Module) and any(b.device.type != "cpu" for b in loss.buffers()):
-        loss = copy.deepcopy(loss).cpu()
+def as_object(loss: Any) -> Any:
+    """The loss object that does what one of torch's loss functions does; anything else as it is."""
     return next((twin() for function, twin in _FUNCTIONS if loss is function), loss)
 
 
-def _known(loss: nn.Module) -> SummedLoss | None:
-    reduction = getattr(loss, "reduction", None)
-    if type(loss) not in _WEIGHTED + _ELEMENTWISE:
+def form_of_known(loss: Any) -> Form | None:
+    """The form of one of torch's own loss objects, which need not be tried; None for anything else."""
+    if type(loss) not in WEIGHTED + ELEMENTWISE:
         return None
-    if reduction == "sum":
-        return SummedLoss(loss, "sum")
-    twin: Any = copy.deepcopy(loss)
-    if type(loss) in _WEIGHTED:
-        twin.reduction, kind = "sum", "weighted"
-    elif reduction == "batchmean":
-        twin.reduction, kind = "sum", "batch"
-    else:
-        twin.reduction, kind = "none", "elementwise"
-    return SummedLoss(twin, kind)
+    if loss.reduction == "sum":
+        return "sum"
+    return "weighted" if type(loss) in WEIGHTED else "mean"
 
 
-def _check_shapes(loss: SummedLoss, output: Tree, target: Tree) -> None:
-    """Refuse what torch would broadcast: every sample would be compared with every other."""
-    if not isinstance(loss.function, _ELEMENTWISE) or isinstance(loss.function, nn.MultiMarginLoss):
-        return
-    if isinstance(output, Tensor) and isinstance(target, Tensor) and output.shape != target.shape:
+def is_same(one: float, other: float, tolerance: float = _SAME) -> bool:
+    """Whether two losses are equal, up to what rounding does."""
+    return abs(one - other) <= tolerance * max(_NOTHING, abs(one), abs(other)) or (one != one and other != other)
+
+
+def check_scalar(value: Any) -> Any:
+    """What a loss returned: one number, or a sum and a count."""
+    if isinstance(value, tuple | list) and len(value) == 2:
+        total, count = value
+        single = isinstance(count, Real) or (isinstance(count, Tensor) and count.numel() == 1)
+        if _is_scalar(total) and single and float(count) >= 0:
+            return total, float(count)
         raise LossError(
-            f"The loss {loss.original} compares outputs of shape {tuple(output.shape)} with targets of shape "
-            f"{tuple(target.shape)}.",
-            cause="a last dimension of one that only one of them has",
-            remedy="give both one shape: output.squeeze(1) in the model, or targets.unsqueeze(1)",
+            f"The loss returned a pair of {_described(total)} and {_described(count)}; it may return (sum, count): a "
+            "scalar tensor, and a number of at least 0 to divide by.",
+            remedy="sum over the samples first; the count is what a mean would divide by",
         )
-
-
-def _check_scalar(loss: Any, output: Tree, target: Tree) -> None:
-    value = _call(loss, output, target)
-    if not isinstance(value, Tensor) or value.numel() != 1:
-        got = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"{value!r}"
+    if not _is_scalar(value):
         raise LossError(
-            f"The loss returned {got}; training needs one number.",
+            f"The loss returned {_described(value)}; training needs one number, or (sum, count).",
             cause='reduction="none", or a function that does not reduce',
             remedy="reduce over the samples by their mean or their sum",
         )
+    return value
 
 
-def _call(loss: Any, output: Tree, target: Tree) -> Any:
-    try:
-        return loss(output, target)
-    except Exception as error:
-        raise LossError(
-            f"The loss cannot be computed: {type(error).__name__}: {error}",
-            cause=f"the model returns {_describe(output)}, the targets are {_describe(target)}",
-            remedy="make the model's output, the targets and the loss fit together",
-        ) from error
+def _is_scalar(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.numel() == 1
 
 
-def _describe(tree: Tree) -> str:
+def _described(value: Any) -> str:
+    return f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"{value!r:.80}"
+
+
+def together(shares: Sequence[ShareLoss]) -> float:
+    """The loss of several shares of a batch together."""
+    count = sum(share.count for share in shares)
+    return sum(share.total for share in shares) / (count or 1.0)
+
+
+def describe(tree: Tree) -> str:
+    """Types and shapes of tensors, for messages."""
     said = [f"{str(leaf.dtype).removeprefix('torch.')} of shape {tuple(leaf.shape)}" for leaf in leaves(tree)
             if isinstance(leaf, Tensor)]  # fmt: skip
-    return " and ".join(said) or type(tree).__name__
-
-
-def _probed(loss: Any, output: Tree, target: Tree) -> SummedLoss:
-    """Find out by trial whether an unknown loss is a mean or a sum over samples: on two uneven parts and the whole."""
-    rows = _rows(target)
-    if rows < 2:
-        return SummedLoss(loss, "mean of samples")
-    whole = float(_call(loss, output, target))
-    kinds = {"mean of samples", "sum"}
-    for split in sorted({1, max(1, rows // 3), rows - 1}):
-        one, other = (_part(loss, output, target, piece) for piece in (slice(0, split), slice(split, rows)))
-        mean = (one * split + other * (rows - split)) / rows
-        total = one + other
-        kinds &= {kind for kind, value in (("mean of samples", mean), ("sum", total)) if _same(value, whole)}
-    if len(kinds) == 2:
-        raise LossError(
-            f"The loss is 0 on the first {rows} samples, which does not tell a mean from a sum.",
-            remedy="use one of torch's own loss objects, or start from a model with a loss above 0",
-        )
-    if not kinds:
-        raise LossError(
-            f"The loss is neither a mean nor a sum over samples: on {rows} samples it is {whole:.6g}, but its parts "
-            f"of {split} and {rows - split} samples average {mean:.6g} and sum up to {total:.6g}.",
-            cause="class weights, an ignored label, or samples that are compared with each other",
-            remedy="use torch's own loss object (nn.CrossEntropyLoss(weight=..., ignore_index=...) is exact), or "
-            "return the sum over samples",
-        )
-    return SummedLoss(loss, kinds.pop())
-
-
-def _part(loss: Any, output: Tree, target: Tree, piece: slice) -> float:
-    """The loss of some of the rows."""
-
-    def taken(leaf: Any) -> Any:
-        return leaf[piece]
-
-    return float(_call(loss, map_tree(taken, output), map_tree(taken, target)))
-
-
-def _same(one: float, other: float) -> bool:
-    return abs(one - other) <= _SAME * max(1e-6, abs(one), abs(other))
-
-
-def check_labels(loss: Any, output: Tree, targets: Tree, what: str) -> None:
-    """Refuse class labels that the model's output has no class for, before a worker meets them.
-
-    Parameters
-    ----------
-    loss : callable
-        The user's; one whose labels are unknown here is left alone.
-    output : tree of tensors
-        The model's output for a few samples.
-    targets : tree of tensors
-        All targets.
-    what : str
-        The argument's name, for messages.
-
-    Raises
-    ------
-    DataError
-        Naming the first label out of range, and its row.
-    """
-    loss = _module(loss)
-    if type(loss) not in _WEIGHTED:
-        return
-    if not isinstance(targets, Tensor) or targets.is_floating_point() or not isinstance(output, Tensor):
-        return
-    classes = output.shape[min(1, output.ndim - 1)]
-    labels = targets.long()
-    wrong = ((labels < 0) | (labels >= classes)) & (labels != loss.ignore_index)
-    if bool(wrong.any()):
-        place = tuple(int(i) for i in wrong.nonzero()[0])
-        raise DataError(
-            f"{what} has the label {int(labels[place])} at row {place[0]}, but the model's output has {classes} "
-            f"classes, 0 to {classes - 1}; {int(wrong.sum())} labels are out of range.",
-            cause="labels that count from 1, or a last layer that is too small",
-            remedy="map the labels to 0 to the number of classes less 1, or widen the model's last layer",
-        )
+    return " and ".join(said) or f"a {type(tree).__name__}"

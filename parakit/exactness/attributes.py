@@ -1,0 +1,236 @@
+"""Attributes that count: what code keeps in plain Python from one call to the next.
+
+A model, a loss, a hook may count its calls, warm up, remember: in attributes, in variables of an enclosing function, or
+in global ones. That is a part of the state of a run, although no optimizer and no buffer knows of it. Owns how such
+values are read, compared and set. Values that only modules, parameters and buffers know are left to others.
+"""
+
+from __future__ import annotations
+
+import types
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from parakit.exactness.variables import ABSENT, Place, variable_to_be, variables_of
+from parakit.serialization import Frozen, TooLarge, freeze
+
+__all__ = ["ABSENT", "Attributes", "Kept", "same", "too_large"]
+
+_MOST_BYTES = 1 << 24  # of one attribute that is kept with every commit
+_LOOKED_AT = 1 << 22  # elements
+
+_PLAIN = (bool, int, float, complex, str, bytes, type(None))
+_CODE = (types.ModuleType, type, types.BuiltinFunctionType, types.MethodWrapperType, types.FunctionType)
+
+
+#: What can be kept of a value: itself where it is plain, a tensor's copy, or a frozen copy; or ABSENT.
+Kept = Any
+
+
+class Attributes:
+    """What a model and its loss keep in plain Python.
+
+    Parameters
+    ----------
+    model : nn.Module
+    loss : callable
+    hooks : iterable of callable
+        That were taken off the model's parameters.
+    ignored : iterable of str
+        Paths of what only holds what the last rows left: `surprises` does not tell of them.
+    """
+
+    def __init__(self, model: nn.Module, loss: Any, hooks: Iterable[Any] = (), *, ignored: Iterable[str] = ()) -> None:
+        self._model, self._loss, self._hooks = model, loss, tuple(hooks)
+        tensors = [*model.parameters(), *model.buffers()]
+        self._known = [*model.modules(), *tensors]
+        self._owned = {id(tensor) for tensor in tensors}
+        passing = set(ignored)
+        self._baseline = [
+            (place, value)
+            for place in variables_of(model, loss, self._hooks)
+            if type(value := place.get()) in _PLAIN and place.path not in passing
+        ]
+
+    def places(self) -> dict[str, Place]:
+        """All places there are now, by their paths: forward may add some."""
+        return {place.path: place for place in variables_of(self._model, self._loss, self._hooks)}
+
+    def read(self, paths: Iterable[str] | None = None) -> dict[str, Kept]:
+        """What is at some places, or at all, in a form that later changes leave alone; nothing of what cannot be kept.
+
+        Parameters
+        ----------
+        paths : iterable of str, optional
+            If they are given, those that are not there are ABSENT in the result.
+        """
+        there = self.places()
+        wanted = there if paths is None else list(paths)
+        chosen = {path: there[path] for path in wanted if path in there}
+        seen: dict[int, Kept] = {}
+        found: dict[str, Kept] = {}
+        for path, place in chosen.items():
+            value = place.get()
+            if value is ABSENT and paths is not None:
+                found[path] = ABSENT
+            if id(value) in self._owned or not _may_count(value):
+                continue
+            if id(value) not in seen:
+                seen[id(value)] = self._keep(value)
+            found[path] = seen[id(value)]
+        missing = dict.fromkeys((path for path in wanted if path not in there), ABSENT)
+        return {path: kept for path, kept in found.items() if kept is not _UNKNOWN} | missing
+
+    def write(self, values: Mapping[str, Kept]) -> None:
+        """Set values that were read, here or of another copy of the same model and loss.
+
+        Containers and objects are changed in place: others may hold on to the same one.
+        """
+        there = self.places()
+        made: dict[int, Any] = {}  # what was one value in several places becomes one again
+        for path, kept in values.items():
+            place = there.get(path) or variable_to_be(self._model, self._loss, path)
+            if place is None or isinstance(kept, _TooLarge):
+                continue
+            if id(kept) not in made:
+                made[id(kept)] = _put_into(place.get(), self._revived(kept))
+            place.set(made[id(kept)])
+
+    def surprises(self) -> dict[str, Kept]:
+        """Plain values that have changed since this object was made, as they were; asked at every commit, so quick."""
+        return {
+            place.path: value
+            for place, value in self._baseline
+            if (now := place.get()) is not value and not same(now, value)
+        }
+
+    def plain(self) -> list[Any]:
+        """Plain values as they are now."""
+        return [place.get() for place, _ in self._baseline]
+
+    def give_back(self, values: Sequence[Any]) -> bool:
+        """Set plain values to what `plain` gave; says whether any were different."""
+        changed = False
+        for (place, _), value in zip(self._baseline, values, strict=True):
+            if place.get() is not value:
+                place.set(value)
+                changed = True
+        return changed
+
+    def mark(self, paths: Iterable[str]) -> float:
+        """A number that is the same for the same values at some places; whole, and exact as a double."""
+        total = 0
+        for path, kept in sorted(self.read(paths).items()):
+            total = zlib.crc32(repr((path, _plain_of(kept))).encode(), total)
+        return float(total)
+
+    def _keep(self, value: Any) -> Kept:
+        if _is_plain(value):
+            return value
+        if type(value) is Tensor and value.layout is torch.strided:
+            return value.detach().clone() if value.nbytes <= _MOST_BYTES else _TooLarge((value._version, *_mark(value)))
+        if type(value) is np.ndarray and value.nbytes > _MOST_BYTES and value.dtype.kind in "biufc":
+            return _TooLarge(_mark(torch.from_numpy(value)))
+        try:
+            frozen = freeze(value, self._known, most=_MOST_BYTES)
+        except TooLarge:
+            return _TooLarge((type(value).__name__, id(value)))
+        except Exception:  # then it cannot travel either
+            return _UNKNOWN
+        assert frozen.memory is not None
+        data = torch.from_numpy(frozen.memory.array())
+        return {"code": frozen.code, "parts": [list(part) for part in frozen.parts], "data": data}
+
+    def _revived(self, kept: Kept) -> Any:
+        if isinstance(kept, Tensor):
+            return kept.detach().clone()
+        if isinstance(kept, dict):
+            return _frozen(kept).thaw(self._known)
+        return kept
+
+
+def _put_into(old: Any, new: Any) -> Any:
+    """A value, in the place of an older one of its kind where that can be changed."""
+    if type(old) is not type(new) or old is new:
+        return new
+    if isinstance(old, dict):
+        old.clear()
+        old.update(new)
+    elif isinstance(old, list):
+        old[:] = new
+    elif isinstance(old, set):
+        old.clear()
+        old.update(new)
+    elif hasattr(old, "__dict__") and not isinstance(old, Tensor) and not hasattr(type(old), "__setstate__"):
+        vars(old).clear()
+        vars(old).update(vars(new))
+    else:
+        return new
+    return old
+
+
+def _frozen(kept: Mapping[str, Any]) -> Frozen:
+    empty = Frozen.of_parts(kept["code"], kept["parts"])
+    return empty.within(kept["data"].cpu().numpy())
+
+
+def _plain_of(kept: Kept) -> Any:
+    """What a value can be told by, in a few characters."""
+    if isinstance(kept, Tensor):
+        return _mark(kept)
+    if isinstance(kept, dict):
+        return zlib.crc32(kept["code"]), _mark(kept["data"])
+    return kept
+
+
+_UNKNOWN = object()
+
+
+@dataclass(frozen=True)
+class _TooLarge:
+    """Stands for a value that is compared, but not kept."""
+
+    mark: tuple[Any, ...]
+
+
+def _mark(tensor: Tensor) -> tuple[Any, ...]:
+    """What nearly every change of a tensor changes."""
+    values = tensor.detach()
+    if values.numel() > _LOOKED_AT:  # what is this large may be a data set, and nobody adds that up again and again
+        length = max(1, -(-values.shape[0] * _LOOKED_AT // values.numel()))
+        values = values[:: max(1, values.shape[0] // length)]
+    total = values.double().sum().item() if values.numel() and not values.is_complex() else 0.0
+    return tuple(tensor.shape), str(tensor.dtype), total
+
+
+def too_large(kept: Kept) -> bool:
+    """Whether a value was too large to be kept."""
+    return isinstance(kept, _TooLarge)
+
+
+def same(one: Kept, other: Kept) -> bool:
+    """Whether two values that were kept are equal; NaN is equal to NaN."""
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        if one.shape != other.shape or one.dtype != other.dtype:
+            return False
+        return torch.equal(one, other) or bool(((one == other) | ((one != one) & (other != other))).all())
+    if isinstance(one, dict) and isinstance(other, dict):
+        return one["code"] == other["code"] and torch.equal(one["data"], other["data"])
+    return type(one) is type(other) and bool(one == other or (one != one and other != other))
+
+
+def _is_plain(value: Any) -> bool:
+    return type(value) in _PLAIN or (type(value) is tuple and all(map(_is_plain, value)))
+
+
+def _may_count(value: Any) -> bool:
+    """Whether a value can be one that counts: code does not, and modules are looked into by themselves."""
+    if isinstance(value, (*_CODE, torch.dtype, torch.device, torch.Size)):
+        return False
+    return value is not ABSENT and not isinstance(value, nn.Module | nn.Parameter)
