@@ -3,17 +3,39 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import zip_longest
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from parakit.data import Samples, Tree
+from parakit.data import Samples
+from parakit.exactness.loss_calls import CallsOfLosses
 from parakit.gradients import call_model
 from parakit.losses import SummedLoss
 
-__all__ = ["ROWS_AT_ONCE", "Evaluation", "Tally", "tally"]
+__all__ = ["ROWS_AT_ONCE", "Evaluation", "Tally", "WeightedMean", "tally"]
 
 ROWS_AT_ONCE = 1024
+
+
+class WeightedMean(NamedTuple):
+    """A mean over classes that is a part of a loss.
+
+    Attributes
+    ----------
+    factor : float
+        With which it goes into the loss.
+    total, weight : float
+        Sum over the samples, and what to divide it by.
+    """
+
+    factor: float
+    total: float
+    weight: float
+
+
+_NOTHING = WeightedMean(0.0, 0.0, 0.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,9 +47,11 @@ class Tally:
     loss_sum, count : float
         Sum of the loss, and what to divide it by (0 for a loss that is a sum).
     correct : int or None
-        Samples whose class was predicted; None where the targets are no classes.
+        Samples whose class was predicted; None where the loss compares no classes.
     judged, samples : int
         Predictions that were judged, and rows.
+    means : tuple of WeightedMean
+        Parts of the loss that have weights of their own; they are no part of `loss_sum`.
     """
 
     loss_sum: float = 0.0
@@ -35,6 +59,7 @@ class Tally:
     correct: int | None = None
     judged: int = 0
     samples: int = 0
+    means: tuple[WeightedMean, ...] = ()
 
     def __add__(self, other: Tally) -> Tally:
         known = [t.correct for t in (self, other) if t.correct is not None]
@@ -44,12 +69,17 @@ class Tally:
             sum(known) if known else None,
             self.judged + other.judged,
             self.samples + other.samples,
+            tuple(
+                WeightedMean(a.factor or b.factor, a.total + b.total, a.weight + b.weight)
+                for a, b in zip_longest(self.means, other.means, fillvalue=_NOTHING)
+            ),
         )
 
     def result(self) -> Evaluation:
         """The means."""
         accuracy = None if self.correct is None else self.correct / max(1, self.judged)
-        return Evaluation(self.loss_sum / (self.count or 1.0), accuracy, self.samples)
+        means = sum(mean.factor * mean.total / (mean.weight or 1.0) for mean in self.means)
+        return Evaluation(self.loss_sum / (self.count or 1.0) + means, accuracy, self.samples)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +91,7 @@ class Evaluation:
     loss : float
         As the loss itself would have said on all samples at once.
     accuracy : float or None
-        Share of right classes, 0 to 1; None where the targets are no classes.
+        Share of right classes, 0 to 1; None where the loss compares no classes with labels.
     samples : int
         Rows evaluated.
     """
@@ -75,8 +105,17 @@ class Evaluation:
         return f"<Evaluation: loss {self.loss:.4f}{accuracy}, {self.samples} samples>"
 
 
-def tally(model: nn.Module, loss: SummedLoss, samples: Samples, rows_at_once: int = ROWS_AT_ONCE) -> Tally:
-    """Evaluate a model on samples, in evaluation mode and without gradients.
+def tally(
+    model: nn.Module,
+    loss: SummedLoss,
+    samples: Samples,
+    rows_at_once: int = ROWS_AT_ONCE,
+    *,
+    judging: bool = True,
+    needs_grad: bool = False,
+    copies: bool = False,
+) -> Tally:
+    """Evaluate a model on samples, in evaluation mode.
 
     Parameters
     ----------
@@ -86,6 +125,12 @@ def tally(model: nn.Module, loss: SummedLoss, samples: Samples, rows_at_once: in
     samples : Samples
     rows_at_once : int
         Rows in one forward pass.
+    judging : bool
+        Whether there is an accuracy, if the loss compares classes.
+    needs_grad : bool
+        Whether forward or the loss differentiates.
+    copies : bool
+        Whether to give forward and the loss copies of the samples, because they write to them.
 
     Returns
     -------
@@ -95,28 +140,31 @@ def tally(model: nn.Module, loss: SummedLoss, samples: Samples, rows_at_once: in
     model.eval()
     total = Tally()
     try:
-        with torch.no_grad():
-            for first in range(0, len(samples), rows_at_once):
-                part = samples.slice(first, min(first + rows_at_once, len(samples)))
-                output = call_model(model, part.inputs)
-                value, count = loss(output, part.targets)
-                correct, judged = _judge(output, part.targets, loss)
-                total += Tally(float(value), float(count), correct, judged, len(part))
+        for first in range(0, len(samples), rows_at_once):
+            part = samples.slice(first, min(first + rows_at_once, len(samples)))
+            part = part.copied() if copies else part
+            with torch.set_grad_enabled(needs_grad or loss.meets):
+                total += _tally_of(model, loss, part, judging)
     finally:
         for module, mode in modes:
             module.training = mode
     return total
 
 
-def _judge(output: Tree, target: Tree, loss: SummedLoss) -> tuple[int | None, int]:
-    """How many classes were predicted rightly, and out of how many; None where there are no classes."""
-    if not isinstance(output, Tensor) or not isinstance(target, Tensor) or not output.is_floating_point():
-        return None, 0
-    if isinstance(loss.function, nn.BCEWithLogitsLoss | nn.BCELoss) and output.shape == target.shape:
-        middle = 0.0 if isinstance(loss.function, nn.BCEWithLogitsLoss) else 0.5
-        return int(((output > middle) == (target > 0.5)).sum()), target.numel()
-    if target.is_floating_point() or output.ndim != target.ndim + 1:
-        return None, 0
-    labels = target.long()
-    ignored = labels == getattr(loss.function, "ignore_index", -100)
-    return int(((output.argmax(1) == labels) & ~ignored).sum()), int((~ignored).sum())
+def _tally_of(model: nn.Module, loss: SummedLoss, part: Samples, judging: bool) -> Tally:
+    with CallsOfLosses(judging=judging, apart=loss.meets) as seen:
+        share = loss.of_share(lambda: call_model(model, part.inputs), part.targets)
+    means = _means(share.value, seen) if loss.meets else ()
+    rest = share.total - share.weight * sum(factor * total / (weight or 1.0) for factor, total, weight in means)
+    judged = seen.judged() if judging else None
+    right, of = (None, 0) if judged is None else (judged.right, judged.of)
+    return Tally(rest, share.count, right, of, len(part), means)
+
+
+def _means(value: Tensor, seen: CallsOfLosses) -> tuple[WeightedMean, ...]:
+    """What each mean over classes came to, and with which factor it is in the loss."""
+    factors = torch.autograd.grad(value, seen.means, allow_unused=True)
+    return tuple(
+        WeightedMean(0.0 if factor is None else float(factor), float(mean) * float(weight), float(weight))
+        for factor, mean, weight in zip(factors, seen.means, seen.weights, strict=True)
+    )

@@ -1,0 +1,222 @@
+"""What a model and its loss do beyond computing rows one by one, found out by trying them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from parakit.data import Samples, leaves
+from parakit.devices import CPU
+from parakit.errors import ParakitError
+from parakit.exactness.attributes import ABSENT, Attributes, same
+from parakit.exactness.buffers import buffers_of
+from parakit.exactness.hooks import ParameterHooks
+from parakit.exactness.structure import Structure
+from parakit.exactness.sync_norm import has_synchronised
+from parakit.losses import SummedLoss, check_scalar
+from parakit.preflight.changes import Changed, Changes
+from parakit.preflight.evaluating import evaluation_of
+from parakit.preflight.labels import check_kind_of_labels, check_labels, check_shapes
+from parakit.preflight.reach import backward_once, check_reach, computed_attributes
+from parakit.preflight.shares import Shares
+from parakit.preflight.trial import Trial
+from parakit.recipe import Traits
+from parakit.settings import Draws, drawing, undisturbed
+
+__all__ = ["Wanted", "traits_for_evaluation", "traits_of"]
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What a user says of a model.
+
+    Attributes
+    ----------
+    rules : mapping of str to str
+        For buffers.
+    gather : bool
+    checks : bool
+        Whether it matters that rows of a batch look at each other.
+    """
+
+    rules: Mapping[str, str] = field(default_factory=dict)
+    gather: bool = False
+    checks: bool = True
+
+
+def traits_of(trial: Trial, wanted: Wanted, original: nn.Module, held_out: Samples | None) -> Traits:
+    """Try training, and evaluation if there is something to evaluate.
+
+    Parameters
+    ----------
+    trial : Trial
+    wanted : Wanted
+    original : nn.Module
+        The user's own model, which nothing of the trial may reach.
+    held_out : Samples or None
+
+    Raises
+    ------
+    DataError, ModelError, LossError
+        If something cannot be trained, or would be otherwise on several workers.
+    """
+    with undisturbed(CPU), _uncounted(trial):
+        first = _FirstStep(trial)
+        changed = first.take(original, held_out)
+        if first.late:
+            trial.adopt_buffers(first.late)
+            first = _FirstStep(trial)
+            changed = first.take(original, held_out)
+        changes = Changes(trial, changed, first.draws)
+        changes.look(first.rows, wanted.rules)
+        shares = Shares(trial, changes, first.rows, first.output, first.seconds)
+        if wanted.gather:
+            loss = SummedLoss(trial.parts.loss, "mean")
+            shares.check_outputs(checks=wanted.checks)
+        else:
+            loss = shares.form_of_loss(held_out, checks=wanted.checks)
+            if wanted.checks:
+                shares.compare(loss)
+        judged, needs_grad = evaluation_of(trial, loss, held_out, first.output)
+    return Traits(
+        form=loss.form, calls=loss.calls, grad_in_evaluation=needs_grad or changes.needs_grad, draws=first.draws,
+        noisy=changes.noisy, rules=changes.rules, counted=changes.counted, passing=changes.passing,
+        rewrites=changes.rewrites, synchronised=has_synchronised(trial.model), gather=wanted.gather, judged=judged,
+        writes=first.writes,
+    )  # fmt: skip
+
+
+def traits_for_evaluation(trial: Trial) -> Traits:
+    """Try evaluation alone.
+
+    Raises
+    ------
+    DataError, ModelError, LossError
+        If model, data and loss do not fit together.
+    """
+    with undisturbed(CPU), _uncounted(trial):
+        trial.model.eval()
+        first = _FirstStep(trial)
+        needs_grad = first.compute_in_evaluation()
+        changes = Changes(trial, Changed(), first.draws, needs_grad=needs_grad)
+        loss = Shares(trial, changes, first.rows, first.output, 0.0).form_of_loss(None, checks=False)
+        judged, _ = evaluation_of(trial, loss, None, first.output)
+    return Traits(form=loss.form, calls=loss.calls, grad_in_evaluation=needs_grad, judged=judged, writes=first.writes)
+
+
+@contextmanager
+def _uncounted(trial: Trial) -> Iterator[None]:
+    """Let calls not count: variables of functions and global ones may be those of the notebook."""
+    attributes = Attributes(trial.model, trial.parts.loss)
+    before = attributes.read()
+    try:
+        yield
+    finally:
+        now = attributes.read()
+        changed = [path for path, kept in now.items() if not same(kept, before.get(path, ABSENT))]
+        attributes.write({path: before.get(path, ABSENT) for path in changed})
+
+
+class _FirstStep:
+    """One step, as it comes.
+
+    Parameters
+    ----------
+    trial : Trial
+
+    Attributes
+    ----------
+    rows : Samples
+        The rows that it takes.
+    output : tree
+        What the model makes of them.
+    draws : Draws
+        From which generators it drew.
+    seconds : float
+        That it took.
+    writes : bool
+        Whether it wrote to the rows that it was given.
+    late : list of str
+        Buffers that were made in forward: then nothing else is known.
+    """
+
+    def __init__(self, trial: Trial) -> None:
+        self._trial, self._model = trial, trial.model
+        self.rows = trial.rows(labels=True)
+        self.output: Any = None
+        self.draws = Draws()
+        self.seconds = 0.0
+        self.writes = False
+        self.late: list[str] = []
+
+    def take(self, original: nn.Module, held_out: Samples | None) -> Changed:
+        """Forward and backward in the modes in which the model was given; notes what changes, and undoes it."""
+        hooks = ParameterHooks(list(self._model.parameters()))
+        attributes = Attributes(self._model, self._trial.parts.loss, hooks.functions)
+        before = attributes.read()
+        buffers = {name: b.detach().clone() for name, b in self._buffers().items()}
+        parameters = dict(self._model.named_parameters())
+        pristine = dict(self._trial.frozen.thaw().model.named_parameters())
+        computed = computed_attributes(original, self._model)
+        structure = Structure(self._model, self._trial.parts.loss)
+        watch, began = drawing(), perf_counter()
+        value = self._compute(held_out)
+        self.draws, self.seconds = watch.draws, perf_counter() - began
+        self.late = structure.new_buffers
+        if self.late:
+            return Changed()
+        structure.check()
+        check_reach(value, original, computed)
+        backward_once(value, parameters.values(), hooks)
+        there = self._buffers()
+        changed = Changed(
+            tuple(name for name in buffers if not same(there[name].detach(), buffers[name])),
+            tuple(name for name, p in parameters.items() if not same(p.detach(), pristine[name].detach())),
+            tuple(path for path, kept in attributes.read().items() if not same(kept, before.get(path, ABSENT))),
+        )
+        attributes.write({path: before.get(path, ABSENT) for path in changed.attributes})
+        with torch.no_grad():
+            for name in changed.buffers:
+                there[name].copy_(buffers[name])
+            for name in changed.parameters:
+                parameters[name].copy_(pristine[name])
+        return changed
+
+    def compute_in_evaluation(self) -> bool:
+        """The same where nothing is trained; returns whether the model cannot do without gradients."""
+        try:
+            with torch.no_grad():
+                self._compute(None)
+        except ParakitError as error:
+            try:
+                self._compute(None)
+            except ParakitError:
+                raise error from error.__cause__
+            return True
+        return False
+
+    def _compute(self, held_out: Samples | None) -> Tensor:
+        """Forward and the loss, whose mistakes are told in words; returns what a backward pass begins with."""
+        trial, rows = self._trial, self.rows.copied()
+        output = trial.forward(rows)
+        loss = trial.parts.loss
+        check_kind_of_labels(loss, output, trial.samples.targets)
+        check_labels(loss, output, trial.samples.targets, "data")
+        if held_out is not None:
+            check_labels(loss, output, held_out.targets, "validation")
+        value: Any = check_scalar(trial.loss(output, rows.targets))
+        check_shapes(loss, output, rows.targets)
+        given, now = (leaves((samples.inputs, samples.targets)) for samples in (self.rows, rows))
+        self.writes = self.writes or not all(map(torch.equal, given, now))
+        self.output = output
+        begin: Tensor = value[0] if isinstance(value, tuple) else value
+        return begin
+
+    def _buffers(self) -> dict[str, Tensor]:
+        return buffers_of(self._model, self._trial.parts.loss)
