@@ -26,6 +26,7 @@ from parakit.checkpoints import Saver
 from parakit.commits import State, copy_state
 from parakit.errors import Diverged, ParakitError, RunError, RunFailed, WorkerLost
 from parakit.events import EpochEnded, History, RunEnd, Said, SegmentDone, StepDone
+from parakit.failures import code_failed
 from parakit.keeping import Keeper
 from parakit.membership import Membership
 from parakit.pacing import SEGMENT_SECONDS, segment_seconds
@@ -35,6 +36,7 @@ from parakit.scaling.measuring import measure_plain
 from parakit.stragglers import Stragglers
 from parakit.wishes import Wishes
 from parakit.workers.base import Report, Workers
+from parakit.workers.messages import Failure
 
 __all__ = ["Conductor"]
 
@@ -59,7 +61,7 @@ class Conductor:
         self._epochs = 0  # that were closed
         saving = plan.saving
         saver = Saver(saving.checkpoints, saving.every_seconds, plan.identity) if saving else None
-        self._keeper = Keeper(plan.job.recipe.model, saver, self._say)
+        self._keeper = Keeper(plan.job.recipe, saver, self._say)
         self._began = pool.clock()
         self.status = "running"
         self.step = 0
@@ -107,6 +109,8 @@ class Conductor:
         error: RunFailed | None = None
         try:
             self._history.append(self._plan.start)
+            for note in self._plan.notes:
+                self._say(note)
             self._membership.open()
             while not self._train():
                 pass
@@ -118,6 +122,7 @@ class Conductor:
             self._keeper.close()
         try:
             self._membership.release()
+            self._keeper.settle()
         finally:
             self.error = error
             self._end("failed" if error else "finished")
@@ -160,7 +165,10 @@ class Conductor:
     def _first(self) -> State:
         """What the run began with."""
         resumption = self._plan.resumption
-        return resumption.state if resumption else copy_state(Replica(self._plan.job.recipe).live_state())
+        if resumption:
+            return resumption.state
+        with self._plan.job.recipe.settings.in_force():
+            return dict(copy_state(Replica(self._plan.job.recipe).live_state()))
 
     def _say(self, text: str) -> None:
         self._history.append(Said(self.now(), text))
@@ -309,7 +317,7 @@ class Conductor:
     def _rescue(self, error: BaseException) -> None:
         """After a failure: fetch the last commit, or what is left of it; a state that diverged is none."""
         try:
-            self._keeper.take(self._membership.crew.state(self.step))
+            self._keeper.keep(self._membership.crew, self.step, self.now(), final=True)
         except Exception:
             self._newest_left()
             if self._keeper.step < self.step:
@@ -354,7 +362,6 @@ class _Pace:
 
 def _explained(error: BaseException, done: int, kept: int) -> RunFailed:
     """What a user should read about an error that ended the run after some steps, with the state of a step kept."""
-    remedy = f"run.model holds the state of step {kept}; parakit.train(..., resume=run) goes on from there"
     if isinstance(error, Diverged):
         failed: RunFailed = Diverged(
             f"The run stopped: {error}",
@@ -364,15 +371,10 @@ def _explained(error: BaseException, done: int, kept: int) -> RunFailed:
         )
     elif isinstance(error, RunFailed):  # it says it all
         return error
-    elif isinstance(error, ParakitError):
-        fact, *rest = str(error).splitlines()
-        cause = next((line.removeprefix("Likely cause: ") for line in rest if line.startswith("Likely cause: ")), "")
-        failed = RunFailed(f"The run failed after step {done}: {fact}", cause=cause, remedy=remedy)
     else:
-        failed = RunFailed(
-            f"The run failed after step {done}: {type(error).__name__}: {error}",
-            cause="the model, the loss or the optimizer raised this error in its own code",
-            remedy=remedy,
-        )
+        failed = code_failed(
+            f"The run failed after step {done}", Failure.of("code", done, error), "",
+            remedy=f"run.model holds the state of step {kept}; parakit.train(..., resume=run) goes on from there",
+        )  # fmt: skip
     failed.__cause__ = error
     return failed

@@ -6,6 +6,7 @@ whoever updates the parameters divides once by the true global count.
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,8 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from parakit.data import Samples, unpack
-from parakit.losses import SummedLoss
+from parakit.data import unpack
+from parakit.layout import in_order_of, shaped_like
+from parakit.losses import ShareLoss
 
 __all__ = ["GradientBuffer", "GradientSum", "call_model", "flatten", "unflatten_into"]
 
@@ -116,11 +118,12 @@ class GradientSum:
         on_cpu = isinstance(self._numbers, np.ndarray)
         self._numbers[: self._flags] = reached if on_cpu else self._vector.new_tensor(reached)
 
-    def note(self, count: Tensor | float, loss_sum: Tensor) -> None:
+    def note(self, share: ShareLoss) -> None:
         """Note what the sum is of, and no vote."""
         on_cpu = isinstance(self._numbers, np.ndarray)
-        self._numbers[-_TAIL] = float(count) if on_cpu else count
-        self._numbers[-_TAIL + 1] = loss_sum.item() if on_cpu else loss_sum.detach()
+        value = share.value.detach()
+        self._numbers[-_TAIL] = share.count
+        self._numbers[-_TAIL + 1] = (value.item() if on_cpu else value.reshape(())) * share.weight
         self._numbers[-_TAIL + 2] = 0.0
 
     @property
@@ -232,6 +235,11 @@ def call_model(model: nn.Module, inputs: Any) -> Any:
     return model(*inputs) if isinstance(inputs, tuple) else model(inputs)
 
 
+def _room_for(parameter: Tensor) -> Tensor:
+    """Zeros for the gradient of a parameter, laid out as that is."""
+    return shaped_like(torch.zeros(parameter.numel(), dtype=parameter.dtype, device=parameter.device), parameter)
+
+
 class _Arrival:
     """Brings the gradient of one parameter to its place; called by torch when there is one, unless it is to wait.
 
@@ -254,7 +262,7 @@ class _Arrival:
     def keep(self, kept: slice) -> None:
         """Leave a part of it, of its elements in their order, where torch makes it."""
         self._kept, self._stays = kept, False
-        flat = self._view.view(-1)
+        flat = in_order_of(self._view, self._view)
         around = (slice(0, kept.start), slice(kept.stop, flat.numel()))
         self._brought = [(flat[part], part) for part in around if part.start < part.stop]
 
@@ -279,7 +287,7 @@ class _Arrival:
             return
         grad = grad.detach()
         if self._kept is not None and not all_of_it:
-            flat = grad.reshape(-1)
+            flat = in_order_of(grad, self._view)
             for place, part in self._brought:
                 place.copy_(flat[part])
             return
@@ -291,7 +299,7 @@ class _Arrival:
         """The part that is kept, wherever it lies."""
         grad = parameter.grad
         found = self._view if not self.reached or grad is None else grad.detach()
-        return found.reshape(-1)[self._kept]
+        return in_order_of(found, self._view)[self._kept]
 
 
 @dataclass
@@ -323,13 +331,16 @@ class GradientBuffer:
         #: Elements of the flat vector.
         self.numel = sum(parameter.numel() for parameter in self.parameters) + len(self.parameters) + _TAIL
         self._arrivals = [_Arrival() for _ in self.parameters]
-        self._root = 1.0, torch.ones(())
+        self._root = 1.0, torch.ones(1)
         self.live_in(self.fresh_vector())
 
     def fresh_vector(self) -> Tensor:
-        """Zeros for `live_in`, where the parameters are."""
-        device = self.parameters[0].device if self.parameters else None
-        return torch.zeros(self.numel, dtype=self.dtype, device=device)
+        """Zeros for `live_in`, where the parameters are; on a CPU, those that nobody writes to take no memory."""
+        device = self.parameters[0].device if self.parameters else torch.device("cpu")
+        if device.type != "cpu":
+            return torch.zeros(self.numel, dtype=self.dtype, device=device)
+        # Not from malloc, which here keeps and clears what others have left.
+        return torch.frombuffer(mmap.mmap(-1, self.numel * self.dtype.itemsize), dtype=self.dtype)
 
     def live_in(self, vector: Tensor, *, alone: bool = False) -> None:
         """Keep the gradient in a vector from now on.
@@ -345,8 +356,8 @@ class GradientBuffer:
         self._apart: list[tuple[nn.Parameter, _Arrival]] = []
         self.sum = GradientSum.around(vector, len(self.parameters))
         pieces = self.sum.total.split([parameter.numel() for parameter in self.parameters])
-        self._views = [piece.view_as(p) for p, piece in zip(self.parameters, pieces, strict=True)]
-        self._grads = self._views if self.direct else [torch.zeros_like(p) for p in self.parameters]
+        self._views = [shaped_like(piece, p) for p, piece in zip(self.parameters, pieces, strict=True)]
+        self._grads = self._views if self.direct else [_room_for(parameter) for parameter in self.parameters]
         for parameter, arrival, view in zip(self.parameters, self._arrivals, self._views, strict=True):
             arrival.write_to(view, parameter, stays=self.direct, waits=self._waits)
         self._set_all()
@@ -379,19 +390,28 @@ class GradientBuffer:
         self.sum.unit = unit
         self.sum.vector.zero_()
 
-    def forward(self, model: nn.Module, loss: SummedLoss, share: Samples) -> Tensor:
-        """The summed loss of a share, still attached to its graph; notes loss and count in the sum."""
-        # Before the model allocates anything, so that it finds the memory of the last gradients free, and in the cache.
+    def begin(self) -> None:
+        """Make ready for a backward pass: parameters have no gradient then."""
         for parameter, arrival in zip(self.parameters, self._arrivals, strict=True):
             parameter.grad, arrival.reached = None, False
-        total, count = loss(call_model(model, share.inputs), share.targets)
-        self.sum.note(count, total)
-        return total
 
-    def backward(self, total: Tensor, unit: float = 1.0) -> None:
-        """Make the gradient of a summed loss, in a unit, the sum; count and loss stay as `forward` noted them."""
+    def backward(self, share: ShareLoss, unit: float = 1.0) -> None:
+        """Make the gradient of the loss of a share, in a unit, the sum; after `begin`, and forward.
+
+        Parameters
+        ----------
+        share : ShareLoss
+        unit : float
+            What the gradient is divided by on its way; the same on all workers.
+        """
         self.sum.unit = unit
-        total.backward(None if unit == 1.0 else self._one_in(unit, total))
+        self.sum.note(share)
+        root = share.weight / unit
+        share.value.backward(None if root == 1.0 and share.value.dim() == 0 else self._root_of(root, share.value))
+        self.arrived()
+
+    def arrived(self) -> None:
+        """Let the sum have what backward passes since `begin` have left."""
         for parameter, arrival in zip(self.parameters, self._arrivals, strict=True):
             if self._waits:
                 arrival.look(parameter)
@@ -403,13 +423,13 @@ class GradientBuffer:
         elif self._apart:
             self.sum.come_late(self._gather, self._kept_pieces)
 
-    def _one_in(self, unit: float, total: Tensor) -> Tensor:
-        """What the gradient of a loss by itself is, in a unit; nearly always the same as last time."""
-        known, one = self._root
-        if known != unit or one.dtype != total.dtype:
-            one = total.new_tensor(1.0 / unit)
-            self._root = unit, one
-        return one
+    def _root_of(self, root: float, value: Tensor) -> Tensor:
+        """What a backward pass begins with; nearly always the same as last time."""
+        known, tensor = self._root
+        if known != root or tensor.dtype != value.dtype or tensor.shape != value.shape:
+            tensor = value.new_full(value.shape, root)
+            self._root = root, tensor
+        return tensor
 
     def _gather(self) -> None:
         for parameter, arrival in self._apart or zip(self.parameters, self._arrivals, strict=True):
@@ -443,7 +463,8 @@ class GradientBuffer:
             self.sum.total.div_(divisor)
         self._set_all()
         if not self.direct:
-            unflatten_into(self.sum.total, self._grads)
+            for grad, view in zip(self._grads, self._views, strict=True):
+                grad.copy_(view)
         self._unset_unreached()
         return total.mean_loss
 

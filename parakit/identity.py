@@ -14,19 +14,21 @@ from torch import Tensor
 
 from parakit.chunks import ORDER
 from parakit.data import Samples, leaves
-from parakit.replica import Recipe
+from parakit.recipe import Parts, Recipe
 
 __all__ = ["identity_of"]
 
 _SEEN_ROWS = 64
 
 
-def identity_of(recipe: Recipe, samples: Samples) -> dict[str, Any]:
+def identity_of(recipe: Recipe, parts: Parts, samples: Samples) -> dict[str, Any]:
     """What a run trains, on what, and in which order.
 
     Parameters
     ----------
     recipe : Recipe
+    parts : Parts
+        A living copy of it.
     samples : Samples
         The training data.
 
@@ -35,9 +37,9 @@ def identity_of(recipe: Recipe, samples: Samples) -> dict[str, Any]:
     dict
         Of strings, numbers and lists: what JSON can hold.
     """
-    order, model = recipe.order, recipe.model
-    made = recipe.optimizer(list(model.parameters()))
-    schedule = recipe.scheduler(made) if recipe.scheduler else None
+    order, model = recipe.order, parts.model
+    made = parts.optimizer(list(model.parameters()))
+    schedule = parts.scheduler(made) if parts.scheduler else None
     return {
         "parakit": version("parakit"),
         "torch": str(torch.__version__),

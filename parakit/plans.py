@@ -63,6 +63,8 @@ class Plan:
         What must be the same for another run to go on from this one.
     resumption : Resumption or None
     saving : Saving or None
+    notes : tuple of str
+        What the history says of it at the beginning.
     """
 
     job: Job
@@ -74,3 +76,4 @@ class Plan:
     identity: dict[str, Any] = field(repr=False)
     resumption: Resumption | None = None
     saving: Saving | None = None
+    notes: tuple[str, ...] = ()

@@ -1,87 +1,48 @@
-"""A replica: one worker's copy of what is trained, with the chunks it holds.
+"""A replica: one worker's copy of what is trained.
 
 Owns the model, the optimizer, the schedule and the committed state of one process; refuses to know how gradients
 travel. A step is a function of (seed, step, share): random numbers that a model draws (dropout masks) come from a
-generator seeded by (seed, step, rank), so a step that is done again draws the same ones. What depends on the batch as
-one process sees it (dropout masks, the statistics of batch normalisation) depends on the worker count.
+generator seeded by (seed, step, rank), so a step that is done again draws the same ones.
 """
 
 from __future__ import annotations
 
-import copy
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from time import perf_counter
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from parakit.chunks import EpochOrder
 from parakit.commits import Commits, PrivateCommits, State, copy_state
-from parakit.data import Samples
-from parakit.devices import CPU, finish, seed
+from parakit.devices import CPU, finish
 from parakit.errors import Diverged
+from parakit.evaluation import ROWS_AT_ONCE, Tally, tally
 from parakit.events import PHASES
+from parakit.exactness.agreement import Agreement
+from parakit.exactness.attributes import Attributes
+from parakit.exactness.buffers import buffers_of
+from parakit.exactness.hooks import ParameterHooks
+from parakit.exactness.peers import Peers
 from parakit.fusing import prefer_fused
 from parakit.gradients import GradientBuffer, GradientSum
-from parakit.losses import SummedLoss
+from parakit.holding import Holding
+from parakit.layout import shaped_like
 from parakit.rates import learning_rate, set_learning_rate
+from parakit.recipe import Parts, Recipe
 from parakit.shards import Common, Shard, can_shard, common_nbytes
+from parakit.share_gradient import DATA, ShareGradient
+from parakit.vault import Room
 
-__all__ = [
-    "Holding",
-    "Recipe",
-    "Replica",
-    "StepRecord",
-    "average_buffers",
-    "load_model_state",
-    "needs_closure",
-]
-
-OptimizerFactory = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
-SchedulerFactory = Callable[[torch.optim.Optimizer], torch.optim.lr_scheduler.LRScheduler]
+__all__ = ["Replica", "StepRecord", "evaluated", "load_parts", "set_mode"]
 
 _LARGE_SLICE = 1 << 18  # bytes of a gradient; to copy a smaller one takes less time than to leave it in its pieces
 _CLIP_EPSILON = 1e-6  # as in torch.nn.utils.clip_grad_norm_
 
-DATA, FORWARD, BACKWARD, EXCHANGE, UPDATE = (PHASES.index(p) for p in PHASES[:5])
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """What to train and how: the same on every worker, and never changed in a run.
-
-    Parameters
-    ----------
-    model : nn.Module
-        With its initial parameters.
-    loss : SummedLoss
-    optimizer : callable
-        Makes the optimizer from the list of parameters.
-    scheduler : callable, optional
-        Makes a learning-rate scheduler from the optimizer.
-    scheduler_every : {"epoch", "step"}
-        When the scheduler steps.
-    clip_norm : float, optional
-        The largest 2-norm of the global gradient; larger ones are scaled down to it.
-    seed : int
-    order : EpochOrder
-    stop_on_nonfinite : bool
-        Whether a loss or a parameter that is NaN or infinite ends the run.
-    """
-
-    model: nn.Module
-    loss: SummedLoss
-    optimizer: OptimizerFactory
-    scheduler: SchedulerFactory | None
-    scheduler_every: str
-    clip_norm: float | None
-    seed: int
-    order: EpochOrder
-    stop_on_nonfinite: bool = True
+EXCHANGE, UPDATE = (PHASES.index(p) for p in PHASES[3:5])
 
 
 @dataclass(slots=True)
@@ -101,63 +62,6 @@ class StepRecord:
     norms: tuple[float, float] | None = None
 
 
-class Holding:
-    """The chunks that one worker holds, laid end to end in one piece of memory.
-
-    Parameters
-    ----------
-    order : EpochOrder, optional
-        Needed to ask for the share of a step.
-    device : torch.device
-        In whose memory they are.
-    """
-
-    def __init__(self, order: EpochOrder | None = None, device: torch.device = CPU) -> None:
-        self._order = order
-        self._device = device
-        self._chunks: dict[int, Samples] = {}
-        self._all: Samples | None = None
-        self._epoch = -1
-        self._rows = torch.zeros(0, dtype=torch.int64)
-        self._ends: list[int] = []
-
-    @property
-    def chunks(self) -> tuple[int, ...]:
-        """Numbers of the chunks held, ascending."""
-        return tuple(self._chunks)
-
-    @property
-    def samples(self) -> Samples | None:
-        """All rows held, or None."""
-        return self._all
-
-    def change(self, keep: Iterable[int], adopt: Mapping[int, Samples]) -> None:
-        """Let go of all chunks but some, and take in others."""
-        chosen = {n: self._chunks[n] for n in keep} | {n: samples.on(self._device) for n, samples in adopt.items()}
-        numbers = sorted(chosen)
-        if tuple(numbers) == self.chunks and not adopt:
-            return
-        self._all = Samples.join([chosen[n] for n in numbers]) if numbers else None
-        ends = np.cumsum([0] + [len(chosen[n]) for n in numbers])
-        # The pieces are views from here on, so a chunk is held once.
-        self._chunks = {
-            n: self._all.slice(int(first), int(end))
-            for n, first, end in zip(numbers, ends[:-1], ends[1:], strict=True)
-            if self._all is not None
-        }
-        self._epoch = -1
-
-    def share(self, step: int) -> Samples | None:
-        """The rows of a step's global batch that are held here, or None if there are none."""
-        assert self._order is not None
-        epoch, batch = divmod(step, self._order.steps_per_epoch)
-        if epoch != self._epoch:
-            rows, ends = self._order.epoch_rows(epoch, self.chunks)
-            self._epoch, self._rows, self._ends = epoch, torch.from_numpy(rows).to(self._device), ends.tolist()
-        first, end = self._ends[batch : batch + 2]
-        return self._all.take(self._rows[first:end]) if self._all is not None and end > first else None
-
-
 class Replica:
     """A model in training on one worker.
 
@@ -169,16 +73,20 @@ class Replica:
     """
 
     def __init__(self, recipe: Recipe, device: torch.device = CPU) -> None:
-        self.device = device
-        self.model = copy.deepcopy(recipe.model).to(device).train()
-        # No need to hold what it began with.
-        self.recipe = replace(recipe, model=self.model, loss=recipe.loss.on(device))
+        self.device, self.recipe = device, recipe
+        parts = recipe.parts()
+        self.model = parts.model.to(device)
+        self.loss = recipe.loss_of(parts).on(device)
+        self._parts = parts
         parameters = list(self.model.parameters())
+        self.hooks = ParameterHooks(parameters)
         self.buffer = GradientBuffer([p for p in parameters if p.requires_grad])
-        self.optimizer = recipe.optimizer(parameters)
-        self.scheduler = recipe.scheduler(self.optimizer) if recipe.scheduler else None
+        self.computation = ShareGradient(recipe, self.model, self.loss, self.buffer, device, self.hooks.functions)
+        self.optimizer = parts.optimizer(parameters)
+        set_mode(self.optimizer, "train")
+        self.scheduler = parts.scheduler(self.optimizer) if parts.scheduler else None
         self._fused = [{"fused": group["fused"]} if "fused" in group else {} for group in self.optimizer.param_groups]
-        self._by_closure = needs_closure(self.optimizer)
+        self.agreement = Agreement(self.computation, recipe.traits.rules, recipe.traits.counted)
         self.step = 0
         self.records: list[StepRecord] = []
         self.spent = [0.0] * (len(PHASES) - 1)
@@ -191,12 +99,21 @@ class Replica:
         self._changed = True  # since the last commit
         #: Whether an update has begun and not come to its end: then the state is of no step.
         self._torn = False
-        self.commit()
+        self.go_on()
+
+    @property
+    def strategy(self) -> Any:
+        """The strategy, where it came along."""
+        return self._parts.strategy
 
     @property
     def averaged_buffers(self) -> list[Tensor]:
         """Buffers that workers average when they commit: running statistics, which are means over what each saw."""
-        return [b for b in self.model.buffers() if b.is_floating_point()]
+        return self.computation.buffers.statistics()
+
+    def speak_to(self, peers: Peers) -> None:
+        """Belong to a group, whose workers may speak to each other in the middle of a step."""
+        self.computation.peers = peers
 
     def gradient(self, step: int, holding: Holding, rank: int) -> GradientSum:
         """The summed gradient of this worker's share of a step.
@@ -215,23 +132,11 @@ class Replica:
         """
         start = perf_counter()
         share = holding.share(step)
+        if self.recipe.traits.gather:
+            self.computation.places = holding.places(step)
         finish(self.device)
-        # The same for all workers, so that the sum over the batch is a mean, if the loss is one of its rows.
-        unit = float(self.recipe.order.batch_rows(step)) if self.recipe.loss.divides and self.buffer.direct else 1.0
-        if share is None:
-            self.buffer.clear(unit)
-        loaded = perf_counter()
-        self.spent[DATA] += loaded - start
-        if share is not None:
-            seed(self.device, _mix(self.recipe.seed, step, rank))
-            with _running_statistics_for(self.model, len(share)):
-                total = self.buffer.forward(self.model, self.recipe.loss, share)
-            finish(self.device)
-            forwarded = perf_counter()
-            self.buffer.backward(total, unit)
-            finish(self.device)
-            self.spent[FORWARD] += forwarded - loaded
-            self.spent[BACKWARD] += perf_counter() - forwarded
+        self.spent[DATA] += perf_counter() - start
+        self.computation.compute(step, share, holding.spare, _mix(self.recipe.seed, step, rank), self.spent)
         self.share_rows = len(share) if share is not None else 0
         self.share_norm = self.buffer.sum.mean_squared_norm if self._measuring else None
         return self.buffer.sum
@@ -272,20 +177,24 @@ class Replica:
         losses: list[float] = []
         norms: tuple[float, float] | None = None
 
-        def evaluate() -> float:
+        def evaluate() -> Tensor:
             nonlocal norms
-            losses.append(self.buffer.load(summed()))
+            with torch.enable_grad():
+                total = summed()
+            losses.append(self._loss_of(total))
+            self.buffer.load(total)
             if len(losses) == 1:  # a line search may well try what is not finite
                 self._check_loss(losses[0], rate)
                 if self.share_norm is not None:
                     gradient = self.buffer.sum.total
                     norms = self.share_norm, float(torch.dot(gradient, gradient))
+            self.hooks.call()
             if self.recipe.clip_norm is not None:
                 nn.utils.clip_grad_norm_(self.buffer.parameters, self.recipe.clip_norm)
-            return losses[-1]
+            return torch.tensor(losses[-1], dtype=torch.float64)
 
-        if self._by_closure:
-            self.optimizer.step(evaluate)
+        if self.recipe.traits.closure:
+            self.optimizer.step(evaluate)  # type: ignore[arg-type]  # as torch's own may return tensors too
         else:
             evaluate()
             self.optimizer.step()
@@ -293,7 +202,7 @@ class Replica:
 
     def _update_shard(self, shard: Shard, total: GradientSum, rate: float) -> tuple[float, tuple[float, float] | None]:
         """Update this worker's slice of the parameters, as others do theirs; returns the same."""
-        loss = total.mean_loss
+        loss = self._loss_of(total)
         self._check_loss(loss, rate)
         shard.read(total.pieces)
         shard.divide(total.divisor)
@@ -305,6 +214,10 @@ class Replica:
         shard.step(total.reached)
         return loss, None if self.share_norm is None else (self.share_norm, squared)
 
+    def _loss_of(self, total: GradientSum) -> float:
+        """The loss of a batch; not a number if it is a mean over nothing, as where every label is ignored."""
+        return math.nan if self.loss.divides and total.count == 0 else total.mean_loss
+
     # --- sharing
 
     @property
@@ -312,6 +225,9 @@ class Replica:
         """Bytes of common memory in which workers can divide the update among them; 0 if they cannot."""
         trained = self.buffer.parameters
         if not trained or not self.buffer.direct or not can_shard(self.optimizer, trained):
+            return 0
+        # Who looks at whole gradients, or holds on to the memory of a parameter, does not get along with slices.
+        if self.hooks or self.recipe.traits.rewrites or self.recipe.frozen.ties:
             return 0
         return common_nbytes(self.buffer.sum.total.numel(), self.buffer.dtype)
 
@@ -333,6 +249,16 @@ class Replica:
         shard, self._shard = self._shard, None
         if shard is not None:
             shard.leave()
+
+    def settle_down(self) -> None:
+        """Hold what changes in memory of this process's own, rather than in a copy that is made page by page."""
+        if self.recipe.frozen.ties or self.device.type != "cpu":
+            return
+        changing = list(buffers_of(self.model, self.loss.function).values())
+        changing += [] if self._shard is not None else self.buffer.parameters
+        for tensor in changing:
+            flat = tensor.new_empty(tensor.numel())
+            tensor.data = shaped_like(flat, tensor).copy_(tensor)
 
     def _check_loss(self, loss: float, rate: float) -> None:
         if self.recipe.stop_on_nonfinite and not math.isfinite(loss):
@@ -380,16 +306,40 @@ class Replica:
         return {
             "step": self.step,
             "parameters": {name: p.detach() for name, p in self.model.named_parameters()},
-            "buffers": dict(self.model.named_buffers()),
+            "buffers": {name: b.detach() for name, b in buffers_of(self.model, self.loss.function).items()},
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict() if self.scheduler else None,
+            "attributes": self.agreement.state(),
         }
+
+    @property
+    def room(self) -> Room:
+        """What the states of this run will take, as far as can be foreseen; the same on all members, at all times."""
+        buffers = buffers_of(self.model, self.loss.function).values()
+        return Room.foreseen([*self.model.parameters(), *buffers], self.buffer.parameters)
+
+    def tally(self, holding: Holding) -> Tally:
+        """Evaluate the present model on the rows held; where a loss looks at a whole piece, chunk by chunk."""
+        traits, total = self.recipe.traits, Tally()
+        pieces = holding.each.values() if traits.gather else [held] if (held := holding.samples) is not None else []
+        with evaluated(self.optimizer):
+            for piece in pieces:
+                total += tally(
+                    self.model, self.loss, piece, len(piece) if traits.gather else ROWS_AT_ONCE,
+                    judging=traits.judged, needs_grad=traits.grad_in_evaluation, copies=traits.writes,
+                )  # fmt: skip
+        return total
+
+    def show(self, values: State) -> None:
+        """Have the parameters and buffers of somebody else, as to evaluate them."""
+        load_parts(self._parts, values)
 
     def commit(self) -> float:
         """Keep the present state, to which a roll-back returns; says how many seconds that took."""
         began = perf_counter()
         if self._changed:
             self.go_on()
+            self.agreement.count_late()
             self._commits.keep(self.live_state())
             self._changed = False
         return perf_counter() - began
@@ -397,10 +347,11 @@ class Replica:
     def go_on(self) -> None:
         """Make ready for more steps without a commit; done by every commit too, so that all workers do it alike."""
         prefer_fused(self.optimizer)
+        self.computation.look_closely()
 
     def commit_to(self, commits: Commits) -> None:
-        """Keep commits elsewhere from now on; the present state must be there already."""
-        self._commits, self._changed = commits, False
+        """Keep commits elsewhere from now on."""
+        self._commits, self._changed = commits, commits.step != self.step
 
     @property
     def committed_step(self) -> int:
@@ -442,10 +393,14 @@ class Replica:
     def load(self, state: State) -> None:
         """Go to a state, and commit it."""
         self.unshare()
-        load_model_state(self.model, state)
+        counted = self.agreement.completed(state.get("attributes") or {})
+        load_parts(self._parts, {**state, "attributes": counted}, self.computation.attributes)
+        self.computation.buffers.forget()
         self.optimizer.load_state_dict(copy_state(state["optimizer"]))
         for group, chosen in zip(self.optimizer.param_groups, self._fused, strict=True):
             group.update(chosen)  # it may have been another kind of device's
+        _lay_out(self.optimizer)
+        set_mode(self.optimizer, "train")
         if self.scheduler and state["scheduler"] is not None:
             self.scheduler.load_state_dict(copy_state(state["scheduler"]))
         self.step = int(state["step"])
@@ -455,40 +410,43 @@ class Replica:
         self.commit()
 
 
+def load_parts(parts: Parts, state: State, attributes: Attributes | None = None) -> None:
+    """Set the parameters, buffers and attributes of a model and its loss to those of a state."""
+    buffers = buffers_of(parts.model, parts.loss)
+    with torch.no_grad():
+        parameters = dict(parts.model.named_parameters())
+        for name, value in state["parameters"].items():
+            parameters[name].copy_(value)
+        for name in buffers.keys() & state["buffers"].keys():
+            buffers[name].copy_(state["buffers"][name])
+    if counted := state.get("attributes"):
+        (attributes or Attributes(parts.model, parts.loss)).write(counted)
+
+
+def _lay_out(optimizer: torch.optim.Optimizer) -> None:
+    """Lay out what an optimizer keeps for its parameters as they are, as its own steps would: a state has one order."""
+    for parameter, state in optimizer.state.items():
+        for name, value in state.items():
+            if isinstance(value, Tensor) and value.shape == parameter.shape and value.stride() != parameter.stride():
+                laid = shaped_like(value.new_empty(value.numel()), parameter)
+                state[name] = laid.copy_(value)
+
+
+def set_mode(optimizer: torch.optim.Optimizer, mode: str) -> None:
+    """Tell an optimizer that wants to know, such as a schedule-free one, whether its model trains or is evaluated."""
+    tell = getattr(optimizer, mode, None)
+    if callable(tell):
+        tell()
+
+
 @contextmanager
-def _running_statistics_for(model: nn.Module, rows: int) -> Iterator[None]:
-    """A single row has no statistics of its own: batch normalisation then uses the running ones."""
-    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)] if rows == 1 else []
-    training = [norm for norm in norms if norm.training and norm.track_running_stats]
-    for norm in training:
-        norm.training = False
+def evaluated(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """Let parameters be those to evaluate, for an optimizer that trains others."""
+    set_mode(optimizer, "eval")
     try:
         yield
     finally:
-        for norm in training:
-            norm.training = True
-
-
-def load_model_state(model: nn.Module, state: State) -> None:
-    """Copy the parameters and buffers of a state into a model."""
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(state["parameters"][name])
-        for name, buffer in model.named_buffers():
-            buffer.copy_(state["buffers"][name])
-
-
-def average_buffers(model: nn.Module, every: Sequence[Mapping[str, Tensor]]) -> None:
-    """Set a model's buffers from those of all workers: running statistics to their means, others to the first's."""
-    for name, buffer in model.named_buffers():
-        values = [buffers[name] for buffers in every]
-        # In doubles, because a sum of numbers at the edge of a type's range lies outside it.
-        buffer.copy_(torch.stack(values).double().mean(0) if buffer.is_floating_point() else values[0])
-
-
-def needs_closure(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether an optimizer evaluates the loss itself, several times a step."""
-    return isinstance(optimizer, torch.optim.LBFGS)
+        set_mode(optimizer, "train")
 
 
 def _mix(seed: int, step: int, rank: int) -> int:

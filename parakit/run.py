@@ -9,7 +9,6 @@ from typing import Any
 
 from torch import nn
 
-from parakit.checking import check_positive, check_rate, plain
 from parakit.commits import State
 from parakit.conducting import Conductor
 from parakit.errors import InputError, RunEnded, RunError, WaitTimeout, WorkerCountError
@@ -18,6 +17,7 @@ from parakit.machine import quick_thread_switches
 from parakit.plans import Plan
 from parakit.progress import in_a_notebook, progress_line, show_progress
 from parakit.scaling.noise import NoiseEstimator, NoiseScale
+from parakit.validation import check_positive, check_rate, plain
 from parakit.wishes import Wishes
 from parakit.workers.base import Workers
 

@@ -20,6 +20,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn, optim
 
+from parakit.layout import in_order_of, is_dense, shaped_like
+
 __all__ = ["Common", "Shard", "can_shard", "common_nbytes"]
 
 # Each of their updates is made element by element; a class of a user's that is derived from one may do anything.
@@ -54,7 +56,7 @@ def can_shard(optimizer: optim.Optimizer, parameters: Sequence[nn.Parameter]) ->
         type(optimizer) in _ELEMENT_WISE
         and not hooks
         and not any(group.get("differentiable") for group in optimizer.param_groups)
-        and all(p.dim() and p.is_contiguous() and p.device.type == "cpu" for p in parameters)
+        and all(p.dim() and is_dense(p) and p.device.type == "cpu" for p in parameters)
         and len({p.dtype for p in parameters}) == 1
         and len({p.untyped_storage().data_ptr() for p in parameters}) == len(parameters)
     )
@@ -185,7 +187,7 @@ class Shard:
         return True
 
     def _whole(self, piece: _Piece, memory: Tensor) -> Tensor:
-        return memory[piece.first : piece.last].view(piece.whole.shape)
+        return shaped_like(memory[piece.first : piece.last], piece.whole)
 
     # --- steps
 
@@ -244,5 +246,5 @@ class Shard:
 
 def _part(piece: _Piece, whole: Tensor, *, into: Tensor) -> Tensor:
     """Copy what a piece is of its parameter, or of a tensor with that shape."""
-    flat = whole.detach().reshape(-1)
+    flat = in_order_of(whole.detach(), piece.whole)
     return into.detach().copy_(flat[piece.begin - piece.first : piece.end - piece.first])

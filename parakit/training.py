@@ -3,34 +3,19 @@
 from __future__ import annotations
 
 import os
+import pickle
 import uuid
+import warnings
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import cloudpickle
 import torch
 from torch import Tensor, nn
 
-from parakit.checking import (
-    at_rate,
-    brief,
-    check_choice,
-    check_given,
-    check_optimizer,
-    check_pool,
-    check_positive,
-    check_rate,
-    check_samples,
-    check_strategy,
-    check_travels,
-    check_whole,
-    own_copy,
-    pickled,
-    plain,
-    try_out,
-)
+from parakit.checking import check_given, check_pool, check_samples, check_strategy
 from parakit.checkpoints import Checkpoint, Checkpoints, check_fits, check_plain, load
 from parakit.chunks import DEFAULT_CHUNKS, EpochOrder, Ownership, chunk_count, cut
 from parakit.data import Samples
@@ -38,16 +23,27 @@ from parakit.devices import computing_on
 from parakit.errors import CheckpointError, DataError, InputError
 from parakit.evaluation import Evaluation, Tally, tally
 from parakit.events import History, RunStart
+from parakit.exactness.buffers import check_rules
 from parakit.identity import identity_of
+from parakit.losses import SummedLoss
+from parakit.memory_needs import check_fits_memory, needs_of
 from parakit.plans import Plan, Resumption, Saving
-from parakit.replica import OptimizerFactory, Recipe, Replica, SchedulerFactory
+from parakit.preflight import Trial, Wanted, check_model, frozen_parts, traits_for_evaluation, traits_of
+from parakit.preflight.optimizers import check_optimizer, check_rate_of_schedule
+from parakit.rates import AtRate
+from parakit.recipe import OptimizerFactory, Parts, Recipe, SchedulerFactory, Traits
+from parakit.replica import Replica
 from parakit.run import Run, check_chunks
+from parakit.serialization import Frozen, dumps
+from parakit.settings import Settings, foreign_hooks
 from parakit.strategies import AllReduce
+from parakit.validation import brief, check_choice, check_positive, check_rate, check_whole, plain
 from parakit.workers.base import Job, Roster, Strategy, Workers
 
 __all__ = ["evaluate", "plan", "train"]
 
 _DEFAULT_BATCH = 256
+_USUAL_CHECK = 0.01
 _saving_runs: weakref.WeakSet[Run] = weakref.WeakSet()
 
 
@@ -73,6 +69,9 @@ def train(
     chunks: int | None = None,
     limit_seconds: float = 10.0,
     on_nonfinite: str = "stop",
+    gather: bool = False,
+    buffers: Mapping[str, str] | None = None,
+    check: bool | float = True,
     checkpoint: str | os.PathLike[str] | None = None,
     checkpoint_seconds: float = 30.0,
     checkpoint_keep: int = 3,
@@ -81,13 +80,15 @@ def train(
     """Train a model on workers; returns at once.
 
     The loss curve is that of one process with the same seed, whatever the number of workers and however often it
-    changes; only speed differs. What depends on the batch as one process sees it (statistics of batch normalisation,
-    dropout masks) depends on the worker count.
+    changes; only speed differs. What depends on the batch as one process sees it (statistics of batch normalisation
+    that is not synchronised, dropout masks) depends on the worker count. What would differ otherwise is refused, here
+    or, where it shows later, by a run that stops in words.
 
     Parameters
     ----------
     model : nn.Module
-        Any model, also one whose class was defined in a notebook. It is copied, never changed.
+        Any model, also one whose class was defined in a notebook. It is copied, never changed. Each of its modules
+        trains in the mode in which it is given: parts in ``eval()`` stay so.
     data : (inputs, targets) or torch Dataset
         Tensors or numpy arrays, rows first; inputs may also be a tuple or dict of them, which the model gets as
         arguments. The items of a Dataset are pairs (input, target), read once.
@@ -98,8 +99,10 @@ def train(
     threads : int, optional
         Threads that torch uses in each worker, the same for every worker count. Default: as the pool was connected.
     loss : callable, optional
-        Takes (output, target) and returns a mean or a sum over samples. Default: cross entropy for integer targets,
-        mean squared error otherwise.
+        Takes (output, target) and returns a mean or a sum over samples, or a pair ``(sum, count)``, both of which are
+        added up over the workers before they are divided. It may know the model: a penalty over its parameters is one
+        over those of the copy that is trained. Default: cross entropy for integer targets, mean squared error
+        otherwise.
     optimizer : callable, optional
         Makes a torch optimizer from the list of the model's parameters. Default: SGD, rate 0.05, momentum 0.9.
     learning_rate : float, optional
@@ -132,6 +135,15 @@ def train(
     on_nonfinite : {"stop", "continue"}
         What to do when the loss or a parameter is NaN or infinite: stop the run at that step and keep the last good
         state, or go on all the same.
+    gather : bool
+        Whether the loss gets the outputs and targets of the whole batch, on each worker, with gradients: for losses
+        that compare samples. Every tensor of an output then has a row for each sample.
+    buffers : dict of str to str, optional
+        What becomes of buffers that forward changes by the rows it sees: "mean", "sum", "max", "min", "first" (that of
+        rank 0) or "own" (each worker's), by name or by a pattern such as ``"*.queue"``.
+    check : bool or float
+        How much of the time to spend on checking that a share adds up of its parts, 0 to 1. True is 0.01, False is 0:
+        then a worker's share is taken for a batch of its own.
     checkpoint : str or path, optional
         A folder, or a URL that fsspec knows, to save the state to: plain tensors and JSON. One run at a time saves to
         a folder.
@@ -170,8 +182,9 @@ def train(
         model, data, on=on, workers=workers, threads=threads, loss=loss, optimizer=optimizer,
         learning_rate=learning_rate, scheduler=scheduler, scheduler_every=scheduler_every, clip_norm=clip_norm,
         strategy=strategy, batch_size=batch_size, epochs=epochs, steps=steps, validation=validation, seed=seed,
-        chunks=chunks, limit_seconds=limit_seconds, on_nonfinite=on_nonfinite, checkpoint=checkpoint,
-        checkpoint_seconds=checkpoint_seconds, checkpoint_keep=checkpoint_keep, resume=resume,
+        chunks=chunks, limit_seconds=limit_seconds, on_nonfinite=on_nonfinite, gather=gather, buffers=buffers,
+        check=check, checkpoint=checkpoint, checkpoint_seconds=checkpoint_seconds, checkpoint_keep=checkpoint_keep,
+        resume=resume,
     )  # fmt: skip
     _check_only_writer(checked.saving)
     run = Run(checked, on, History())
@@ -202,6 +215,9 @@ def plan(
     chunks: int | None = None,
     limit_seconds: float = 10.0,
     on_nonfinite: str = "stop",
+    gather: bool = False,
+    buffers: Mapping[str, str] | None = None,
+    check: bool | float = True,
     checkpoint: str | os.PathLike[str] | None = None,
     checkpoint_seconds: float = 30.0,
     checkpoint_keep: int = 3,
@@ -225,52 +241,68 @@ def plan(
     check_positive("limit_seconds", limit_seconds)
     check_choice("on_nonfinite", on_nonfinite, ("stop", "continue"))
     check_whole("seed", seed, 0)
+    wanted = Wanted(check_rules(buffers), _flag("gather", gather), checks=_share_of_time(plain(check)) > 0)
     chunks = pool.chunks if chunks is None else chunks
     check_whole("chunks", chunks, 1)
     check_strategy(strategy)
+    chosen = strategy or AllReduce()
+    _check_exchange(chosen, pool)
     pieces = cut(len(samples), chunk_count(len(samples), batch, chunks), seed)
     check_chunks(active, len(pieces))
     order = EpochOrder(tuple(len(rows) for rows in pieces), batch, seed)
     total = _steps(epochs, steps, order.steps_per_epoch)
 
-    initial = own_copy(model)
-    loss_sum = try_out(initial, _default_loss(samples.targets) if loss is None else loss, samples, held_out)
-    loss_sum = loss_sum.knowing(samples.targets, *([held_out.targets] if held_out is not None else []))
+    check_model(model)
+    own_loss = _default_loss(samples.targets) if loss is None else loss
     factory = _default_optimizer if optimizer is None else optimizer
-    recipe = Recipe(
-        initial, loss_sum, factory, scheduler, scheduler_every, clip_norm, seed, order, on_nonfinite == "stop",
-    )  # fmt: skip
-    rate = check_optimizer(recipe)
+    if learning_rate is not None and resume is None:
+        factory = AtRate(factory, learning_rate)
+    _warn_of_hooks(4)
+    _warn_of_modes(model, 4)
+    trial = Trial(frozen_parts(Parts(model, own_loss, factory, scheduler, chosen)), samples, (batch,))
+    traits = traits_of(trial, wanted, model, held_out)
+    optimizing = check_optimizer(trial, total, order.steps_per_epoch, scheduler_every)
+    rate = optimizing.rate
+    for note in optimizing.notes:
+        warnings.warn(note, UserWarning, stacklevel=3)
     if learning_rate is not None:
         check_rate("learning_rate", learning_rate, rate)
         rate = float(learning_rate)
-        recipe = at_rate(recipe, rate) if resume is None else recipe
-    identity = identity_of(recipe, samples)
+        if resume is None:
+            check_rate_of_schedule(trial, rate)
+    recipe = Recipe(
+        trial.frozen, replace(traits, closure=optimizing.closure), scheduler_every, clip_norm, seed, order,
+        on_nonfinite == "stop", Settings.here(), _share_of_time(plain(check)),
+    )  # fmt: skip
+    _check_meets(recipe.traits, chosen)
+    identity = identity_of(recipe, trial.parts, samples)
+    parameters = sum(p.numel() for p in trial.model.parameters() if p.requires_grad)
+    if not pool.simulated and pool.device == "cpu":
+        divided = "divided" in pool.exchange_of(chosen)
+        needs = needs_of(trial.model, optimizing.states, active, divided=divided, in_turns=pool.in_turns)
+        check_fits_memory(needs, parameters, pool.memory_limits, here=pool.maps_memory)
+    del trial  # its copy of the model is not held while the run goes on
     resumption = None if resume is None else _resumption(resume, identity, total, learning_rate)
     saving = None if checkpoint is None else Saving(Checkpoints(checkpoint, keep=checkpoint_keep), checkpoint_seconds)
     if saving is not None:
         check_plain(Replica(recipe).live_state())
-    chosen = strategy or AllReduce()
-    _check_exchange(chosen, pool)
-    check_travels(recipe, chosen)
 
-    validation_pieces = _pieces_in_order(held_out)
+    validation_pieces = _pieces_in_order(held_out, batch if recipe.traits.gather else None)
     job = Job(
         uuid.uuid4().hex[:8], recipe, chosen,
         lambda chunk: samples.take(pieces[chunk]),
         lambda chunk: held_out.take(validation_pieces[chunk]) if held_out is not None else _nothing(),
-        float(limit_seconds), threads,
+        float(limit_seconds), threads, pieces,
     )  # fmt: skip
     if active > pool.size:  # virtual workers, which come into being when they are needed
         pool.grow(active)
     members = pool.names[:active]
     roster = _roster(members, order, validation_pieces)
     start = RunStart(
-        0.0, repr(chosen), members, pool.kind, pool.cores, threads or pool.threads,
-        sum(p.numel() for p in initial.parameters() if p.requires_grad), len(samples), len(pieces), batch, total,
-        order.steps_per_epoch, seed, pool.exchange_of(chosen), pool.simulated, pool.device,
+        0.0, repr(chosen), members, pool.kind, pool.cores, threads or pool.threads, parameters, len(samples),
+        len(pieces), batch, total, order.steps_per_epoch, seed, pool.exchange_of(chosen), pool.simulated, pool.device,
     )  # fmt: skip
-    return Plan(job, roster, active, total, start, rate, identity, resumption, saving)
+    return Plan(job, roster, active, total, start, rate, identity, resumption, saving, optimizing.notes)
 
 
 def evaluate(
@@ -296,6 +328,7 @@ def evaluate(
     Returns
     -------
     Evaluation
+        Its accuracy is that of the classes that the loss compares with labels; None where it compares none.
 
     Raises
     ------
@@ -308,24 +341,66 @@ def evaluate(
     samples = _samples(model, data)
     limit_seconds = plain(limit_seconds)
     check_positive("limit_seconds", limit_seconds)
-    own = own_copy(model, training=False)
-    loss_sum = try_out(own, _default_loss(samples.targets) if loss is None else loss, samples, None, training=False)
+    check_model(model, training=False)
+    own_loss = _default_loss(samples.targets) if loss is None else loss
+    _warn_of_hooks(3)
+    trial = Trial(frozen_parts(Parts(model, own_loss, _default_optimizer)), samples)
+    traits = traits_for_evaluation(trial)
+    frozen, settings = trial.frozen, Settings.here()
+    assert frozen.memory is not None
+    del trial
+    blob, memory = dumps((frozen, traits, settings)), frozen.memory.key
     shares = torch.arange(len(samples)).tensor_split(min(pool.size, len(samples)))
-    blob = pickled((own, loss_sum), "model")
-    items = [(blob, samples.take(rows).packed(), pool.device) for rows in shares]
+    held = memory if memory and pool.maps_memory else frozen.memory.array()
+    items = [(blob, held, samples.take(rows).packed(), pool.device) for rows in shares]
     tallies: list[Tally] = pool.map(_tally_packed, items, limit_seconds)
     return sum(tallies, Tally()).result()
 
 
-def _tally_packed(item: tuple[bytes, Samples, str]) -> Tally:
-    blob, samples, kind = item
-    with computing_on(kind) as device:
-        return _tally_on(device, blob, samples)
+def _tally_packed(item: tuple[bytes, Any, Samples, str]) -> Tally:
+    blob, memory, samples, kind = item
+    frozen, traits, settings = pickle.loads(blob)
+    with computing_on(kind) as device, settings.in_force():
+        return _tally_on(device, frozen.within(memory), traits, samples)
 
 
-def _tally_on(device: torch.device, blob: bytes, samples: Samples) -> Tally:
-    model, loss = cloudpickle.loads(blob)
-    return tally(model.to(device), loss.on(device), samples.unpacked().on(device))
+def _tally_on(device: torch.device, frozen: Frozen, traits: Traits, samples: Samples) -> Tally:
+    parts: Parts = frozen.thaw()
+    loss = SummedLoss(parts.loss, traits.form, traits.calls).on(device)
+    return tally(
+        parts.model.to(device), loss, samples.unpacked().on(device),
+        judging=traits.judged, needs_grad=traits.grad_in_evaluation, copies=traits.writes,
+    )  # fmt: skip
+
+
+def _warn_of_hooks(level: int) -> None:
+    there = foreign_hooks()
+    if there:
+        warnings.warn(
+            f"This process has {there} hooks for all modules or optimizers (register_module_forward_hook and the "
+            "like). They belong to no model, so workers do not call them.",
+            UserWarning,
+            stacklevel=level,
+        )
+
+
+def _warn_of_modes(model: nn.Module, level: int) -> None:
+    modules = list(model.modules())
+    minding = [module for module in modules if _minds_its_mode(module)]
+    if minding and not any(module.training for module in modules):
+        warnings.warn(
+            f"The whole model is in evaluation mode, and is trained so: {len(minding)} of its modules, such as "
+            f"{type(minding[0]).__name__}, do not do what they do in training. If that is not meant, call "
+            "model.train() first.",
+            UserWarning,
+            stacklevel=level,
+        )
+
+
+def _minds_its_mode(module: nn.Module) -> bool:
+    """Whether a layer of torch's does something else in training."""
+    known = (nn.modules.dropout._DropoutNd, nn.modules.batchnorm._BatchNorm)
+    return isinstance(module, known) or bool(getattr(module, "dropout", 0.0) and isinstance(module, nn.RNNBase))
 
 
 def _resumption(resume: Any, identity: dict[str, Any], total: int, rate: float | None) -> Resumption:
@@ -380,6 +455,42 @@ def _check_only_writer(saving: Saving | None) -> None:
 def _absolute(place: Any) -> str:
     text = os.fspath(place)
     return text if "://" in text else str(Path(text).expanduser().resolve())
+
+
+def _flag(name: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise InputError(f"{name} is {brief(value)}; it must be True or False.")
+    return value
+
+
+def _share_of_time(check: Any) -> float:
+    """What is meant by `check`, as a share of the time."""
+    if isinstance(check, bool):
+        return _USUAL_CHECK if check else 0.0
+    if not isinstance(check, int | float) or not 0 <= check <= 1:
+        raise InputError(
+            f"check is {brief(check)}; it must be True, False, or a share of the time from 0 to 1.",
+            remedy="check=0.05 looks more often, check=1.0 at every step, check=False never",
+        )
+    return float(check)
+
+
+def _check_meets(traits: Traits, strategy: Strategy) -> None:
+    """Refuse a strategy whose workers cannot speak to each other in the middle of a step."""
+    if strategy.runs_on == "workers" or not traits.meets:
+        return
+    why = {
+        "gather=True": traits.gather,
+        "synchronised batch normalisation": traits.synchronised,
+        "a loss with several means over classes, each with weights of its own": traits.form == "several means",
+        f"a parameter that forward changes ({', '.join(traits.rewrites[:2])})": bool(traits.rewrites),
+    }
+    first = next((name for name, there in why.items() if there), "a buffer with a rule of its own")
+    raise InputError(
+        f"{type(strategy).__name__} computes gradients in tasks that cannot speak to each other, and this needs them "
+        f"to: {first}.",
+        remedy="strategy=parakit.strategies.AllReduce(), whose workers live through a whole run",
+    )
 
 
 def _check_exchange(strategy: Strategy, pool: Workers) -> None:
@@ -445,10 +556,12 @@ def _default_optimizer(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
     return torch.optim.SGD(parameters, lr=0.05, momentum=0.9)
 
 
-def _pieces_in_order(held_out: Samples | None) -> list[Tensor]:
+def _pieces_in_order(held_out: Samples | None, rows: int | None) -> list[Tensor]:
+    """Held-out rows in pieces; of so many rows each, where a loss looks at a whole piece."""
     if held_out is None:
         return []
-    return list(torch.arange(len(held_out)).tensor_split(min(DEFAULT_CHUNKS, len(held_out))))
+    every = torch.arange(len(held_out))
+    return list(every.split(rows) if rows else every.tensor_split(min(DEFAULT_CHUNKS, len(held_out))))
 
 
 def _nothing() -> Samples:

@@ -23,12 +23,12 @@ from pathlib import Path
 
 import psutil
 
-from parakit.checking import check_whole
 from parakit.checkpoints.fitting import Identity
 from parakit.checkpoints.format import Bytes, Checkpoint, Damaged, packed, unpacked
 from parakit.checkpoints.places import Place, Store, store_at
 from parakit.commits import State
 from parakit.errors import CheckpointError, InputError
+from parakit.validation import check_whole
 
 __all__ = ["Checkpoints", "load"]
 

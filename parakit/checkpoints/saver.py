@@ -11,10 +11,10 @@ from __future__ import annotations
 
 import threading
 
-from parakit.checking import check_positive
 from parakit.checkpoints.fitting import Identity
 from parakit.checkpoints.folder import Checkpoints
 from parakit.commits import State
+from parakit.validation import check_positive
 
 __all__ = ["Saver"]
 

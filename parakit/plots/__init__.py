@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from parakit.checking import check_choice, check_whole
 from parakit.course import Course
 from parakit.errors import InputError
 from parakit.plots import costs as _costs
@@ -17,6 +16,7 @@ from parakit.plots import curves, phases, scaling, speedups
 from parakit.plots.style import axes_or_new
 from parakit.scaling.costs import CostModel
 from parakit.scaling.study import Scaling
+from parakit.validation import check_choice, check_whole
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

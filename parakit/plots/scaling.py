@@ -13,7 +13,6 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
-from parakit.checking import brief, check_whole
 from parakit.errors import InputError
 from parakit.plots.labels import label_points
 from parakit.plots.style import (
@@ -28,6 +27,7 @@ from parakit.plots.style import (
     plain_number,
 )
 from parakit.scaling.study import Scaling
+from parakit.validation import brief, check_whole
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -16,18 +16,19 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from parakit.checking import brief, check_on_cores, check_pool, check_positive, check_whole, plain
+from parakit.checking import check_on_cores, check_pool
 from parakit.data import Samples
 from parakit.errors import InputError, ParakitError, RunError
 from parakit.plans import Plan
 from parakit.progress import many
-from parakit.replica import OptimizerFactory
+from parakit.recipe import OptimizerFactory
 from parakit.scaling.advice import Advice, Layout
 from parakit.scaling.hosts import cores_here, host_here, name_here
 from parakit.scaling.records import Measurement
 from parakit.scaling.ticker import Ticker
 from parakit.scaling.visits import ENDLESS, Rivals, Unreachable, begun, end, timed
 from parakit.training import plan
+from parakit.validation import brief, check_positive, check_whole, plain
 from parakit.workers.base import Strategy, Workers
 
 __all__ = ["advise", "layouts"]

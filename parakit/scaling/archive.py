@@ -13,11 +13,11 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
 
-from parakit.checking import brief
 from parakit.errors import InputError
 from parakit.events import PHASES, Event, History, StepDone
 from parakit.export import data_frame, write_whole
 from parakit.scaling.records import About, Measurement
+from parakit.validation import brief
 
 if TYPE_CHECKING:
     import pandas

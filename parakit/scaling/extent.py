@@ -9,9 +9,9 @@ from collections.abc import Iterable
 from itertools import islice
 from typing import Any
 
-from parakit.checking import brief, check_positive, check_whole, plain
 from parakit.data import Samples
 from parakit.errors import InputError, WorkerCountError
+from parakit.validation import brief, check_positive, check_whole, plain
 from parakit.workers.base import Workers
 
 __all__ = ["AROUND_SECONDS", "check_extent", "rows_of_a_worker", "usual_counts", "wanted_counts"]

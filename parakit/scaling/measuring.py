@@ -6,7 +6,6 @@ import uuid
 from collections.abc import Callable
 from contextlib import suppress
 
-import cloudpickle
 import numpy as np
 
 from parakit.data import Samples
@@ -15,6 +14,7 @@ from parakit.events import PLAIN, Baseline
 from parakit.machine import in_thread
 from parakit.scaling import plain
 from parakit.scaling.plain import PlainRates, PlainTrial
+from parakit.serialization import dumps
 from parakit.workers.base import Job, Workers
 
 __all__ = ["measure_plain", "plain_trial", "try_plain"]
@@ -90,8 +90,11 @@ def try_plain(
 def plain_trial(job: Job, pool: Workers) -> PlainTrial:
     """What plain PyTorch has to train so that it can be compared with a run: its model, from the start, on its rows."""
     recipe = job.recipe
-    blob = cloudpickle.dumps((recipe.model, recipe.loss, recipe.optimizer, recipe.clip_norm))
-    return PlainTrial(uuid.uuid4().hex, blob, _rows(job).packed(), recipe.order.batch_size, device=pool.device)
+    held = recipe.frozen.memory
+    assert held is not None
+    memory = held.key if held.key is not None and pool.maps_memory else held.array()
+    rows = _rows(job).packed()
+    return PlainTrial(uuid.uuid4().hex, dumps(recipe), memory, rows, recipe.order.batch_size, device=pool.device)
 
 
 def _rows(job: Job) -> Samples:

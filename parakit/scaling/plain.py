@@ -6,12 +6,13 @@ next ones of a shuffled index, its batches are all full, and no schedule steps. 
 
 from __future__ import annotations
 
+import pickle
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from time import perf_counter
+from typing import Any
 
-import cloudpickle
 import torch
 from torch import Tensor, nn
 
@@ -19,7 +20,8 @@ from parakit.data import Samples
 from parakit.devices import computing_on, finish, generators_of
 from parakit.gradients import call_model
 from parakit.machine import usable_cores
-from parakit.replica import needs_closure
+from parakit.recipe import Parts, Recipe
+from parakit.replica import set_mode
 
 __all__ = ["MOST_SECONDS", "PlainRates", "PlainTrial", "halt", "measure"]
 
@@ -43,7 +45,9 @@ class PlainTrial:
     name : str
         Unique; ends the trial early, by `halt`.
     blob : bytes
-        The pickled model, loss (a SummedLoss), function that makes the optimizer, and clip_norm.
+        The pickled recipe.
+    memory : SegmentKey or array
+        Where the recipe's tensors are, or they themselves.
     samples : Samples
         Packed.
     batch_size : int
@@ -60,6 +64,7 @@ class PlainTrial:
 
     name: str
     blob: bytes = field(repr=False)
+    memory: Any = field(repr=False)
     samples: Samples = field(repr=False)
     batch_size: int
     seconds: float = SECONDS
@@ -135,30 +140,36 @@ def _warm_up(loop: Iterator[int]) -> None:
 
 def _loop(trial: PlainTrial, device: torch.device) -> Iterator[int]:
     """Train as a user would by hand; yields the rows of each step when it is done."""
-    model, loss, make_optimizer, clip_norm = cloudpickle.loads(trial.blob)
-    model.to(device).train()
-    loss = loss.on(device)
+    recipe: Recipe = pickle.loads(trial.blob)
+    parts: Parts = recipe.frozen.within(trial.memory).thaw()
+    model, loss = parts.model.to(device), parts.loss
+    if isinstance(loss, nn.Module):
+        loss.to(device)
     parameters = list(model.parameters())
-    optimizer = make_optimizer(parameters)
-    by_closure = needs_closure(optimizer)
+    if not recipe.frozen.ties:  # in memory of its own, as a model is that was made here
+        for parameter in parameters:
+            parameter.data = parameter.data.clone()
+    optimizer = parts.optimizer(parameters)
+    set_mode(optimizer, "train")
     samples = trial.samples.unpacked().on(device)
     for rows in _batches(len(samples), trial.batch_size):
         batch = samples.take(rows.to(device))
 
         def closure(batch: Samples = batch) -> Tensor:
             optimizer.zero_grad()
-            total, count = loss(call_model(model, batch.inputs), batch.targets)
-            value: Tensor = total / count if count else total
+            value: Any = loss(call_model(model, batch.inputs), batch.targets)
+            value = value[0] / value[1] if isinstance(value, tuple) else value
             value.backward()
-            if clip_norm is not None:
-                nn.utils.clip_grad_norm_(parameters, clip_norm)
-            return value
+            if recipe.clip_norm is not None:
+                nn.utils.clip_grad_norm_(parameters, recipe.clip_norm)
+            return value  # type: ignore[no-any-return]  # a user's function made it
 
-        if by_closure:
-            optimizer.step(closure)
-        else:
-            closure()
-            optimizer.step()
+        with recipe.settings.in_force():
+            if recipe.traits.closure:
+                optimizer.step(closure)  # type: ignore[arg-type]  # as torch's own may return tensors too
+            else:
+                closure()
+                optimizer.step()
         finish(device)
         yield len(rows)
 

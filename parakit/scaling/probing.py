@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from parakit.checking import check_on_cores, check_pool, check_positive, check_whole
+from parakit.checking import check_on_cores, check_pool
 from parakit.errors import InputError, RunError
 from parakit.scaling import plain
 from parakit.scaling.calibration import usual_seconds
@@ -23,6 +23,7 @@ from parakit.scaling.costs import CostModel
 from parakit.scaling.measuring import plain_trial
 from parakit.scaling.visits import ENDLESS
 from parakit.training import plan, train
+from parakit.validation import check_positive, check_whole
 from parakit.workers.base import Workers
 
 __all__ = ["probe_contention", "probe_exchange"]

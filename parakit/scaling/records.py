@@ -17,11 +17,11 @@ from typing import Any
 
 import numpy as np
 
-from parakit.checking import brief
 from parakit.errors import InputError
 from parakit.events import PHASES
 from parakit.progress import many, rival_name
 from parakit.scaling.laws import karp_flatt
+from parakit.validation import brief
 
 __all__ = [
     "NOTHING", "About", "Measurement", "Row", "Spread", "check_different", "from_plain", "ratio", "rival_gain", "rows",

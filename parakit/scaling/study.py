@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from parakit.checking import brief, check_whole, plain
 from parakit.errors import InputError
 from parakit.events import History
 from parakit.scaling import archive
@@ -26,6 +25,7 @@ from parakit.scaling.costs import CostModel
 from parakit.scaling.records import About, Measurement, Row, Spread, check_different, from_plain, rows
 from parakit.scaling.remarks import remarks, title
 from parakit.scaling.tables import Table
+from parakit.validation import brief, check_whole, plain
 
 if TYPE_CHECKING:
     import pandas

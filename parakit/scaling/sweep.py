@@ -16,13 +16,13 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
-from parakit.checking import brief, check_choice, check_on_cores, check_pool, check_whole, plain
+from parakit.checking import check_on_cores, check_pool
 from parakit.data import Samples
 from parakit.errors import InputError, ParakitError, RunError
 from parakit.events import History, RunStart
 from parakit.plans import Plan
 from parakit.progress import many
-from parakit.replica import OptimizerFactory
+from parakit.recipe import OptimizerFactory
 from parakit.run import check_chunks
 from parakit.scaling.extent import AROUND_SECONDS, check_extent, rows_of_a_worker, usual_counts, wanted_counts
 from parakit.scaling.hosts import cores_here, name_here
@@ -32,6 +32,7 @@ from parakit.scaling.study import Scaling
 from parakit.scaling.ticker import Ticker
 from parakit.scaling.visits import ENDLESS, Elastic, OneByOne, Rig, Rivals, Timed, Unreachable, end
 from parakit.training import plan
+from parakit.validation import brief, check_choice, check_whole, plain
 from parakit.workers.base import Strategy, Workers
 
 __all__ = ["sweep"]

@@ -18,13 +18,18 @@ from time import perf_counter
 from types import TracebackType
 from typing import Any, Literal, Protocol, Self
 
+import numpy as np
+import numpy.typing as npt
+
 from parakit.chunks import DEFAULT_CHUNKS, Ownership
 from parakit.commits import State
 from parakit.data import Samples
 from parakit.devices import unit_of
 from parakit.errors import PoolError, WorkerCountError
 from parakit.evaluation import Tally
-from parakit.replica import Recipe, StepRecord
+from parakit.recipe import Recipe
+from parakit.replica import StepRecord
+from parakit.vault import OpenVault
 from parakit.workers.layout import equal_counts, hierarchical
 
 __all__ = [
@@ -112,6 +117,8 @@ class Job:
         The longest that a worker may say nothing beyond what its work should take.
     threads : int or None
         That torch uses in each worker; None for those of the pool.
+    pieces : sequence of int64 arrays
+        The rows of the data that make up each chunk, as far as anybody knows.
     """
 
     run_id: str
@@ -121,6 +128,15 @@ class Job:
     load_validation: Callable[[int], Samples]
     limit_seconds: float
     threads: int | None = None
+    pieces: Sequence[npt.NDArray[np.int64]] = ()
+
+    def rows(self, step: int, chunks: Iterable[int] | None = None) -> list[int]:
+        """Which rows of the data the holder of some chunks has in a step; of all chunks, if none are given."""
+        order = self.recipe.order
+        if not self.pieces:
+            return []
+        chosen = range(len(order.sizes)) if chunks is None else chunks
+        return [int(row) for chunk in chosen for row in self.pieces[chunk][order.rows(step, chunk)]]
 
 
 @dataclass(frozen=True)
@@ -243,6 +259,10 @@ class Crew(Protocol):
     #: Whether a segment can be ordered while the one before it goes on.
     orders_ahead: bool
 
+    @property
+    def vault(self) -> OpenVault | None:
+        """Commits that this process can read, whatever becomes of the workers; None where there are none."""
+
     def prepare(self, roster: Roster) -> Future[None]:
         """Begin to bring what a roster needs to its members, while the run goes on."""
 
@@ -313,6 +333,15 @@ class Crew(Protocol):
     def state(self, step: int) -> State:
         """The state of a step to which the last report came."""
 
+    def settle(self) -> None:
+        """Let the present state be in the `vault`, if there is one; not while a segment goes on.
+
+        Raises
+        ------
+        WorkerLost
+            If a member was lost.
+        """
+
     def salvage(self, step: int) -> State | None:
         """The newest commit of at most a step that can be read here, workers or no workers; None if there is none.
 
@@ -355,6 +384,8 @@ class Workers(ABC):
     simulated: bool = False
     #: Whether workers take turns in one process: whoever computes has the machine to itself, and nothing travels.
     in_turns: bool = False
+    #: Whether every worker can map what this process has in shared memory.
+    maps_memory: bool = False
     #: Pieces to cut data into, unless a run asks for another number.
     chunks: int = DEFAULT_CHUNKS
 
@@ -402,6 +433,11 @@ class Workers(ABC):
     def one_host(self) -> bool:
         """Whether all workers are processes of one host; False where nobody knows."""
         return False
+
+    @property
+    def memory_limits(self) -> tuple[int, ...]:
+        """Bytes that each worker may use, as far as somebody set a limit; 0 where nobody did."""
+        return ()
 
     @property
     def hosts(self) -> tuple[str, ...]:

@@ -6,10 +6,10 @@ from typing import Any
 
 import psutil
 
-from parakit.checking import brief, check_choice, plain
 from parakit.devices import DEVICES
 from parakit.errors import InputError, WorkerCountError
 from parakit.machine import usable_cores
+from parakit.validation import brief, check_choice, plain
 from parakit.workers.base import Workers
 from parakit.workers.inline import InlineWorkers
 

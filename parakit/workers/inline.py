@@ -12,16 +12,22 @@ from time import perf_counter
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from parakit.chunks import DEFAULT_CHUNKS
 from parakit.commits import State, copy_state
-from parakit.devices import CPU, device_here, generators_of, give_back, use
-from parakit.evaluation import Tally, tally
+from parakit.devices import CPU, device_here, give_back, use
+from parakit.errors import RunFailed
+from parakit.evaluation import Tally
+from parakit.failures import code_failed, rows_in_words
 from parakit.gradients import GradientSum
+from parakit.holding import Holding
 from parakit.machine import usable_cores
-from parakit.replica import BACKWARD, EXCHANGE, UPDATE, Holding, Replica, StepRecord, average_buffers
+from parakit.replica import EXCHANGE, UPDATE, Replica, StepRecord
+from parakit.settings import undisturbed
+from parakit.share_gradient import BACKWARD
 from parakit.workers.base import Job, Remnant, Report, Roster, Strategy, Workers
+from parakit.workers.messages import Failure
 
 __all__ = ["InlineWorkers"]
 
@@ -31,6 +37,7 @@ class InlineWorkers(Workers):
 
     kind = "inline, in this process"
     in_turns = True
+    maps_memory = True
 
     def __init__(self, threads: int | None = None, device: str = "cpu") -> None:
         super().__init__()
@@ -87,12 +94,14 @@ class InlineCrew:
     """A run's hold on the workers of this process."""
 
     orders_ahead = False
+    vault = None
 
     def __init__(self, job: Job, threads: int, device: torch.device = CPU) -> None:
         self._job = job
         self._threads = threads
         self._device = device
         self._replica = Replica(job.recipe, device)
+        self._replica.settle_down()
         self._holdings: list[Holding] = []
         self._by_name: dict[str, Holding] = {}
         self._validation = Holding(device=device)
@@ -138,20 +147,34 @@ class InlineCrew:
         torch.set_num_threads(self._threads)
         use(self._device)
         try:
-            with torch.random.fork_rng(devices=generators_of(self._device)):
+            with undisturbed(self._device), self._job.recipe.settings.in_force():
                 self._replica.measure_norms()
                 for step in range(first, first + count):
                     self._job.strategy.step(self._team, step)
                     if self._halt > wish:
                         break
             self._replica.check_parameters()
-        except BaseException:
+            self._replica.agreement.check_structure(alone=len(self._holdings) == 1)
+        except BaseException as error:
+            failed = self._explained(error)
             self._replica.roll_back()
             self._team.take_records()
-            raise
+            if failed is None:
+                raise
+            raise failed from error
         finally:
             torch.set_num_threads(used)
         return Report(self._team.take_records(), committed)
+
+    def _explained(self, error: BaseException) -> RunFailed | None:
+        """What a user should read about an error of a step; None where somebody else knows better."""
+        if isinstance(error, RunFailed) or not isinstance(error, Exception):
+            return None
+        step = self._replica.step
+        return code_failed(
+            f"Step {step} failed", Failure.of("code", step, error), rows_in_words(self._job.rows(step)),
+            remedy="run.model holds the last state that was kept; parakit.train(..., resume=run) goes on from there",
+        )  # fmt: skip
 
     def regroup(self, generation: int, step: int) -> Remnant:
         """Nobody is ever lost here."""
@@ -175,15 +198,18 @@ class InlineCrew:
         """The state after the last segment."""
         return dict(copy_state(self._replica.live_state(), device=CPU))
 
+    def settle(self) -> None:
+        """There is no vault."""
+
     def salvage(self, step: int) -> State | None:
         """Nobody is ever lost here."""
         return None
 
     def evaluate(self) -> Tally:
         """Evaluate the present model on the validation chunks."""
-        held = self._validation.samples
-        assert held is not None
-        return tally(self._replica.model, self._replica.recipe.loss, held)
+        replica = self._replica
+        with undisturbed(self._device), self._job.recipe.settings.in_force():
+            return replica.tally(self._validation)
 
     def label(self, worker: str) -> str:
         """The name itself."""
@@ -205,6 +231,8 @@ class InlineTeam:
         self._holdings = holdings
         self._records: list[list[StepRecord]] = []
         self._own: list[tuple[list[float], int, float | None]] = []
+        self._own_buffers: dict[int, dict[str, Tensor]] = {}  # by rank, of the rule "own"
+        self._whole = Holding(replica.recipe.order, replica.device)
 
     def gradient(self, step: int) -> list[GradientSum]:
         """Every worker's gradient sum."""
@@ -212,19 +240,53 @@ class InlineTeam:
 
     def map_gradients(self, step: int) -> Sequence[GradientSum]:
         """Every worker's gradient sum, rank by rank."""
-        replica, parts = self._replica, []
-        buffers = _Averaging(replica.model)
         own = self._own or [([0.0] * (BACKWARD + 1), 0, None) for _ in self._holdings]
         self._own = []
-        for rank, (holding, (seconds, _, norm)) in enumerate(zip(self._holdings, own, strict=True)):
-            before = list(replica.spent)
-            buffers.begin()
-            parts.append(replica.gradient(step, holding, rank).clone())
-            buffers.end()
-            grown = [s + now - then for s, now, then in zip(seconds, replica.spent, before, strict=False)]
-            self._own.append((grown, replica.share_rows, replica.share_norm if norm is None else norm))
-        buffers.settle()
+        if self._replica.recipe.traits.undivided and len(self._holdings) > 1:
+            return self._all_at_once(step, own)
+        parts = []
+        turns = _Turns(self._replica, self._own_buffers)
+        for rank, (holding, account) in enumerate(zip(self._holdings, own, strict=True)):
+            turns.begin(rank)
+            parts.append(self._timed(step, holding, rank, account).clone())
+            turns.end(rank)
+        turns.settle()
         return parts
+
+    def _timed(self, step: int, holding: Holding, rank: int, account: tuple[list[float], int, Any]) -> GradientSum:
+        """A share's gradient sum; what it took is added to its worker's account."""
+        replica, (seconds, _, norm) = self._replica, account
+        before = list(replica.spent)
+        total = replica.gradient(step, holding, rank)
+        grown = [s + now - then for s, now, then in zip(seconds, replica.spent, before, strict=False)]
+        self._own.append((grown, replica.share_rows, replica.share_norm if norm is None else norm))
+        return total
+
+    def _all_at_once(self, step: int, own: list[tuple[list[float], int, Any]]) -> list[GradientSum]:
+        """The gradient of the whole batch, where workers that take turns could not meet in the middle of their shares.
+
+        It counts as the first worker's; each is booked the part of the time that its rows are of the batch.
+        """
+        together = self._together()
+        shares = [holding.share(step) for holding in self._holdings]
+        total = self._timed(step, together, 0, ([0.0] * (BACKWARD + 1), 0, None)).clone()
+        ((took, rows, _),) = self._own
+        sizes = [0 if share is None else len(share) for share in shares]
+        self._own = [
+            ([s + t * size / max(1, rows) for s, t in zip(seconds, took, strict=True)], size, None)
+            for size, (seconds, _, _) in zip(sizes, own, strict=True)
+        ]
+        nothing = total.clone()
+        nothing.vector.zero_()
+        return [total, *(nothing.clone() for _ in shares[1:])]
+
+    def _together(self) -> Holding:
+        """The chunks of all workers in one holding."""
+        chunks = {number: samples for holding in self._holdings for number, samples in holding.each.items()}
+        if self._whole.chunks != tuple(sorted(chunks)):
+            self._whole = Holding(self._replica.recipe.order, self._replica.device)
+            self._whole.change((), chunks)
+        return self._whole
 
     def add(self, parts: Sequence[GradientSum]) -> GradientSum:
         """The sum of some parts."""
@@ -272,24 +334,46 @@ class InlineTeam:
         return taken
 
 
-class _Averaging:
-    """Lets each virtual worker see the buffers as its own process would, and averages them afterwards.
+class _Turns:
+    """Lets each virtual worker find buffers and attributes as its own process would, and puts them together afterwards.
 
     Running statistics move by a linear rule, so averaging after each step gives the same as averaging when workers
-    commit. Other buffers end as the first worker's.
+    commit.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        self._model = model
-        self._before = {name: b.clone() for name, b in model.named_buffers()}
+    def __init__(self, replica: Replica, own: dict[int, dict[str, Tensor]]) -> None:
+        self._replica, self._own = replica, own
+        self._rules = replica.recipe.traits.rules
+        there = self._buffers()
+        self._before = {name: buffer.detach().clone() for name, buffer in there.items() if name in self._rules}
+        self._counted = replica.agreement.counted()
         self._seen: list[dict[str, Tensor]] = []
+        self._marks: list[list[float]] = []
 
-    def begin(self) -> None:
-        for name, buffer in self._model.named_buffers():
-            buffer.copy_(self._before[name])
+    def _buffers(self) -> dict[str, Tensor]:
+        return self._replica.computation.buffers.there
 
-    def end(self) -> None:
-        self._seen.append({name: b.clone() for name, b in self._model.named_buffers()})
+    def begin(self, rank: int) -> None:
+        there = self._buffers()
+        for name, rule in self._rules.items():
+            mine = self._own.get(rank, {}).get(name) if rule == "own" else None
+            there[name].detach().copy_(self._before[name] if mine is None else mine)
+        if rank and (before := {**self._counted, **self._replica.agreement.late()}):
+            self._replica.computation.attributes.write(before)
+
+    def end(self, rank: int) -> None:
+        there = self._buffers()
+        self._seen.append({name: buffer.detach().clone() for name, buffer in there.items()})
+        kept = {name: self._seen[-1][name] for name, rule in self._rules.items() if rule == "own"}
+        if kept:
+            self._own[rank] = kept
+        self._marks.append(self._replica.agreement.marks())
 
     def settle(self) -> None:
-        average_buffers(self._model, self._seen)
+        there = self._buffers()
+        for name, before in self._before.items():
+            there[name].detach().copy_(before)
+        self._replica.computation.buffers.take(self._seen)
+        for marks in self._marks[1:]:
+            self._replica.agreement.check(self._marks[0], marks)
+        self._replica.agreement.count_late()

@@ -5,10 +5,16 @@ All of it travels, so it holds plain values only; nothing here does anything.
 
 from __future__ import annotations
 
+import pickle
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
+
+from parakit.places import Place, places_of, raised_by_parakit
 from parakit.replica import StepRecord
+from parakit.serialization import dumps
 from parakit.vault import VaultKey
 
 __all__ = ["Answer", "Failure", "Orders", "Pulse", "Segment", "Standing"]
@@ -20,20 +26,44 @@ class Failure:
 
     Attributes
     ----------
-    kind : {"diverged", "code", "group", "stale"}
-        The loss or a parameter is not finite; the model, the loss or the optimizer raised; a partner was lost; or the
-        order was of an older generation.
+    kind : {"diverged", "checked", "code", "group", "stale", "unreachable"}
+        The loss or a parameter is not finite; a share does not add up of its parts; the model, the loss or the
+        optimizer raised; a partner was lost; the order was of an older generation; or memory is out of reach.
     step : int
         Steps that were done.
-    error, text, trace : str
-        The error's type, its message, and the traceback.
+    error, text : str
+        The error's type, and its message.
+    places : tuple of Place
+        The user's own lines of code that it came through.
+    ours : bool
+        Whether parakit's own code raised it, and no code of the user's was on the way.
+    cause : bytes
+        The pickled error; empty if it cannot be pickled.
     """
 
     kind: str
     step: int
     error: str
     text: str
-    trace: str
+    places: tuple[Place, ...] = ()
+    ours: bool = False
+    cause: bytes = b""
+
+    @classmethod
+    def of(cls, kind: str, step: int, error: BaseException) -> Failure:
+        """What is to be told of an error."""
+        cause = b""
+        with suppress(Exception):
+            cause = dumps(error)
+        text = str(error) or repr(error)
+        return cls(kind, step, type(error).__name__, text, places_of(error), raised_by_parakit(error), cause)
+
+    def raised(self) -> BaseException | None:
+        """The error itself, where it could travel."""
+        with suppress(Exception):
+            error: Any = pickle.loads(self.cause) if self.cause else None
+            return error if isinstance(error, BaseException) else None
+        return None
 
 
 @dataclass(frozen=True)
@@ -95,6 +125,27 @@ class Segment:
     commit_seconds: float
     seconds: float | None
     vault: VaultKey | None = None
+
+
+@dataclass(frozen=True)
+class Collected:
+    """What tasks of one worker did in a segment.
+
+    Attributes
+    ----------
+    records : list of StepRecord
+    buffers : dict of str to Tensor
+        Of its model.
+    attributes : dict
+        Of its model and its loss, as far as they are a part of the state.
+    marks : list of float
+        Of what all workers have alike.
+    """
+
+    records: list[StepRecord]
+    buffers: dict[str, Tensor]
+    attributes: dict[str, Any]
+    marks: list[float]
 
 
 @dataclass(frozen=True)

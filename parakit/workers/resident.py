@@ -13,28 +13,33 @@ import gc
 import os
 import pickle
 import threading
-import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from time import perf_counter
 from typing import Any, Concatenate, ParamSpec
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from parakit.commits import PrivateCommits, State, copy_state, nbytes_of
+from parakit.commits import PrivateCommits, State, copy_state
 from parakit.data import Samples, pack, unpack
 from parakit.devices import CPU, device_here, give_back, use
-from parakit.errors import Diverged, ParakitError, StaleGeneration
-from parakit.evaluation import Tally, tally
+from parakit.errors import BatchDependent, Diverged, ParakitError, StaleGeneration
+from parakit.evaluation import Tally
+from parakit.exactness.peers import ALONE
 from parakit.gradients import GradientSum, unflatten_into
+from parakit.holding import Holding
 from parakit.machine import give_back_freed_memory, keep_freed_memory, return_free_memory
-from parakit.replica import EXCHANGE, Holding, Recipe, Replica, StepRecord, load_model_state
-from parakit.vault import Vault, VaultKey
+from parakit.recipe import Recipe
+from parakit.replica import EXCHANGE, Replica, StepRecord
+from parakit.shared_memory import CannotShare, SegmentKey
+from parakit.vault import Room, Vault, VaultKey
 from parakit.workers.base import Strategy
 from parakit.workers.group import Adders, Board, GroupBroken
 from parakit.workers.meeting import meet
-from parakit.workers.messages import Answer, Failure, Orders, Pulse, Segment, Standing
+from parakit.workers.messages import Answer, Collected, Failure, Orders, Pulse, Segment, Standing
 from parakit.workers.slicing import Slicing
 
 P = ParamSpec("P")
@@ -45,23 +50,24 @@ _COMMITS = 2  # that a member keeps: the driver may be one segment behind
 class Resident:
     """A run's part on this worker, and the team that a strategy's text sees when it runs here."""
 
-    def __init__(
-        self, run_id: str, recipe: Recipe, strategy: Strategy, threads: int, device: torch.device = CPU
-    ) -> None:
+    def __init__(self, run_id: str, recipe: Recipe, threads: int, device: torch.device = CPU) -> None:
         self.run_id = run_id
-        self.strategy = strategy
         self.threads = threads
         self.generation = -1
         self.device = device
         self.make_itself_at_home()
-        self.replica = Replica(recipe, device)
+        self.settings = recipe.settings
+        with self.settings.in_force():
+            self.replica = Replica(recipe, device)
+        self.strategy: Strategy = self.replica.strategy
         self._commit_privately()
         self.training = Holding(recipe.order, device)
         self.validation = Holding(device=device)
         self.rank = 0
         self.group: Adders | None = None
         self._vault: Vault | None = None
-        self._state_nbytes = self._alike = 0  # of the state, and for how many segments it has had that size
+        self._room = Room(0, 0)  # for a state in the vault of rank 0
+        self._unsettled = 0  # segments in which that may move
         self._alone = True
         self.lock = threading.Lock()
         self._heeded = 0
@@ -130,9 +136,10 @@ class Resident:
             self.progress(waiting=True)
             self._meet(orders, board)
         self._alone = orders.size == 1
+        self._room, self._unsettled = self.replica.room, 0
         self._commit_to_vault(orders.vault)
         self._untidy = bool(training or validation) or state is not None
-        return self._vault_key
+        return self.vault_key
 
     def _meet(self, orders: Orders, board: Board) -> None:
         """Form the group, and let the gradient live where the group adds it from."""
@@ -144,13 +151,16 @@ class Resident:
             device=self.device,
         )  # fmt: skip
         buffer.live_in(buffer.fresh_vector() if place is None else place, alone=orders.size == 1)
+        self.replica.speak_to(ALONE if orders.size == 1 else _Peers(self, self.group, orders))
         if common and isinstance(self.group, Slicing) and self.group.divides:
             self.replica.share(_Common(self, self.group))
+        self.replica.settle_down()
 
     def _begin(self, generation: int) -> None:
         """Belong to another generation, and to no group yet."""
         self.generation = generation
         self.leave_group()
+        self.replica.speak_to(ALONE)
         self.replica.unshare()
         self._ordered, self._faltered, self._ended = 0, False, False
 
@@ -163,7 +173,7 @@ class Resident:
         places = _COMMITS + self._alone
         if wanted and (self._vault is None or self._vault.places != places):
             with suppress(OSError):
-                vault = Vault(self.replica.live_state(), places)
+                vault = Vault(self.replica.live_state(), places, self.replica.room)
                 self.close_vault()
                 self._vault = vault
                 self.replica.commit_to(vault)
@@ -173,11 +183,11 @@ class Resident:
 
     def _commit_privately(self) -> None:
         self._private = PrivateCommits(_COMMITS)
-        self._private.keep(self.replica.live_state())
         self.replica.commit_to(self._private)
 
     @property
-    def _vault_key(self) -> VaultKey | None:
+    def vault_key(self) -> VaultKey | None:
+        """Where the commits are, if others can reach them."""
         return None if self._vault is None else self._vault.key
 
     def close_vault(self) -> None:
@@ -202,7 +212,7 @@ class Resident:
         if self._faltered:
             self.leave_group()  # nobody need wait for this member
         if ahead and (self._faltered or self.replica.step != first):
-            return Segment([], 0.0, None, self._vault_key)
+            return Segment([], 0.0, None, self.vault_key)
         if self.replica.step != first:
             raise ParakitError(f"This worker is at step {self.replica.step}, but step {first} was ordered.")
         self._faltered = True  # until the end is reached
@@ -210,22 +220,22 @@ class Resident:
         self._faltered = False
         before, self._finished = self._finished, perf_counter()
         seconds = self._finished - before if ahead else None
-        return Segment(self.replica.take_records(), committed, seconds, self._vault_key)
+        return Segment(self.replica.take_records(), committed, seconds, self.vault_key)
 
     def _keep(self, covered: bool) -> float:
         """Commit, or leave it to rank 0; says how many seconds that took.
 
-        A vault gets new memory when the state grows, as it does when an optimizer takes its first step. The driver
-        finds that with the report of the segment, and the next one may have been ordered before. So for two segments
-        everybody commits.
+        A vault gets new memory when a state outgrows it, as with an optimizer that keeps much. The driver finds that
+        with the report of the segment, and the next one may have been ordered before. So for two segments everybody
+        commits; all members see that it is so, as all have the same state.
         """
         if not covered or self._vault is not None:
-            self._alike = 0
             return self.replica.commit()
-        nbytes = nbytes_of(self.replica.live_state())
-        self._alike = self._alike + 1 if nbytes == self._state_nbytes else 0
-        self._state_nbytes = nbytes
-        if self._alike < _COMMITS:
+        needed = Room.of(self.replica.live_state())
+        if not self._room.holds(needed):
+            self._room, self._unsettled = needed.grown(), _COMMITS
+        if self._unsettled:
+            self._unsettled -= 1
             return self.replica.commit()
         if self._private.give_up():
             return_free_memory()
@@ -253,10 +263,16 @@ class Resident:
         return committed
 
     def _settle(self) -> None:
-        if self.group is not None:
-            self.progress(waiting=True)
-            self.group.average(self.replica.averaged_buffers)
-            self.progress()
+        """Bring together what no step needs of the others, and see that all have what all should have alike."""
+        self.replica.agreement.check_structure(alone=self._alone)
+        if self.group is None or self._alone:
+            return
+        marks = torch.tensor(self.replica.agreement.marks(), dtype=torch.float64)
+        together = marks.clone()
+        self.progress(waiting=True)
+        self.group.average([*self.replica.averaged_buffers, together])
+        self.progress()
+        self.replica.agreement.check(marks.tolist(), together.tolist())
 
     def fall_back(self, generation: int, step: int) -> Standing:
         """After a loss: leave the group, refuse older orders from now on, and go back to a step."""
@@ -327,6 +343,18 @@ class Resident:
             group.close()
 
 
+class _Peers:
+    """The members of a group, for a model or a loss whose steps need a word with the others."""
+
+    def __init__(self, resident: Resident, group: Adders, orders: Orders) -> None:
+        self._resident, self._group = resident, group
+        self.rank, self.size = orders.rank, orders.size
+
+    def sum(self, values: Tensor) -> None:
+        with self._resident.exchanging():
+            self._group.all_reduce(values)
+
+
 class _Common:
     """What the members of a host have in common, for the shard of one of them."""
 
@@ -361,7 +389,7 @@ def _order(function: Callable[Concatenate[Resident, P], Any]) -> Callable[Concat
         if resident is None or resident.generation != generation:
             now = "released" if resident is None else f"at generation {resident.generation}"
             text = f"An order of generation {generation} came to a worker that is {now}."
-            return Answer(failure=Failure("stale", -1, StaleGeneration.__name__, text, ""))
+            return Answer(failure=Failure("stale", -1, StaleGeneration.__name__, text))
         return _answer(resident, lambda: function(resident, *args, **kwargs))
 
     return carry_out  # type: ignore[return-value]  # functools.wraps hides the changed parameters
@@ -371,7 +399,8 @@ def _answer(resident: Resident, work: Callable[[], Any]) -> Answer:
     with resident.lock, resident.at_work():
         try:
             resident.make_itself_at_home()
-            return Answer(work())
+            with resident.settings.in_force():
+                return Answer(work())
         except StaleGeneration as error:  # somebody else's order: the present group has nothing to do with it
             return Answer(failure=_failure("stale", resident, error))
         except GroupBroken as error:
@@ -379,27 +408,44 @@ def _answer(resident: Resident, work: Callable[[], Any]) -> Answer:
             return Answer(failure=_failure("group", resident, error))
         except Diverged as error:  # on all members at once, as they see the same sum
             return Answer(failure=_failure("diverged", resident, error))
+        except BatchDependent as error:
+            resident.leave_group()
+            return Answer(failure=_failure("checked", resident, error))
         except Exception as error:
             resident.leave_group()  # the partners need not wait for their limit
             return Answer(failure=_failure("code", resident, error))
 
 
 def _failure(kind: str, resident: Resident, error: BaseException) -> Failure:
-    text = str(error) or repr(error)
-    return Failure(kind, resident.replica.step, type(error).__name__, text, traceback.format_exc(limit=-6))
+    return Failure.of(kind, resident.replica.step, error)
 
 
-def prepare(run_id: str, blob: bytes, threads: int, device: str = "cpu") -> Answer:
-    """Make the resident of a run, unless it is here already."""
+def prepare(
+    run_id: str, blob: bytes, memory: SegmentKey | np.ndarray[Any, Any], threads: int, device: str = "cpu"
+) -> Answer:
+    """Make the resident of a run, unless it is here already.
+
+    Parameters
+    ----------
+    run_id : str
+    blob : bytes
+        The pickled recipe.
+    memory : SegmentKey or array
+        Where the recipe's tensors are, or they themselves.
+    threads : int
+    device : {"cpu", "cuda"}
+    """
     with _residents_lock:
         if run_id in _residents:
             return Answer()
         try:
-            recipe, strategy = pickle.loads(blob)
-            _residents[run_id] = Resident(run_id, recipe, strategy, threads, device_here(device))
+            recipe = pickle.loads(blob)
+            recipe = replace(recipe, frozen=recipe.frozen.within(memory))
+            _residents[run_id] = Resident(run_id, recipe, threads, device_here(device))
+        except CannotShare as error:
+            return Answer(failure=Failure.of("unreachable", 0, error))
         except Exception as error:
-            failure = Failure("code", 0, type(error).__name__, str(error), traceback.format_exc(limit=-6))
-            return Answer(failure=failure)
+            return Answer(failure=Failure.of("code", 0, error))
     keep_freed_memory()
     return Answer()
 
@@ -415,7 +461,7 @@ def muster(
     """Follow a roster; waits for the other members where they form a group."""
     resident = _residents.get(run_id)
     if resident is None:
-        return Answer(failure=Failure("stale", -1, StaleGeneration.__name__, "This run was released here.", ""))
+        return Answer(failure=Failure("stale", -1, StaleGeneration.__name__, "This run was released here."))
     return _answer(resident, lambda: resident.follow(orders, training, validation, state, board))
 
 
@@ -446,6 +492,13 @@ def set_learning_rate(resident: Resident, value: float) -> None:
 
 
 @_order
+def commit(resident: Resident) -> VaultKey | None:
+    """Keep the present state; tells where it can be found, if others can reach it. Not while a segment goes on."""
+    resident.replica.commit()
+    return resident.vault_key
+
+
+@_order
 def map_gradient(resident: Resident, step: int, rank: int, parameters: Tensor) -> GradientSum:
     """The gradient sum of this worker's share at some parameters, as a value of its own."""
     began = perf_counter()
@@ -467,10 +520,12 @@ def add(*answers: Answer) -> Answer:
 
 
 @_order
-def collect(resident: Resident) -> tuple[list[StepRecord], dict[str, Tensor]]:
-    """The worker's accounts since the last call, and the running statistics of its model."""
-    buffers = {name: b.clone().cpu() for name, b in resident.replica.model.named_buffers()}
-    return resident.replica.take_records(), buffers
+def collect(resident: Resident, alone: bool) -> Collected:
+    """The worker's accounts since the last call, and what its share of the steps did to its model."""
+    replica = resident.replica
+    replica.agreement.check_structure(alone=alone)
+    buffers = {name: b.clone().cpu() for name, b in replica.computation.buffers.there.items()}
+    return Collected(replica.take_records(), buffers, replica.agreement.state(), replica.agreement.marks())
 
 
 @_order
@@ -485,11 +540,9 @@ def state(resident: Resident, step: int | None = None) -> State:
 @_order
 def evaluate(resident: Resident, values: State | None) -> Tally:
     """Evaluate the present model, or the parameters and buffers given, on the validation chunks held here."""
-    model = resident.replica.model
     if values is not None:
-        load_model_state(model, unpack(values))
-    held = resident.validation.samples
-    return tally(model, resident.replica.recipe.loss, held) if held is not None else Tally()
+        resident.replica.show(unpack(values))
+    return resident.replica.tally(resident.validation)
 
 
 def halt(run_id: str, wish: int) -> None:

@@ -227,7 +227,7 @@ class SimulatedWorkers(Workers):
         """Begin a run."""
         costs = self.costs
         if self._fitting:
-            sizes = [4 * p.numel() for p in job.recipe.model.parameters() if p.requires_grad]
+            sizes = [4 * p.numel() for p in job.recipe.parts().model.parameters() if p.requires_grad]
             costs = costs.with_(nbytes=sum(sizes))
         kind = SimulatedCrew if self.arithmetic else TimedCrew
         return kind(job, costs, self._virtual, self._seed)

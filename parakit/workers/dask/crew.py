@@ -11,14 +11,15 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import cloudpickle
 from distributed import Future
 
 from parakit.commits import State, copy_state
 from parakit.data import Samples, pack, unpack
-from parakit.errors import Diverged, RunFailed, WorkerLost
+from parakit.errors import BatchDependent, Diverged, RunFailed, WorkerLost
 from parakit.evaluation import Tally
+from parakit.failures import code_failed, rows_in_words
 from parakit.machine import in_thread, return_free_memory
+from parakit.serialization import dumps
 from parakit.vault import OpenVault, open_vault
 from parakit.workers import resident
 from parakit.workers.base import Job, Remnant, Report, Roster
@@ -44,7 +45,7 @@ _SETTING_UP = 3.0  # while data and recipes are unpacked
 _EVALUATING = 10.0  # without a sign from within
 _UNKNOWN = 6.0  # before anybody knows how long a step takes
 _SLOW_STEPS = 10.0  # so many times as long as the last ones may a step take
-_TELLING = ("diverged", "code", "stale", "group")  # which failure explains the others
+_TELLING = ("diverged", "checked", "code", "stale", "group")  # which failure explains the others
 
 
 class DaskCrew:
@@ -62,7 +63,7 @@ class DaskCrew:
         self._job = job
         self._resident = job.strategy.runs_on == "workers"
         self.orders_ahead = self._resident
-        self._blob = cloudpickle.dumps((job.recipe, job.strategy))
+        self._blob = dumps(job.recipe)
         #: Names of the active workers, in the order of their ranks.
         self.members: tuple[str, ...] = ()
         self._generation = -1
@@ -96,14 +97,7 @@ class DaskCrew:
         threads = self._job.threads or self._pool.threads
         try:
             self._pool.make_ready(roster.members)
-            self._answers(
-                self._submit(
-                    newcomers,
-                    resident.prepare,
-                    lambda m: (self._job.run_id, self._sent(self._blob, m), threads, self._pool.device),
-                ),
-                self.patience(_SETTING_UP),
-            )
+            self._prepare(newcomers, threads)
             self._brought[roster.generation] = self._load_for(roster)
             return_free_memory()  # of what was copied on its way
         finally:
@@ -111,6 +105,30 @@ class DaskCrew:
             if self._released:  # the run ended meanwhile, so nobody else will tell them
                 self._brought.clear()
                 self._dismiss(newcomers)
+
+    def _prepare(self, newcomers: Sequence[str], threads: int) -> None:
+        """Let newcomers make their copies of what is trained; those on this machine map the memory that it lies in."""
+        memory = self._job.recipe.frozen.memory
+        assert memory is not None
+        near = [member for member in newcomers if memory.key is not None and is_here(host_of(member))]
+        out_of_reach = self._prepare_with(near, threads, lambda _: memory.key)
+        far = [member for member in newcomers if member not in near or member in out_of_reach]
+        if self._prepare_with(far, threads, lambda member: self._sent(memory.array(), member)):
+            raise WorkerLost(f"{len(far)} workers did not take the model.")
+
+    def _prepare_with(self, members: Sequence[str], threads: int, memory: Callable[[str], Any]) -> list[str]:
+        """The same, by one way; those that cannot reach the memory."""
+
+        def order(member: str) -> tuple[Any, ...]:
+            return self._job.run_id, self._sent(self._blob, member), memory(member), threads, self._pool.device
+
+        futures = self._submit(members, resident.prepare, order)
+        self.watch(list(futures.values()), members, self.patience(_SETTING_UP))
+        failures = {m: f for m, answer in self._fetched(futures).items() if (f := answer.failure) is not None}
+        others = {member: failure for member, failure in failures.items() if failure.kind != "unreachable"}
+        if others:
+            raise self.explained(others)
+        return list(failures)
 
     def _load_for(self, roster: Roster) -> dict[str, tuple[Any, Any]]:
         """Place the chunks that each member gains; Dask's copy is let go of once the member has taken them."""
@@ -348,6 +366,19 @@ class DaskCrew:
         answers = self._answers(asked, self.patience(_SETTING_UP))
         return dict(unpack(answers[present[0]]))
 
+    @property
+    def vault(self) -> OpenVault | None:
+        """The commits of rank 0, in memory that it shares with this process, if it does."""
+        return self._vault
+
+    def settle(self) -> None:
+        """Let rank 0 keep the present state in its vault, if that can be reached."""
+        if self._vault is None or self._driver is not None:
+            return
+        keeping = self._submit(self.members[:1], resident.commit, self.order_for)
+        answers = self._answers(keeping, self.patience(_SETTING_UP))
+        self._vault = open_vault(answers[self.members[0]], self._vault)
+
     def salvage(self, step: int) -> State | None:
         """The newest commit of at most a step in the memory that rank 0 shares with this process, if it does."""
         return None if self._vault is None else self._vault.newest(step)
@@ -451,19 +482,32 @@ class DaskCrew:
     def _inline(self) -> str:
         return "'inline'" if self._pool.device == "cpu" else f"'inline', device='{self._pool.device}'"
 
+    def _failed(self, member: str, failure: Failure) -> RunFailed:
+        """What a user should read about an error that came up on a worker."""
+        rows = self._rows_of(member, failure.step)
+        failed = code_failed(
+            f"Step {failure.step} failed on {self.label(member)}", failure, rows,
+            remedy="try the same batch in this notebook: "
+            f"pk.train(..., on=pk.connect({self._inline})) raises it here",
+        )  # fmt: skip
+        failed.__cause__ = failure.raised()
+        return failed
+
+    def _rows_of(self, member: str, step: int) -> str:
+        """Which rows of the data a member had in a step, in words."""
+        held = self._held.get(member)
+        return "" if held is None or step < 0 else rows_in_words(self._job.rows(step, held[0]))
+
     def explained(self, failures: Mapping[str, Failure]) -> RunFailed | WorkerLost:
         """The error that a user should see: code that raised explains a lost partner, not the other way round."""
         gone = set(self.members) - set(self._pool.names)
         member, failure = min(failures.items(), key=lambda item: _TELLING.index(item[1].kind))
         if failure.kind == "diverged":
             return Diverged(failure.text, step=failure.step)
+        if failure.kind == "checked":
+            return BatchDependent(failure.text)
         if failure.kind == "code":
-            return RunFailed(
-                f"Step {failure.step} failed on {self.label(member)}: {failure.error}: {failure.text}",
-                cause="the model, the loss or the optimizer raised this error in its own code",
-                remedy="try the same batch in this notebook: "
-                f"pk.train(..., on=pk.connect({self._inline})) raises it here",
-            )
+            return self._failed(member, failure)
         if gone:
             return self._lost(gone)
         return WorkerLost(f"{self.label(member)} cannot go on: {failure.text}")

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from distributed import Future
 
-from parakit.commits import State
+from parakit.commits import State, copy_state
 from parakit.data import pack
 from parakit.gradients import GradientSum, flatten
-from parakit.replica import EXCHANGE, UPDATE, Replica, StepRecord, average_buffers
+from parakit.replica import EXCHANGE, UPDATE, Replica, StepRecord, evaluated
 from parakit.workers import resident
 from parakit.workers.base import Job, Report
 from parakit.workers.messages import Answer, Failure
@@ -29,7 +29,9 @@ class DriverTeam:
     def __init__(self, crew: DaskCrew, job: Job) -> None:
         self._crew = crew
         self._job = job
-        self.replica = Replica(job.recipe)
+        with job.recipe.settings.in_force():
+            self.replica = Replica(job.recipe)
+        self.replica.settle_down()
         self.halted = 0
         self._measuring = False
         self._norms: list[Future[Any]] = []  # of the members' mean gradients in the first step of a segment
@@ -102,18 +104,24 @@ class DriverTeam:
 
     def values(self) -> State:
         """The present parameters and buffers, as arrays."""
-        state = self.replica.live_state()
-        return {part: pack(state[part]) for part in ("parameters", "buffers")}
+        with evaluated(self.replica.optimizer):
+            state = self.replica.live_state()
+            return {part: pack(copy_state(state[part])) for part in ("parameters", "buffers")}
 
     def _collect(self) -> tuple[list[StepRecord], ...]:
         """Every member's accounts, completed by what the driver knows; averages the running statistics."""
-        collected = list(self._crew.everyone(resident.collect, limits=self._crew.patience()).values())
-        average_buffers(self.replica.model, [buffers for _, buffers in collected])
+        crew, replica = self._crew, self.replica
+        alone = len(crew.members) == 1
+        collected = list(crew.everyone(resident.collect, alone, limits=crew.patience()).values())
+        replica.computation.buffers.take([one.buffers for one in collected])
+        for other in collected[1:]:
+            replica.agreement.check(collected[0].marks, other.marks)
+        replica.computation.attributes.write(collected[0].attributes)
         together = self.replica.take_records()
         norms = [settled(norm, self._job.limit_seconds).value for norm in self._norms] or [None] * len(collected)
         return tuple(
-            [_completed(record, records, norm) for record in together]
-            for (records, _), norm in zip(collected, norms, strict=True)
+            [_completed(record, one.records, norm) for record in together]
+            for one, norm in zip(collected, norms, strict=True)
         )
 
 
@@ -138,5 +146,5 @@ def settled(future: Future[Any], limit_seconds: float) -> Answer:
     try:
         answer: Answer = future.result(timeout=limit_seconds)
     except Exception as error:
-        return Answer(failure=Failure("group", -1, type(error).__name__, f"{type(error).__name__}: {error}", ""))
+        return Answer(failure=Failure("group", -1, type(error).__name__, f"{type(error).__name__}: {error}"))
     return answer

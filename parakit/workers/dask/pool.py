@@ -119,9 +119,19 @@ class DaskWorkers(Workers):
         return tuple(host_of(name) for name in self.names)
 
     @property
+    def memory_limits(self) -> tuple[int, ...]:
+        """What Dask lets each worker use."""
+        return tuple(int(found.get("memory_limit") or 0) for found in self._workers().values())
+
+    @property
     def dashboard(self) -> str:
         """Address of the Dask dashboard."""
         return str(self.client.dashboard_link)
+
+    @property
+    def maps_memory(self) -> bool:  # type: ignore[override]  # it depends on where the workers are
+        """Whether all workers are processes of this machine that were started here."""
+        return self._local
 
     @property
     def _local(self) -> bool:
