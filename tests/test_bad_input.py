@@ -65,6 +65,43 @@ class LockedButCopies(Locked):
         return LockedButCopies()
 
 
+class Expanded(nn.Linear):
+    def __init__(self) -> None:
+        super().__init__(4, 3)
+        self.bias = nn.Parameter(torch.zeros(1).expand(3))
+
+
+class CountsRows(nn.Linear):
+    def __init__(self) -> None:
+        super().__init__(4, 3)
+        self.register_buffer("seen", torch.zeros(()))
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        self.seen += len(inputs)
+        return super().forward(inputs)
+
+
+class Centred(nn.Linear):
+    def __init__(self) -> None:
+        super().__init__(4, 3)
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        return super().forward(inputs - inputs.mean(0))
+
+
+class Fixed(nn.Linear):
+    def __init__(self) -> None:
+        super().__init__(4, 3)
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        return super().forward(inputs + torch.zeros(32, 4))
+
+
+class Mean(nn.Module):
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        return inputs.mean()
+
+
 class InAList(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -152,6 +189,17 @@ NUMBERS = [
     Case("a learning rate as text", train('learning_rate="0.1"'), InputError, "learning_rate is '0.1'"),
     Case("no patience", train("limit_seconds=0"), InputError, "limit_seconds is 0"),
     Case("a word that is none of two", train('on_nonfinite="maybe"'), InputError, "'maybe'"),
+    Case("a rule that is none", train('buffers={"seen": "median"}'), InputError, "'median'; it must be one of 'mean'"),
+    Case("a rule for nothing", train('buffers={"queue": "first"}'), InputError, "has no such buffer"),
+    Case("rules in a list", train('buffers=["first"]'), InputError, "a dict from names of buffers"),
+    Case("a check of twice the time", train("check=2"), InputError, "a share of the time from 0 to 1"),
+    Case("a word for yes", train('gather="yes"'), InputError, "gather is 'yes'"),
+    Case(
+        "gathered in tasks",
+        train("gather=True, strategy=pk.strategies.MapReduce()"),
+        InputError,
+        "tasks that cannot speak to each other",
+    ),
     Case("a schedule by the week", train('scheduler_every="week"'), InputError, "'week'"),
 ]
 DATA = [
@@ -194,8 +242,14 @@ MODELS = [
     Case("a frozen model", train(model="model.requires_grad_(False)"), ModelError, "no trainable parameters"),
     Case("layers in a plain list", train(model="InAList()"), ModelError, "no trainable parameters"),
     Case("complex parameters", train(model="nn.Linear(4, 3, dtype=torch.complex64)"), ModelError, "complex parameter"),
-    Case("a model that holds a lock", train(model="Locked()"), ModelError, "cannot be copied"),
+    Case("a model that holds a lock", train(model="nn.Sequential(nn.Flatten(), Locked())"), ModelError,
+         "its attribute 1.lock, a lock"),
     Case("a model that cannot travel", train(model="LockedButCopies()"), ModelError, "cannot be pickled"),
+    Case("a model without values", train(model='nn.Linear(4, 3, device="meta")'), ModelError, "on the device 'meta'"),
+    Case("a parameter in one place of memory", train(model="Expanded()"), ModelError, "several elements in one place"),
+    Case("a count of rows in a buffer", train(model="CountsRows()"), ModelError, "buffers={'seen': rule}"),
+    Case("statistics of a batch by hand", train(model="Centred()"), ModelError, "at the rows of a batch together"),
+    Case("a batch size in the model", train("batch_size=32", model="Fixed()"), ModelError, "batches of 32 rows alone"),
     Case("a layer of another width", train(model="nn.Linear(5, 3)"), ModelError, "cannot compute a batch"),
     Case("an optimizer, made", train("optimizer=torch.optim.SGD(model.parameters())"), ModelError, "must be a functio"),
     Case("an optimizer by name", train('optimizer="sgd"'), ModelError, "must be a function"),
@@ -203,8 +257,14 @@ MODELS = [
     Case("an optimizer that is none", train("optimizer=lambda p: p"), ModelError, "no torch.optim.Optimizer"),
     Case("an optimizer that raises", train("optimizer=lambda p: 1 / 0"), ModelError, "ZeroDivisionError"),
     Case("an optimizer without argument", train("optimizer=lambda: 0"), ModelError, "called with the list of"),
-    Case("parameters of the notebook's model", train("optimizer=lambda p: torch.optim.SGD(model.parameters())"),
+    Case("parameters of nobody", train("optimizer=lambda p: torch.optim.SGD([torch.zeros(3, requires_grad=True)])"),
          ModelError, "other parameters"),
+    Case("two optimizers", train("optimizer=lambda p: (torch.optim.SGD(p[:1]), torch.optim.Adam(p[1:]))"),
+         ModelError, "returned 2 optimizers"),
+    Case("an optimizer for sparse gradients", train("optimizer=torch.optim.SparseAdam"), ModelError, "dense"),
+    Case("a cycle that is too short",
+         train("scheduler=lambda o: torch.optim.lr_scheduler.OneCycleLR(o, 1.0, 2), epochs=9"), ModelError,
+         "made for 2 steps of the schedule and cannot make more"),
     Case("an optimizer that cannot travel", train("optimizer=lambda p: torch.optim.SGD(p, lr=0.1 if lock else 1)"),
          ModelError, "optimizer cannot be pickled"),
     Case("a schedule by name", train('scheduler="cosine"'), ModelError, "must be a function"),
@@ -214,14 +274,16 @@ MODELS = [
     Case("a loss by name", train('loss="mse"'), LossError, "cannot be called"),
     Case("a loss class", train("loss=nn.CrossEntropyLoss"), LossError, "cannot be called"),
     Case("no loss", train("loss=False"), LossError, "cannot be called"),
-    Case("a loss per sample", train('loss=nn.CrossEntropyLoss(reduction="none")'), LossError, "shape (8,)"),
+    Case("a loss per sample", train('loss=nn.CrossEntropyLoss(reduction="none")'), LossError, "shape (11,)"),
     Case("a loss that is a number", train("loss=lambda o, t: 1.0"), LossError, "returned 1.0"),
     Case("a loss without gradient", train("loss=lambda o, t: o.detach().mean()"), LossError, "no gradient"),
     Case("a loss with parameters", train("loss=LossWithParameters()"), LossError, "trainable parameters of its own"),
     Case("a loss that compares samples", train("loss=pairwise"), LossError, "neither a mean nor a sum"),
-    Case("hidden class weights", train("loss=partial(F.cross_entropy, weight=torch.tensor([1.0, 5.0, 9.0]))"),
+    Case("a mean over a mask", train("loss=lambda o, t: (o.square().sum(1) * (t > 0)).sum() / (t > 0).sum()"),
          LossError, "neither a mean nor a sum"),
-    Case("a hidden ignored label", train("loss=partial(F.cross_entropy, ignore_index=1)"), LossError, "neither a mean"),
+    Case("a sum without its count", train("loss=lambda o, t: (o, len(t))"), LossError, "it may return (sum, count)"),
+    Case("a mean, to be gathered", train("loss=lambda o, t: o, gather=True", model="nn.Sequential(model, Mean())"),
+         LossError, "every tensor of a model's output has a row for each sample"),
     Case("targets that the loss does not take", train("loss=nn.CrossEntropyLoss()", data="(X, X[:, :2])"),
          LossError, "cannot be computed"),
     Case("a strategy class", train("strategy=pk.strategies.AllReduce"), InputError, "give an instance"),

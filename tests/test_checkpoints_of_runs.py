@@ -41,7 +41,7 @@ class Doubles(torch.utils.data.TensorDataset):
 def train(on: pk.Workers, **how: Any) -> pk.Run:
     how = {
         "steps": STEPS, "batch_size": 200, "optimizer": partial(torch.optim.AdamW, lr=0.01),
-        "scheduler": partial(torch.optim.lr_scheduler.CosineAnnealingLR, T_max=12), "clip_norm": 1.0,
+        "scheduler": partial(torch.optim.lr_scheduler.CosineAnnealingLR, T_max=4), "clip_norm": 1.0,
         "validation": (DIGITS.test.pixels.double(), DIGITS.test.labels), "model": net(),
     } | how  # fmt: skip
     return pk.train(how.pop("model"), how.pop("data", Doubles()), on=on, **how)

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from parakit.data import Samples
 from parakit.gradients import GradientBuffer, GradientSum, call_model, flatten, unflatten_into
-from parakit.losses import SummedLoss, summed
+from parakit.losses import ShareLoss, SummedLoss, summed
 
 ROWS = 10
 
@@ -31,9 +31,12 @@ def problem(dtype: torch.dtype = torch.float64) -> tuple[nn.Module, SummedLoss, 
     return model, summed(nn.CrossEntropyLoss(), torch.zeros(ROWS, 3), samples.targets), samples
 
 
-def backward(buffer: GradientBuffer, model: nn.Module, loss: SummedLoss, share: Samples) -> GradientSum:
+def backward(
+    buffer: GradientBuffer, model: nn.Module, loss: SummedLoss, share: Samples, unit: float = 1.0
+) -> GradientSum:
     buffer.clear()
-    buffer.backward(buffer.forward(model, loss, share))
+    buffer.begin()
+    buffer.backward(loss.of_share(lambda: call_model(model, share.inputs), share.targets), unit)
     return buffer.sum
 
 
@@ -74,11 +77,11 @@ def test_what_is_noted_behind_a_gradient_is_the_same_where_numpy_cannot_write() 
         total = GradientSum.around(torch.zeros(9), flags=2)
         if not by_numpy:  # as where the vector is on a GPU
             total._numbers = total.vector[4:]
-        total.note(torch.tensor(7.0), torch.tensor(2.5, requires_grad=True))
+        total.note(ShareLoss(torch.tensor(1.25, requires_grad=True), 2.0, 7.0))
         total.note_reached([1.0, 0.0])
         total.vote()
         assert (total.count, total.loss_sum, total.votes, total.reached) == (7.0, 2.5, 1.0, [1.0, 0.0])
-        total.note(3.0, torch.tensor(1.5))
+        total.note(ShareLoss(torch.tensor([1.5]), 1.0, 3.0))
         assert (total.count, total.loss_sum, total.votes) == (3.0, 1.5, 0.0)
         written.append(total.vector.tolist())
     assert written[0] == written[1] == [0.0, 0.0, 0.0, 0.0, 1.0, 0.0, 3.0, 1.5, 0.0]
@@ -201,11 +204,11 @@ def test_whatever_the_unit_the_mean_is_the_same(unit: float, alone: bool) -> Non
     expected = torch.autograd.grad(mean, list(model.parameters()))
     buffer = GradientBuffer(list(model.parameters()))
     buffer.live_in(torch.zeros(buffer.numel, dtype=buffer.dtype), alone=alone)
-    buffer.backward(buffer.forward(model, loss, samples), unit)
+    backward(buffer, model, loss, samples, unit)
     norm = sum(float(gradient.square().sum()) for gradient in expected)
     assert buffer.sum.divisor == ROWS / unit
     assert buffer.sum.mean_squared_norm == pytest.approx(norm, rel=1e-12)
-    buffer.backward(buffer.forward(model, loss, samples), unit)
+    backward(buffer, model, loss, samples, unit)
     assert buffer.load(buffer.sum) == pytest.approx(mean.item(), rel=1e-12)
     for parameter, gradient in zip(model.parameters(), expected, strict=True):
         torch.testing.assert_close(parameter.grad, gradient, rtol=1e-12, atol=0)
@@ -433,3 +436,30 @@ def test_what_is_kept_apart_is_the_gradient_of_all_backward_passes() -> None:
         assert torch.equal(torch.cat(pieces), expected.total[2:9])
         assert torch.equal(vector[9:], expected.vector[9:])
         assert torch.equal(vector[:2], expected.vector[:2])
+
+
+LAYOUTS = {
+    "row by row": lambda w: w,
+    "column by column": lambda w: w.t().contiguous().t(),
+    "with gaps": lambda w: torch.cat([w, w], 1)[:, ::2],
+}
+
+
+@pytest.mark.parametrize("alone", [False, True], ids=["among others", "alone"])
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_a_gradient_lies_as_torch_would_lay_it(name: str, alone: bool) -> None:
+    model, loss, samples = problem()
+    loss = loss.knowing(samples.targets)  # a mean
+    first = model[0]
+    with torch.no_grad():
+        first.weight = nn.Parameter(LAYOUTS[name](first.weight.detach()))
+    loss(model(samples.inputs), samples.targets).value.backward()
+    strides = [p.grad.stride() for p in model.parameters()]
+    expected = [p.grad.clone() for p in model.parameters()]
+    buffer = GradientBuffer(list(model.parameters()))
+    buffer.live_in(buffer.fresh_vector(), alone=alone)
+    buffer.load(backward(buffer, model, loss, samples))
+    for parameter, stride, gradient in zip(model.parameters(), strides, expected, strict=True):
+        assert parameter.grad is not None
+        assert parameter.grad.stride() == stride
+        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-12, atol=0)

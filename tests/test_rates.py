@@ -143,7 +143,9 @@ def test_a_schedule_with_rates_of_its_own_is_not_overruled_in_silence(inline: pk
     model, inputs, targets = problem()
     own = partial(schedules.OneCycleLR, max_lr=0.5, total_steps=10)
     with pytest.raises(ModelError, match=r"learning_rate is 0\.1, but the scheduler begins at 0\.02"):
-        pk.train(model, (inputs, targets), on=inline, learning_rate=0.1, scheduler=own)
+        pk.train(
+            model, (inputs, targets), on=inline, learning_rate=0.1, scheduler=own, scheduler_every="step", steps=10
+        )
 
 
 def in_sequence(optimizer: torch.optim.Optimizer) -> schedules.LRScheduler:

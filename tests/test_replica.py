@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -18,8 +17,11 @@ from parakit.chunks import EpochOrder
 from parakit.commits import PrivateCommits, copy_state
 from parakit.data import Samples, leaves
 from parakit.gradients import GradientSum
+from parakit.holding import Holding
 from parakit.losses import summed
-from parakit.replica import Holding, Recipe, Replica, learning_rate, needs_closure
+from parakit.rates import learning_rate
+from parakit.recipe import Parts, Recipe, Traits
+from parakit.replica import Replica
 
 SIZES = (5, 3, 7, 4)
 ORDER = EpochOrder(SIZES, batch_size=6, seed=3)  # 4 steps an epoch, the last of one row
@@ -53,12 +55,26 @@ class Net(nn.Module):
         return self.body(x.repeat(2, 1))[: len(x)]  # twice, because one row has no statistics
 
 
-def recipe(optimizer: Callable[..., Any], scheduler: Any = None, every: str = "step") -> Recipe:
+def recipe(optimizer: Callable[..., Any], scheduler: Any = None, every: str = "step", strategy: Any = None) -> Recipe:
     with torch.random.fork_rng():
         torch.manual_seed(7)
         model = Net()
-    loss = summed(nn.CrossEntropyLoss(), torch.zeros(len(ROWS), 3), ROWS.targets)
-    return Recipe(model, loss, optimizer, scheduler, every, None, 5, ORDER)
+    return recipe_of(model, nn.CrossEntropyLoss(), optimizer, scheduler, every, strategy)
+
+
+RULES = {"body.1.running_mean": "statistics", "body.1.running_var": "statistics", "body.1.num_batches_tracked": "alike",
+         "seen": "alike"}  # fmt: skip
+
+
+def recipe_of(
+    model: nn.Module, loss: Any, optimizer: Any, scheduler: Any = None, every: str = "step", strategy: Any = None
+) -> Recipe:
+    form = summed(loss, torch.zeros(len(ROWS), 3), ROWS.targets).knowing(ROWS.targets).form
+    traits = Traits(form=form, closure=optimizer is OPTIMIZERS["lbfgs"], rules=RULES)  # type: ignore[arg-type]
+    return Recipe.of(
+        Parts(model, loss, optimizer, scheduler, strategy), traits,
+        scheduler_every=every, clip_norm=None, seed=5, order=ORDER,
+    )  # fmt: skip
 
 
 SGD = partial(torch.optim.SGD, lr=0.1, momentum=0.9, weight_decay=0.01)
@@ -225,9 +241,9 @@ def test_dropout_masks_depend_on_seed_step_and_rank_alone() -> None:
 
 def test_the_model_of_the_recipe_is_not_trained() -> None:
     made = recipe(SGD)
-    before = flat(dict(made.model.named_parameters()))
+    before = flat(dict(made.parts().model.named_parameters()))
     train(Replica(made), holding(0, 1, 2, 3), 2)
-    assert flat(dict(made.model.named_parameters())) == before
+    assert flat(dict(made.parts().model.named_parameters())) == before
 
 
 def test_parameters_that_the_loss_does_not_reach_keep_no_gradient_and_do_not_decay() -> None:
@@ -250,6 +266,16 @@ def test_a_worker_without_rows_contributes_nothing() -> None:
         assert replica.share_rows == 0
 
 
+def test_a_worker_without_rows_keeps_up_with_what_counts_calls() -> None:
+    replica = Replica(recipe(SGD))
+    last = ORDER.steps_per_epoch - 1
+    without = next(c for c in range(4) if len(ORDER.rows(last, c)) == 0)
+    statistics = [buffer.clone() for buffer in replica.averaged_buffers]
+    replica.gradient(last, holding(without), 0)
+    assert int(replica.model.seen) == int(replica.model.body[1].num_batches_tracked) == 1
+    assert all(torch.equal(a, b) for a, b in zip(statistics, replica.averaged_buffers, strict=True))
+
+
 def test_a_gradient_comes_as_a_mean_of_the_batch_if_the_loss_is_one_of_its_rows() -> None:
     replica = Replica(recipe(SGD))
     shares = [holding(0, 1), holding(2), holding(3)]  # of different sizes, and the batches of an epoch too
@@ -257,8 +283,8 @@ def test_a_gradient_comes_as_a_mean_of_the_batch_if_the_loss_is_one_of_its_rows(
         total = GradientSum.of_all(replica.gradient(step, share, rank).clone() for rank, share in enumerate(shares))
         assert total.count == ORDER.batch_rows(step)
         assert total.divisor == 1.0
-    loss = summed(nn.CrossEntropyLoss(reduction="sum"), torch.zeros(len(ROWS), 3), ROWS.targets)
-    of_a_sum = Replica(replace(recipe(SGD), loss=loss)).gradient(0, shares[0], 0)
+    made = recipe_of(recipe(SGD).parts().model, nn.CrossEntropyLoss(reduction="sum"), SGD)
+    of_a_sum = Replica(made).gradient(0, shares[0], 0)
     assert (of_a_sum.unit, of_a_sum.divisor) == (1.0, 1.0)
 
 
@@ -319,8 +345,3 @@ def test_adopting_one_chunk_keeps_no_hold_on_what_it_was_cut_from() -> None:
     held.change([], {0: whole.slice(0, 10)})
     assert held.samples is not None
     assert held.samples.inputs.untyped_storage().nbytes() == 10 * 4 * 4
-
-
-def test_only_lbfgs_evaluates_its_step_several_times() -> None:
-    parameters = [nn.Parameter(torch.zeros(1))]
-    assert [name for name, make in OPTIMIZERS.items() if needs_closure(make(parameters))] == ["lbfgs"]

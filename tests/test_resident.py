@@ -15,7 +15,7 @@ from parakit.workers.group import GroupBroken
 from parakit.workers.messages import Orders, Segment
 from parakit.workers.resident import Resident
 from tests.members import FolderBoard
-from tests.test_replica import SGD, chunk, flat, recipe
+from tests.test_replica import OPTIMIZERS, SGD, chunk, flat, recipe
 
 CHUNKS = (0, 1, 2, 3)
 
@@ -35,7 +35,7 @@ class Failing:
 
 
 def resident(folder: Path, fails_at: int = -1, *, vault: bool = False) -> Resident:
-    made = Resident("run", recipe(SGD), Failing(fails_at), 1)
+    made = Resident("run", recipe(SGD, strategy=Failing(fails_at)), 1)
     muster(made, 0, folder, {number: chunk(number) for number in CHUNKS}, vault=vault)
     return made
 
@@ -154,14 +154,30 @@ def test_a_worker_alone_leaves_gradients_where_torch_makes_them(worker: Resident
     assert all(grad.data_ptr() not in inside for grad in grads)
 
 
-def test_where_rank_0_keeps_states_for_all_others_give_theirs_up_once_they_have_a_size(worker: Resident) -> None:
+def test_where_rank_0_keeps_states_for_all_others_keep_none(worker: Resident) -> None:
     # The fixture's worker has no vault, as one that is not of rank 0.
-    for number, kept in enumerate((True, True, True, False, False), start=1):  # a momentum comes with the first step
+    for number in range(1, 4):  # a momentum comes with the first step, and there is room for it
         worker.segment(number, number - 1, 1, 0, ahead=False, covered=True)
-        assert (worker.replica._commits.of_step(number - 1) is not None) == kept
-    worker.segment(6, 5, 1, 0, ahead=False, covered=False)  # the driver has lost hold of the vault
-    assert worker.replica._commits.of_step(5) is not None
-    assert worker.fall_back(1, 5).intact
+        assert worker.replica._commits.of_step(number - 1) is None
+    worker.segment(4, 3, 1, 0, ahead=False, covered=False)  # the driver has lost hold of the vault
+    assert worker.replica._commits.of_step(3) is not None
+    assert worker.fall_back(1, 3).intact
+
+
+def test_others_keep_states_as_long_as_the_vault_of_rank_0_may_be_moving(tmp_path: Path) -> None:
+    # What this optimizer keeps grows from step to step, beyond what there is room for from the beginning.
+    made = Resident("run", recipe(OPTIMIZERS["lbfgs"], strategy=Failing()), 1)
+    muster(made, 0, tmp_path, {number: chunk(number) for number in CHUNKS})
+    kept = []
+    for number in range(1, 60):
+        made.segment(number, number - 1, 1, 0, ahead=False, covered=True)
+        kept.append(made.replica._commits.of_step(number - 1) is not None)
+    made.leave_group()
+    assert not kept[0]
+    assert any(kept)
+    first = kept.index(True)
+    assert kept[first : first + 2] == [True, True]
+    assert not kept[-1]  # its history has come to its full length
 
 
 def test_what_rank_0_keeps_it_keeps_also_for_others(tmp_path: Path) -> None:

@@ -5,20 +5,22 @@ from __future__ import annotations
 import statistics
 import time
 from functools import partial
+from pathlib import Path
 from typing import Any
 
-import cloudpickle
 import pytest
 import torch
 from torch import nn
 
 import parakit as pk
+from parakit.chunks import EpochOrder
 from parakit.data import Samples
 from parakit.events import Asked, Baseline, Resized, Said
-from parakit.losses import SummedLoss, summed
 from parakit.machine import usable_cores
+from parakit.recipe import Parts, Recipe, Traits
 from parakit.scaling import plain
 from parakit.scaling.plain import PlainTrial, measure
+from parakit.serialization import dumps
 from tests.test_exact import LIMIT, wait_for
 
 KINDS = ["inline", pytest.param("pool", marks=pytest.mark.dask)]
@@ -51,10 +53,14 @@ def seeded(width: int = 64, pause_seconds: float = 0.0) -> Net:
 
 def trial(model: nn.Module, *, optimizer: Any = torch.optim.SGD, loss: Any = None, **how: Any) -> PlainTrial:
     inputs, targets = data()
-    with torch.random.fork_rng():
-        loss_sum: SummedLoss = summed(loss or nn.CrossEntropyLoss(), model(inputs[:8]).detach(), targets[:8])
-    blob = cloudpickle.dumps((model, loss_sum, optimizer, 1.0))
-    return PlainTrial("trial", blob, Samples(inputs, targets).packed(), **{"batch_size": BATCH, "seconds": 0.2} | how)
+    closure = isinstance(optimizer, partial) and optimizer.func is torch.optim.LBFGS
+    recipe = Recipe.of(
+        Parts(model, loss or nn.CrossEntropyLoss(), optimizer), Traits(closure=closure),
+        scheduler_every="epoch", clip_norm=1.0, seed=0, order=EpochOrder((ROWS,), BATCH, 0),
+    )  # fmt: skip
+    assert recipe.frozen.memory is not None
+    memory, rows = recipe.frozen.memory.array(), Samples(inputs, targets).packed()
+    return PlainTrial("trial", dumps(recipe), memory, rows, **{"batch_size": BATCH, "seconds": 0.2} | how)
 
 
 def rates_by_hand(model: nn.Module, threads: int) -> list[float]:
@@ -114,20 +120,25 @@ def test_any_optimizer_and_loss_can_be_timed(optimizer: Any, loss: Any) -> None:
     assert len(measure(trial(seeded(), optimizer=optimizer, loss=loss, seconds=0.01)).rates) >= 5
 
 
-def test_the_plain_loop_trains(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[float] = []
+class Watched(nn.CrossEntropyLoss):
+    """Writes down what it comes to."""
 
-    class Watched(SummedLoss):
-        def __call__(self, output: Any, target: Any) -> Any:
-            total, count = super().__call__(output, target)
-            seen.append(float(total.detach()) / float(count))
-            assert len(target) == BATCH  # the batches are full ones
-            return total, count
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self.file = str(folder / "losses")
 
-    made = trial(seeded(), optimizer=partial(torch.optim.Adam, lr=0.02))
-    model, loss, optimizer, _ = cloudpickle.loads(made.blob)
-    monkeypatch.setattr(cloudpickle, "loads", lambda _: (model, Watched(loss.function, loss.kind), optimizer, None))
+    def forward(self, output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        assert len(target) == BATCH  # the batches are full ones
+        value = super().forward(output, target)
+        with Path(self.file).open("a") as file:
+            file.write(f"{float(value.detach())}\n")
+        return value
+
+
+def test_the_plain_loop_trains(tmp_path: Path) -> None:
+    made = trial(seeded(), optimizer=partial(torch.optim.Adam, lr=0.02), loss=Watched(tmp_path))
     assert measure(made).error == ""
+    seen = [float(line) for line in (tmp_path / "losses").read_text().splitlines()]
     assert statistics.mean(seen[-4:]) < 0.8 * seen[0]
 
 

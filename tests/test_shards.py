@@ -247,10 +247,12 @@ def test_parameters_that_cannot_lie_end_to_end_are_not_divided() -> None:
     tied[4].data = tied[0].data[0, :4].view(2, 2)
     number.append(nn.Parameter(torch.tensor(1.0, dtype=torch.float64)))
     mixed[0] = nn.Parameter(mixed[0].detach().float())
-    turned = [nn.Parameter(parameters()[0].detach().t())]
-    for given in (tied, number, mixed, turned):
+    gaps = [nn.Parameter(parameters()[0].detach()[:, ::2])]
+    for given in (tied, number, mixed, gaps):
         assert not can_shard(optim.SGD(given, lr=0.1), given)
-    assert can_shard(optim.SGD(parameters(), lr=0.1), parameters())
+    turned = [nn.Parameter(parameters()[0].detach().t())]  # its elements lie end to end, in another order
+    for given in (parameters(), turned):
+        assert can_shard(optim.SGD(given, lr=0.1), given)
 
 
 def first_step(optimizer: optim.Optimizer, given: list[nn.Parameter], reached: int) -> None:
