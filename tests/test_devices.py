@@ -15,7 +15,7 @@ from parakit.course import Course
 from parakit.devices import share_out
 from parakit.errors import ConnectError, InputError
 from parakit.events import Baseline, History
-from parakit.losses import summed
+from parakit.loss_forms import summed
 from parakit.progress import rival_name, sentence
 from tests.test_course import segments, started
 

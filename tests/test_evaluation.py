@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from parakit.data import Samples
 from parakit.evaluation import Evaluation, Tally, tally
-from parakit.losses import summed
+from parakit.loss_forms import summed
 
 ROWS, CLASSES = 23, 3
 

@@ -13,7 +13,8 @@ from torch.utils.checkpoint import checkpoint
 
 from parakit.data import Samples
 from parakit.gradients import GradientBuffer, GradientSum, call_model, flatten, unflatten_into
-from parakit.losses import ShareLoss, SummedLoss, summed
+from parakit.loss_forms import summed
+from parakit.losses import ShareLoss, SummedLoss
 
 ROWS = 10
 

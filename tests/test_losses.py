@@ -15,7 +15,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from parakit.errors import DataError, LossError
-from parakit.losses import SummedLoss, check_labels, draws_of, find_form, summed
+from parakit.loss_forms import draws_of, find_form, summed
+from parakit.losses import SummedLoss
+from parakit.preflight.labels import check_labels, check_shapes
 
 CLASSES = 3
 IGNORED = 1
@@ -175,9 +177,9 @@ def test_the_sums_of_any_shares_give_the_loss_of_the_whole(name: str, rows: int,
 
 
 def test_every_known_loss_is_tried_here() -> None:
-    from parakit.losses import _ELEMENTWISE, _WEIGHTED
+    from parakit.losses import ELEMENTWISE, WEIGHTED
 
-    assert {type(loss) for loss, _ in CASES.values()} == {*_ELEMENTWISE, *_WEIGHTED}
+    assert {type(loss) for loss, _ in CASES.values()} == {*ELEMENTWISE, *WEIGHTED}
 
 
 @pytest.mark.parametrize("name", [name for name in WEIGHTED if "ignored" in name])
@@ -336,7 +338,7 @@ def test_what_does_not_add_up_over_samples_is_refused(name: str) -> None:
 def test_a_column_against_a_row_compares_all_samples_and_is_refused(kind: Any, reduction: str) -> None:
     output, target = normal(6, 1, g=generator(0)), normal(6, g=generator(1)).sign()
     with pytest.raises(LossError):
-        summed(kind(reduction=reduction), output, target)
+        check_shapes(kind(reduction=reduction), output, target)
 
 
 def test_a_loss_of_zero_is_not_accused_of_comparing_samples() -> None:

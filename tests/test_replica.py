@@ -18,7 +18,7 @@ from parakit.commits import PrivateCommits, copy_state
 from parakit.data import Samples, leaves
 from parakit.gradients import GradientSum
 from parakit.holding import Holding
-from parakit.losses import summed
+from parakit.loss_forms import summed
 from parakit.rates import learning_rate
 from parakit.recipe import Parts, Recipe, Traits
 from parakit.replica import Replica
