@@ -86,7 +86,9 @@ class Replica:
         set_mode(self.optimizer, "train")
         self.scheduler = parts.scheduler(self.optimizer) if parts.scheduler else None
         self._fused = [{"fused": group["fused"]} if "fused" in group else {} for group in self.optimizer.param_groups]
-        self.agreement = Agreement(self.computation, recipe.traits.rules, recipe.traits.counted)
+        self.agreement = Agreement(
+            self.computation, recipe.traits.rules, recipe.traits.counted, watched=recipe.check > 0
+        )
         self.step = 0
         self.records: list[StepRecord] = []
         self.spent = [0.0] * (len(PHASES) - 1)

@@ -30,7 +30,7 @@ from parakit.exactness.outputs import replaced, rows_checked, tensors_in
 from parakit.exactness.peers import ALONE, Peers, rows_of_all, speaking_to
 from parakit.exactness.rewrites import Rewrites
 from parakit.exactness.separation import Separation
-from parakit.exactness.still import Still
+from parakit.exactness.still import Still, quiet_layers
 from parakit.exactness.structure import Structure
 from parakit.exactness.sync_norm import synchronise
 from parakit.gradients import GradientBuffer, call_model
@@ -92,9 +92,12 @@ class ShareGradient:
             attributes=traits.counted, noisy=traits.noisy, others=traits.draws.others,
         )  # fmt: skip
         separation = Separation(self._model, self._loss, still, needs_grad=traits.grad_in_evaluation)
-        calm = not traits.counted and not traits.noisy and not traits.draws.others
-        late = Late(self.attributes)
-        return Check(separation, self._loss, late, self._recipe.check, sees_outputs=calm)
+        changing = traits.counted or traits.rules or traits.rewrites
+        drawing = traits.draws.torch or traits.draws.others
+        return Check(
+            separation, self._model, self._loss, Late(self.attributes), self._recipe.check,
+            calm=not (changing or drawing or quiet_layers(self._model)), needs_grad=traits.grad_in_evaluation,
+        )  # fmt: skip
 
     def look_closely(self) -> None:
         """Let the next step notice whether forward changes parameters that it should not."""

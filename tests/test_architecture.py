@@ -24,10 +24,11 @@ ROOMS = (
     (
         "parakit.commits", "parakit.control_room.controls", "parakit.control_room.place", "parakit.datasets",
         "parakit.errors", "parakit.exactness", "parakit.exactness.loss_calls", "parakit.exactness.peers",
-        "parakit.layout", "parakit.machine", "parakit.pacing", "parakit.rates", "parakit.scaling",
-        "parakit.scaling.least_squares", "parakit.serialization.code_names", "parakit.serialization.local_code",
-        "parakit.wishes", "parakit.workers.dask", "parakit.workers.dask.addresses",
-        "parakit.workers.dask.janitor", "parakit.workers.layout", "parakit.workers.shared.waiting",
+        "parakit.exactness.turns", "parakit.layout", "parakit.machine", "parakit.pacing", "parakit.rates",
+        "parakit.scaling", "parakit.scaling.least_squares", "parakit.serialization.code_names",
+        "parakit.serialization.local_code", "parakit.wishes", "parakit.workers.dask",
+        "parakit.workers.dask.addresses", "parakit.workers.dask.janitor", "parakit.workers.layout",
+        "parakit.workers.shared.waiting",
     ),
     (
         "parakit.checkpoints.fitting", "parakit.checkpoints.format", "parakit.checkpoints.places",

@@ -39,9 +39,12 @@ class Agreement:
         Of buffers that change.
     counted : sequence of str
         Attributes that are known to be a part of the state.
+    watched : bool
+        Whether somebody calls forward more often than a plain loop does, to look at it.
     """
 
-    def __init__(self, looking: Looking, rules: Mapping[str, Rule], counted: Sequence[str]) -> None:
+    def __init__(self, looking: Looking, rules: Mapping[str, Rule], counted: Sequence[str], *, watched: bool) -> None:
+        self._watched = watched
         self._structure, self._buffers, self._attributes = looking.structure, looking.buffers, looking.attributes
         self._alike = [name for name, rule in rules.items() if rule == "alike"]
         self._known = tuple(counted)
@@ -77,7 +80,7 @@ class Agreement:
         Parameters
         ----------
         alone : bool
-            Whether no other worker takes part: then a buffer may begin to change.
+            Whether no other worker takes part: then a buffer may begin to change, if nobody watches.
 
         Raises
         ------
@@ -85,7 +88,7 @@ class Agreement:
         """
         self._structure.check()
         surprises = self._buffers.surprises()
-        if surprises and not alone:
+        if surprises and (self._watched or not alone):
             raise ModelError(
                 f"forward has changed the buffer {surprises[0]}, and did not when the model was tried.",
                 cause="a queue, a count or a running value that begins later, or only for some inputs",

@@ -1,13 +1,20 @@
-"""The check of a run: now and then, some rows of a real step are computed as one share and as several.
+"""The check of a run: now and then, a real step is computed as one share and as several.
 
 A model and a loss are tried before a run begins, on a few rows. What looks at the whole batch for some rows only, or
-from some step on, is found here, and stops the run in words. What it costs is a share of the time that the user
+from some step on, is found here, and stops the run in words. Three looks share the work:
+
+- *rows*: a few rows of a share are computed by themselves, and compared with what they came to among all;
+- *loss*: the loss of the outputs that are there, and its gradient, are compared with those of two parts;
+- *all*: model, loss and gradient on some rows, at once and in two parts.
+
+What one of them suspects, the last decides in double precision. What they cost is a share of the time that the user
 chooses; by default, less than one per cent.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from time import perf_counter
 from typing import Any
 
@@ -17,104 +24,91 @@ from torch import Tensor
 from parakit.data import Samples
 from parakit.errors import BatchDependent, ModelError
 from parakit.exactness.late import Late
+from parakit.exactness.outputs import replaced, tensors_in
 from parakit.exactness.separation import Separation, cut_of, difference
+from parakit.exactness.turns import Purse, Turns
+from parakit.gradients import call_model
 from parakit.losses import ShareLoss, SummedLoss, form_of_known, is_same, together
 
 __all__ = ["Check"]
 
-_ROWS = 12  # of a share; a few are enough to see whether rows look at each other
-_EVERY = 25  # steps, at most as often
-_DOUBTS = 1e-4  # relative; of a loss whose outputs are there
-
-
-class _Turns:
-    """When something comes round: at some steps at the beginning, and then as often as its share of the time allows.
-
-    Parameters
-    ----------
-    first : tuple of int
-        Steps at which it does in any case.
-    every : int
-        At most once in so many steps, from then on.
-    share : float
-        Of the time.
-    """
-
-    def __init__(self, first: tuple[int, ...], every: int, share: float) -> None:
-        self._first, self._every, self._share = first, every, share
-        self._next = first[0]
-        self._since: tuple[int, float] | None = None
-
-    def due(self, step: int) -> bool:
-        """Whether it does at a step."""
-        if self._since is None:
-            self._since = step, perf_counter()
-            self._next = min((at for at in self._first if at >= step), default=step + self._first[0])
-        return step >= self._next
-
-    def took(self, step: int, seconds: float) -> None:
-        """Note that it did, and how long that took."""
-        assert self._since is not None
-        before, then = self._since
-        per_step = max(1e-6, (perf_counter() - then - seconds) / max(1, step - before))
-        wanted = seconds / (self._share * per_step)
-        # To powers of two, so that workers who measured about the same do it at the same steps.
-        interval = self._every * 2 ** max(0, math.ceil(math.log2(max(1.0, wanted / self._every))))
-        early = [at for at in self._first if at > step]
-        self._next = early[0] if early else (step // interval + 1) * interval
+_SECONDS = 0.05  # that the first steps may take longer
+_FEW, _MANY = 12, 256  # rows
+_QUICK_SECONDS = 2e-3  # of a look, which may be at twice as many rows the next time
+_EVERY_STEP = tuple(range(50))
+_MOST_STEPS = (0, 1, 2, 4, 6, 9, 13, 18, 24, 31, 39, 48)
+_SOME_STEPS = (1, 4, 8, 13, 19, 26, 34, 43)
+_FEW_STEPS = (9, 32)
+_FALSE_ALARMS = 2  # after which a look is given up
+_DIFFERENT = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.02}  # relative
 
 
 class Check:
-    """Looks now and then whether a share adds up of its parts.
+    """Looks now and then whether the rows of a share are by themselves what they are together.
 
     Parameters
     ----------
     separation : Separation
+    model : nn.Module
     loss : SummedLoss
     late : Late
     share : float
         Of the time that it may take, 0 to 1; 1 looks at every step.
-    sees_outputs : bool
-        Whether the loss may be called again with parts of an output: not if it counts, or draws random numbers.
+    calm : bool
+        Whether model and loss may be called again and come to the same: not if they count, draw random numbers or
+        normalise by batches.
+    needs_grad : bool
+        Whether forward cannot do without gradients.
     """
 
     def __init__(
-        self, separation: Separation, loss: SummedLoss, late: Late, share: float, *, sees_outputs: bool
+        self,
+        separation: Separation,
+        model: torch.nn.Module,
+        loss: SummedLoss,
+        late: Late,
+        share: float,
+        *,
+        calm: bool,
+        needs_grad: bool = False,
     ) -> None:
-        self._separation, self._loss, self._late = separation, loss, late
-        self._always = share >= 1.0
-        self._losses = _Turns((4, 24), _EVERY, share / 2)
-        self._gradients = _Turns((9,), 8 * _EVERY, share / 4)
+        self._separation, self._model, self._loss, self._late = separation, model, loss, late
+        self._needs_grad = needs_grad
+        purse = Purse(_SECONDS)
         # Torch's own loss objects add up by themselves, whatever they are given.
-        able = sees_outputs and loss.form != "several means" and form_of_known(loss.function) is None
-        self._outputs = _Turns((0, 2, 6), 8, share / 4) if able else None
-        self._number = 0
+        own_loss = form_of_known(loss.function) is None and loss.form != "several means"
+        self._losses = Turns(_EVERY_STEP, purse, share / 4) if calm and own_loss else None
+        self._rows = Turns(_MOST_STEPS, purse, share / 4) if calm else None
+        self._all = Turns(_FEW_STEPS if calm else _SOME_STEPS, purse, share / 2)
+        self._always = share >= 1
+        self._at_once = _FEW
+        self._number = self._alarms = 0
         self._generator = torch.Generator().manual_seed(0)
 
     def before(self, step: int, share: Samples) -> None:
-        """Look at some rows of a share, if it is time to.
+        """Look at some rows of a share, before the step, if it is time to.
 
         Raises
         ------
         BatchDependent
             If they do not add up.
+        ModelError
+            If forward began to keep something from call to call.
         """
-        losses, gradients = self._losses.due(step), self._gradients.due(step)
-        if not (losses or gradients or self._always) or len(share) < 2:
+        if len(share) < 2 or not self._all.due(step):
             return
         began = perf_counter()
-        gradient = gradients or self._always
-        rows = torch.randperm(len(share), generator=self._generator)[:_ROWS].sort().values
-        some = share.take(rows.to(_device_of(share)))
         self._number += 1
-        self._look(step, some, cut_of(len(rows), self._number), gradient=gradient)
+        gradient = self._rows is not None or self._always or self._number % 2 == 0
+        some = share.take(self._chosen(share, self._at_once))
+        self._look(step, some, cut_of(len(some), self._number), gradient=gradient)
         seconds = perf_counter() - began
-        for turns, due in ((self._losses, losses), (self._gradients, gradients)):
-            if due:
-                turns.took(step, seconds)
+        if seconds < _QUICK_SECONDS:
+            self._at_once = min(2 * self._at_once, _MANY)
+        self._all.took(step, seconds)
 
     def after(self, step: int, samples: Samples, output: Any, loss: ShareLoss) -> None:
-        """Look at a loss whose output is there, on parts of it, if it is time to.
+        """Look at a step whose output is there, if it is time to.
 
         Parameters
         ----------
@@ -128,20 +122,91 @@ class Check:
 
         Raises
         ------
-        BatchDependent
-            If the parts do not come to the whole.
+        BatchDependent, ModelError
+            As above.
         """
-        turns = self._outputs
-        if turns is None or not (turns.due(step) or self._always) or len(samples) < 2:
+        if len(samples) < 2:
             return
+        if self._losses is not None and self._losses.due(step):  # the first, while all that forward left is there
+            self._losses = self._taken(step, self._losses, self._loss_adds_up, samples, output, loss)
+        if self._rows is not None and self._rows.due(step):
+            self._rows = self._taken(step, self._rows, self._rows_agree, samples, output, loss)
+
+    def _taken(self, step: int, turns: Turns, agrees: Callable[..., bool | None], *what: Any) -> Turns | None:
+        """Take a quick look; returns its turns, or None where it is no use."""
         began = perf_counter()
-        self._number += 1
-        cut = cut_of(len(samples), self._number)
-        if not self._adds_up(samples, output, loss, cut):
-            # It may be that the first dimension of an output does not count rows, so the model is asked.
-            self._look(step, samples, cut, gradient=False)
-            self._outputs = None
+        with self._late.undone():
+            verdict = agrees(*what)
+        if verdict is False:
+            self._ask(step, what[0])
+            self._alarms += 1
         turns.took(step, perf_counter() - began)
+        if verdict is None or self._alarms > _FALSE_ALARMS:
+            self._all.come_at(_SOME_STEPS)
+            return None
+        return turns
+
+    # --- quick looks, which may be wrong
+
+    def _rows_agree(self, samples: Samples, output: Any, _: ShareLoss) -> bool | None:
+        """Whether some rows come to the same by themselves; None where outputs have no rows."""
+        rows = len(samples)
+        kept = [leaf.detach() for leaf in tensors_in(output)]
+        if not kept or not any(_has_rows(leaf, rows) for leaf in kept):
+            return None
+        chosen = self._chosen(samples, min(_FEW, rows - 1))
+        with torch.set_grad_enabled(self._needs_grad):
+            again = [leaf.detach() for leaf in tensors_in(call_model(self._model, samples.take(chosen).inputs))]
+        pairs = zip(kept, again, strict=False)
+        return all(_near(leaf[chosen], part) for leaf, part in pairs if _has_rows(leaf, rows))
+
+    def _loss_adds_up(self, samples: Samples, output: Any, loss: ShareLoss) -> bool | None:
+        """Whether the loss of outputs, and its gradient, are those of two parts of them; None where they have none."""
+        rows, leaves = len(samples), tensors_in(output)
+        whole = together([loss])
+        if not leaves or not all(_has_rows(leaf, rows) for leaf in leaves) or not math.isfinite(whole):
+            return None if leaves and math.isfinite(whole) else True
+        self._number += 1
+        cut = cut_of(rows, self._number)
+        given = [leaf.detach().requires_grad_(leaf.requires_grad) for leaf in leaves]
+        try:
+            parts = [self._loss_of(output, given, samples, first, end) for first, end in ((0, cut), (cut, rows))]
+            if not is_same(whole, together(parts), _tolerance(loss.value)):
+                return False
+            return self._gradients_agree(output, given, samples, parts)
+        except Exception:  # such as a loss that wants the graph that led to its outputs
+            return None
+
+    def _loss_of(self, output: Any, given: list[Tensor], samples: Samples, first: int, end: int) -> ShareLoss:
+        part = samples.slice(first, end).copied()
+        with torch.enable_grad():
+            return self._loss(replaced(output, iter([leaf[first:end] for leaf in given])), part.targets)
+
+    def _gradients_agree(self, output: Any, given: list[Tensor], samples: Samples, parts: list[ShareLoss]) -> bool:
+        wanted = [leaf for leaf in given if leaf.requires_grad]
+        if not wanted:
+            return True
+        whole = self._loss_of(output, given, samples, 0, len(samples))
+        alone = torch.autograd.grad(whole.value, wanted, allow_unused=True)
+        both = [torch.autograd.grad(part.value, wanted, allow_unused=True) for part in parts]
+        count, sums = whole.count or 1.0, sum(part.count for part in parts) or 1.0
+        for leaf, one, first, second in zip(wanted, alone, *both, strict=True):
+            pieces = [
+                (torch.zeros_like(leaf) if grad is None else grad) * (part.weight / sums)
+                for grad, part in zip((first, second), parts, strict=True)
+            ]
+            expected = (torch.zeros_like(leaf) if one is None else one) * (whole.weight / count)
+            if not _near(expected, pieces[0] + pieces[1]):
+                return False
+        return True
+
+    # --- the last word
+
+    def _ask(self, step: int, samples: Samples) -> None:
+        rows = samples
+        if len(samples) > _MANY:
+            rows = samples.take(self._chosen(samples, _MANY))
+        self._look(step, rows, cut_of(len(rows), self._number), gradient=True)
 
     def _look(self, step: int, samples: Samples, cut: int, *, gradient: bool) -> None:
         with self._late.undone():
@@ -159,17 +224,10 @@ class Check:
                 remedy="let it begin with the first call; a buffer may have a rule: train(..., buffers={...})",
             )
 
-    def _adds_up(self, samples: Samples, output: Any, loss: ShareLoss, cut: int) -> bool:
-        rows, target = len(samples), samples.targets
-        if not _has_rows(output, rows):
-            return False
-        try:
-            with torch.no_grad():
-                parts = [self._loss(_part(output, a, b), _part(target, a, b)) for a, b in ((0, cut), (cut, rows))]
-        except Exception:
-            return False
-        whole = together([loss])
-        return not math.isfinite(whole) or is_same(whole, together(parts), _tolerance(loss.value))
+    def _chosen(self, samples: Samples, most: int) -> Tensor:
+        """Numbers of some rows, other ones each time, ascending."""
+        rows = torch.randperm(len(samples), generator=self._generator)[:most].sort().values
+        return rows.to(_device_of(samples))
 
 
 def _batch_dependent(fact: str) -> BatchDependent:
@@ -184,29 +242,27 @@ def _batch_dependent(fact: str) -> BatchDependent:
     )
 
 
+def _has_rows(leaf: Tensor, rows: int) -> bool:
+    return leaf.dim() > 0 and len(leaf) == rows
+
+
+def _near(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors are equal, up to what rounding does to the largest of their elements."""
+    if one.shape != other.shape:
+        return False
+    if not one.is_floating_point():
+        return True  # the largest of some numbers, say: rounding may make it another one
+    off = (one - other).abs().max() if one.numel() else one.new_zeros(())
+    limit = _DIFFERENT.get(one.dtype, 0.05) * one.abs().max().clamp(min=1e-12) if one.numel() else 0.0
+    return bool(off <= limit) or not bool(torch.isfinite(off))
+
+
 def _tolerance(value: Tensor) -> float:
     eps = torch.finfo(value.dtype).eps if value.is_floating_point() else 0.0
-    return max(1e-9, min(_DOUBTS, 1e9 * eps), 64 * eps)
+    return max(1e-9, min(1e-4, 1e9 * eps), 64 * eps)
 
 
 def _device_of(samples: Samples) -> torch.device:
     found: list[torch.device] = []
     samples.map(lambda leaf: found.append(leaf.device))
     return found[0]
-
-
-def _has_rows(tree: Any, rows: int) -> bool:
-    """Whether all of a tree is tensors of so many rows: then parts of it can be had without asking its maker."""
-    if isinstance(tree, Tensor):
-        return tree.dim() > 0 and len(tree) == rows
-    if type(tree) is dict:
-        return all(_has_rows(value, rows) for value in tree.values())
-    return type(tree) in (tuple, list) and all(_has_rows(value, rows) for value in tree)
-
-
-def _part(tree: Any, first: int, end: int) -> Any:
-    if isinstance(tree, Tensor):
-        return tree[first:end]
-    if type(tree) is dict:
-        return {key: _part(value, first, end) for key, value in tree.items()}
-    return type(tree)(_part(value, first, end) for value in tree)
