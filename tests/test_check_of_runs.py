@@ -25,7 +25,7 @@ pytestmark = pytest.mark.dask
 
 
 def data() -> tuple[Tensor, Tensor]:
-    """Rows of which one in a hundred is rare: its first feature is 9. No two draws of a few rows are likely to show it."""
+    """Rows of which one in a hundred is rare: its first feature is 9. The few that are tried do not show it."""
     generator = torch.Generator().manual_seed(0)
     inputs = torch.randn(ROWS, FEATURES, generator=generator)
     inputs[RARE // 2 :: RARE, 0] = 9.0

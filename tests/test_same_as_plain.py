@@ -66,7 +66,7 @@ def called(model: nn.Module, inputs: Any) -> Any:
     return model(*inputs) if isinstance(inputs, tuple) else model(inputs)
 
 
-def plain(made: Made) -> tuple[list[float], nn.Module]:
+def plain(made: Made, steps: int = STEPS) -> tuple[list[float], nn.Module]:
     """A plain loop: its losses, and its model."""
     model, options = made.model, made.options
     if made.train:
@@ -77,7 +77,7 @@ def plain(made: Made) -> tuple[list[float], nn.Module]:
     scheduler = options["scheduler"](optimizer) if "scheduler" in options else None
     closure_wanted = isinstance(optimizer, torch.optim.LBFGS) or type(optimizer).__name__ == "Sam"
     losses = []
-    for rows in batches(ROWS, chunk_count(ROWS, BATCH), BATCH, SEED, STEPS):
+    for rows in batches(ROWS, chunk_count(ROWS, BATCH), BATCH, SEED, steps):
         values: list[Tensor] = []
 
         def closure(rows: Tensor = rows, values: list[Tensor] = values) -> Tensor:

@@ -162,9 +162,9 @@ class _FirstStep:
         before = attributes.read()
         buffers = {name: b.detach().clone() for name, b in self._buffers().items()}
         parameters = dict(self._model.named_parameters())
-        pristine = dict(self._trial.frozen.thaw().model.named_parameters())
         computed = computed_attributes(original, self._model)
         structure = Structure(self._model, self._trial.parts.loss)
+        written = {name: (p._version, p.data_ptr()) for name, p in parameters.items()}
         watch, began = drawing(), perf_counter()
         value = self._compute(held_out)
         self.draws, self.seconds = watch.draws, perf_counter() - began
@@ -177,15 +177,18 @@ class _FirstStep:
         there = self._buffers()
         changed = Changed(
             tuple(name for name in buffers if not same(there[name].detach(), buffers[name])),
-            tuple(name for name, p in parameters.items() if not same(p.detach(), pristine[name].detach())),
+            # Also with what was there: a constraint may have nothing to do at the beginning.
+            tuple(name for name, p in parameters.items() if (p._version, p.data_ptr()) != written[name]),
             tuple(path for path, kept in attributes.read().items() if not same(kept, before.get(path, ABSENT))),
         )
         attributes.write({path: before.get(path, ABSENT) for path in changed.attributes})
         with torch.no_grad():
             for name in changed.buffers:
                 there[name].copy_(buffers[name])
-            for name in changed.parameters:
-                parameters[name].copy_(pristine[name])
+            if changed.parameters:
+                pristine = dict(self._trial.frozen.thaw().model.named_parameters())
+                for name in changed.parameters:
+                    parameters[name].copy_(pristine[name])
         return changed
 
     def compute_in_evaluation(self) -> bool:
