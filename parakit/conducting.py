@@ -373,7 +373,7 @@ def _explained(error: BaseException, done: int, kept: int) -> RunFailed:
         return error
     else:
         failed = code_failed(
-            f"The run failed after step {done}", Failure.of("code", done, error), "",
+            f"The run failed after step {done}", Failure.of("code", done, error), (),
             remedy=f"run.model holds the state of step {kept}; parakit.train(..., resume=run) goes on from there",
         )  # fmt: skip
     failed.__cause__ = error

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset, default_collate
 
 from parakit.errors import DataError
+from parakit.exactness.generators import OwnGenerators
 from parakit.settings import drawing
 
 __all__ = ["Samples", "Tree", "leaves", "map_tree", "pack", "unpack"]
@@ -238,7 +239,7 @@ def _read(dataset: Any, what: str) -> tuple[Any, Any]:
                 f"An item of {what} is {_article(first)}, not a pair (input, target).",
                 remedy="wrap the Dataset so that each item is (input, target); the input may be a tuple or dict",
             )
-        watch, blocks = drawing(), []
+        watch, own, blocks = drawing(), OwnGenerators(dataset), []
         for start in range(0, count, _READ_AT_ONCE):
             items = [dataset[row] for row in range(start, min(start + _READ_AT_ONCE, count))]
             blocks.append(default_collate(items))
@@ -253,7 +254,7 @@ def _read(dataset: Any, what: str) -> tuple[Any, Any]:
             cause="items of different shapes or types",
             remedy="pad or crop the items to one shape, or give tensors",
         ) from error
-    if unlike is not None or drew.torch or drew.others:
+    if unlike is not None or drew.torch or drew.others or own.drew():
         seen = (
             f"Reading item {unlike} of {what} twice gave different values"
             if unlike is not None

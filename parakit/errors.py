@@ -111,7 +111,15 @@ class CheckpointError(RunError):
 
 
 class RunFailed(RunError):
-    """The run stopped by itself; the last committed state is kept."""
+    """The run stopped by itself; the last committed state is kept.
+
+    Attributes
+    ----------
+    rows : tuple of int
+        Rows of the data that the failed step was about on its worker, where code failed over them; else empty.
+    """
+
+    rows: tuple[int, ...] = ()
 
 
 class Diverged(RunFailed):

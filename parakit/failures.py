@@ -9,7 +9,7 @@ from parakit import errors
 from parakit.errors import ParakitError, RunFailed
 from parakit.places import Place, listing
 
-__all__ = ["Raised", "code_failed", "rows_in_words"]
+__all__ = ["Raised", "code_failed"]
 
 _SHOWN_ROWS = 6
 
@@ -43,16 +43,7 @@ class Raised(Protocol):
         """See above."""
 
 
-def rows_in_words(rows: Sequence[int]) -> str:
-    """Which rows of the data a step was about; nothing if none are known."""
-    if not len(rows):
-        return ""
-    shown = ", ".join(str(int(row)) for row in rows[:_SHOWN_ROWS])
-    more = len(rows) - _SHOWN_ROWS
-    return f" (rows {shown}{f' and {more} others' if more > 0 else ''} of the data)"
-
-
-def code_failed(fact: str, raised: Raised, rows: str, remedy: str) -> RunFailed:
+def code_failed(fact: str, raised: Raised, rows: Sequence[int], remedy: str) -> RunFailed:
     """The error for a run whose step raised one.
 
     Parameters
@@ -60,24 +51,34 @@ def code_failed(fact: str, raised: Raised, rows: str, remedy: str) -> RunFailed:
     fact : str
         What failed, and where.
     raised : Raised
-    rows : str
-        Of `rows_in_words`.
+    rows : sequence of int
+        Of the data, that the step was about; none if they are not known.
     remedy : str
         Unless there is a better one.
     """
     if _is_ours(raised.error):
         first, where, cause, own_remedy = _parts_of(raised.text)
         return RunFailed(f"{fact}: {first}", where=where, cause=cause, remedy=own_remedy or remedy)
-    told = f"{fact}: {raised.error}: {raised.text}{rows}"
+    told = f"{fact}: {raised.error}: {raised.text}{_in_words(rows)}"
     if raised.ours:
         return RunFailed(
             told, cause="a mistake in parakit itself: no code of yours was on the way",
             remedy="please report it, with this message",
         )  # fmt: skip
-    return RunFailed(
+    failed = RunFailed(
         told, where=listing(raised.places),
         cause="the model, the loss or the optimizer raised this error in its own code", remedy=remedy,
     )  # fmt: skip
+    failed.rows = tuple(int(row) for row in rows)
+    return failed
+
+
+def _in_words(rows: Sequence[int]) -> str:
+    if not len(rows):
+        return ""
+    shown = ", ".join(str(int(row)) for row in rows[:_SHOWN_ROWS])
+    more = len(rows) - _SHOWN_ROWS
+    return f" (rows {shown} of the data)" if more <= 0 else f" (rows {shown} and {more} others of the data: error.rows)"
 
 
 def _is_ours(name: str) -> bool:

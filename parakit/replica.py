@@ -422,7 +422,10 @@ def load_parts(parts: Parts, state: State, attributes: Attributes | None = None)
         for name in buffers.keys() & state["buffers"].keys():
             buffers[name].copy_(state["buffers"][name])
     if counted := state.get("attributes"):
-        (attributes or Attributes(parts.model, parts.loss)).write(counted)
+        if attributes is None:
+            Attributes(parts.model, parts.loss).write(counted, own=True)
+        else:
+            attributes.write(counted)
 
 
 def _lay_out(optimizer: torch.optim.Optimizer) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Callable
+from copy import copy
 from typing import Any
 
 from torch import nn
@@ -297,7 +298,7 @@ class Run:
                 remedy="wait longer, or run.stop()",
             )
         if self.error is not None:
-            raise type(self.error)(str(self.error)) from self.error.__cause__
+            raise copy(self.error) from self.error.__cause__  # without the traceback that it has already
         return self
 
     def _check_going(self, wish: str) -> None:

@@ -11,19 +11,23 @@ from __future__ import annotations
 import pickle
 import random
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
 import torch
 
 from parakit.devices import generators_of, seed
+from parakit.errors import RunError
 
 _PRECISIONS = (
     "", "cuda.matmul", "cudnn", "cudnn.conv", "cudnn.rnn", "mkldnn", "mkldnn.matmul", "mkldnn.conv", "mkldnn.rnn",
 )  # fmt: skip
+
+_WAIT_SECONDS = 60.0
 
 __all__ = ["Draws", "Settings", "drawing", "foreign_hooks", "seed_all", "undisturbed"]
 
@@ -71,7 +75,7 @@ class Settings:
             torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None,
         )  # fmt: skip
 
-    def _set(self) -> None:
+    def apply(self) -> None:
         """Make them those of this process, as far as they differ."""
         now = Settings.here()
         if now.default_dtype != self.default_dtype:
@@ -91,16 +95,71 @@ class Settings:
 
     @contextmanager
     def in_force(self) -> Iterator[None]:
-        """Let them hold meanwhile."""
-        before = Settings.here()
-        self._set()
+        """Let them hold meanwhile.
+
+        Several threads may have the same settings in force at once; others wait until those are done. What somebody
+        else set meanwhile, such as a cell of the notebook, stays.
+
+        Raises
+        ------
+        RunError
+            If other settings are in force for too long.
+        """
+        with _FORCE.held(replace(self, autocast=None)), ExitStack() as block:
+            enabled = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
+            if self.autocast is not None and enabled != self.autocast:  # of this thread alone
+                block.enter_context(torch.autocast("cpu", dtype=self.autocast))
+            yield
+
+    def _without(self, mine: Settings, before: Settings) -> Settings:
+        """These, with what somebody else set kept, and what is mine as it was before."""
+        kept = {
+            one.name: getattr(self if getattr(self, one.name) != getattr(mine, one.name) else before, one.name)
+            for one in fields(self)
+        }
+        return replace(self, **kept)
+
+
+class _Force:
+    """Which settings are in force in this process, by how many holders."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._holders: list[int] = []  # threads
+        self._present: Settings | None = None
+        self._before = Settings()
+
+    @contextmanager
+    def held(self, wanted: Settings) -> Iterator[None]:
+        me = threading.get_ident()
+        with self._changed:
+            if not self._changed.wait_for(lambda: self._is_free_for(wanted, me), _WAIT_SECONDS):
+                raise RunError(
+                    f"Other settings of torch than those of this run were in force for {_WAIT_SECONDS:g} s.",
+                    cause="two runs in this process, started under different settings, and a long step of one of them",
+                    remedy="let one end first, or start both under the same settings",
+                )
+            outer, outer_before = self._present, self._before
+            if not self._holders or outer != wanted:
+                self._before = replace(Settings.here(), autocast=None)
+                wanted.apply()
+                self._present = wanted
+            self._holders.append(me)
         try:
-            with ExitStack() as block:
-                if self.autocast is not None and before.autocast != self.autocast:
-                    block.enter_context(torch.autocast("cpu", dtype=self.autocast))
-                yield
+            yield
         finally:
-            before._set()
+            with self._changed:
+                self._holders.remove(me)
+                if not self._holders or (outer is not None and outer != wanted):
+                    replace(Settings.here(), autocast=None)._without(wanted, self._before).apply()
+                    self._present, self._before = (outer, outer_before) if self._holders else (None, outer_before)
+                self._changed.notify_all()
+
+    def _is_free_for(self, wanted: Settings, me: int) -> bool:
+        return not self._holders or self._present == wanted or all(holder == me for holder in self._holders)
+
+
+_FORCE = _Force()
 
 
 def _precisions() -> list[tuple[Any, str]]:

@@ -10,6 +10,7 @@ import os
 import signal
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -39,7 +40,8 @@ def arm(folder: Path, place: str, kind: str = "kill") -> Path:
 
 
 _hooked: set[str] = set()
-_rank = -1  # of this process in the present step, as far as `RankedAllReduce` tells
+# Its rank is that of this process in the present step, as far as `RankedAllReduce` tells: no part of a model's state.
+_process = SimpleNamespace(rank=-1)
 
 
 def strike_after_updates(folder: str) -> None:
@@ -50,7 +52,7 @@ def strike_after_updates(folder: str) -> None:
 
     def pass_by(*_: Any) -> None:
         strike(folder, "slice")
-        strike(folder, f"slice of rank {_rank}")
+        strike(folder, f"slice of rank {_process.rank}")
 
     if folder not in _hooked:
         _hooked.add(folder)
@@ -111,8 +113,7 @@ class RankedAllReduce(AllReduce):
     """All-reduce that lets places know the rank of their process."""
 
     def step(self, team: Any, step: int) -> None:
-        global _rank
-        _rank = team.rank
+        _process.rank = team.rank
         super().step(team, step)
 
 

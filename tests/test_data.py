@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import pickle
+import random
+import time
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +13,7 @@ import numpy as np
 import pandas
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, StackDataset, Subset, TensorDataset
 
 from parakit.data import Samples, leaves, map_tree, pack, unpack
@@ -195,15 +198,70 @@ def test_a_refusal_names_the_argument() -> None:
         Samples.of((X, Y[:3]), what="validation")
 
 
-def test_frozen_augmentation_is_told() -> None:
-    class Noisy(Items):
-        def __getitem__(self, row: int) -> Any:
-            inputs, target = super().__getitem__(row)
-            return inputs + torch.rand(3), target
+# --- augmentation, which is frozen: seldom, and from whatever generator
 
-    with pytest.warns(UserWarning, match="random augmentation is frozen"):
-        samples = Samples.of(Noisy(PAIRS))
-    assert len(samples) == ROWS
+RARE = 0.001
+SHARED = np.random.default_rng(3)
+
+
+def flipped(inputs: Tensor, number: float) -> Tensor:
+    return inputs.flip(-1) if number < RARE else inputs
+
+
+class WithAGenerator:
+    """A transform that draws from a generator of its own."""
+
+    def __init__(self) -> None:
+        self.generator = torch.Generator().manual_seed(1)
+
+    def __call__(self, inputs: Tensor) -> Tensor:
+        return flipped(inputs, float(torch.rand((), generator=self.generator)))
+
+
+def in_a_closure() -> Callable[[Tensor], Tensor]:
+    generator = random.Random(2)
+    return lambda inputs: flipped(inputs, generator.random())
+
+
+AUGMENTED: dict[str, Callable[[], Callable[[Tensor], Tensor]]] = {
+    "torch's generator": lambda: lambda inputs: flipped(inputs, float(torch.rand(()))),
+    "numpy's generator": lambda: lambda inputs: flipped(inputs, float(np.random.rand())),  # noqa: NPY002
+    "Python's generator": lambda: lambda inputs: flipped(inputs, random.random()),
+    "a global generator": lambda: lambda inputs: flipped(inputs, SHARED.random()),
+    "a generator in a closure": in_a_closure,
+    "a generator in an attribute": WithAGenerator,
+    "time": lambda: lambda inputs: inputs + time.perf_counter_ns() % 1000,
+}
+
+
+class Augmented(Items):
+    """Items with a transform, as datasets have one."""
+
+    def __init__(self, pairs: Any, transforms: list[Callable[[Tensor], Tensor]]) -> None:
+        super().__init__(pairs)
+        self.transforms = transforms
+
+    def __getitem__(self, row: int) -> Any:
+        inputs, target = super().__getitem__(row)
+        for transform in self.transforms:
+            inputs = transform(inputs)
+        return inputs, target
+
+
+@pytest.mark.parametrize("wrapped", [False, True], ids=["itself", "in a subset"])
+@pytest.mark.parametrize("name", AUGMENTED)
+def test_frozen_augmentation_is_told_each_time(name: str, wrapped: bool) -> None:
+    for _ in range(100):
+        dataset: Any = Augmented(PAIRS, [AUGMENTED[name]()])
+        with pytest.warns(UserWarning, match="random augmentation is frozen"):
+            samples = Samples.of(Subset(dataset, range(len(PAIRS))) if wrapped else dataset)
+        assert len(samples) == ROWS
+
+
+def test_a_transform_that_draws_nothing_is_no_augmentation() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Samples.of(Augmented(PAIRS, [lambda inputs: inputs * 2, nn.Flatten(0)]))
 
 
 def test_an_item_with_missing_values_is_not_taken_for_random() -> None:

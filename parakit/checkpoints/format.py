@@ -34,6 +34,7 @@ _MAGIC = b"parakit checkpoint "
 _VERSION = 1  # the first line and the digest at the end stay as they are in every version
 _DIGEST_BYTES = hashlib.sha256().digest_size
 
+_WHY = "a checkpoint holds tensors and plain values only, so that loading it runs no code"
 _SCALARS = (NoneType, bool, int, float, str)
 _SEQUENCES: dict[str, type[Any]] = {"tuple": tuple, "size": torch.Size}  # a list is a list in JSON
 _MAPPINGS: dict[str, type[Any]] = {"dict": dict, "ordered": OrderedDict, "counter": Counter}
@@ -116,16 +117,28 @@ def _pack(value: Any, path: str, tensors: list[Tensor]) -> Any:
             return {name: _pack(list(value), path, tensors)}
     for name, known in _MAPPINGS.items():
         if kind is known:
+            if name == "dict":
+                _check_is_not_frozen(value, path)
             return {name: [[_pack(k, path, tensors), _pack(v, _below(path, k), tensors)] for k, v in value.items()]}
     if kind in _NUMBERS.values():
         return {kind.__name__: value.item()}
     owner = re.split(r"\W", path)[0]
     raise CheckpointError(
         f"{path} cannot be kept in a checkpoint: it is {kind.__name__} {value!r:.60}.",
-        cause="a checkpoint holds tensors and plain values only, so that loading it runs no code",
+        cause=_WHY,
         remedy=f"make it a number, a string or a tensor; or leave it out in the state_dict of the {owner}, "
         "and let its load_state_dict do without",
     )
+
+
+def _check_is_not_frozen(value: dict[Any, Any], path: str) -> None:
+    """Refuse what the state of a run holds as a pickle."""
+    if isinstance(value.get("frozen"), bytes):
+        raise CheckpointError(
+            f"{path} cannot be kept in a checkpoint: the model or the loss changes a {value['kind']} there.",
+            cause=_WHY,
+            remedy="keep numbers, strings, tensors, or lists and dicts of them; or train without checkpoint=",
+        )
 
 
 def _below(path: str, key: Any) -> str:

@@ -96,9 +96,11 @@ class Agreement:
             )
 
     def marks(self) -> list[float]:
-        """Numbers that are the same on all workers, if all is alike: of each buffer, and of attributes that count."""
-        paths = self._known, tuple(self._attributes.surprises())
-        return [*self._buffers.alike(), *(self._attributes.mark(some) if some else 0.0 for some in paths)]
+        """Numbers that are the same on all workers, if all is alike.
+
+        One of each buffer, one of each attribute that counts, and one of all attributes that began to later.
+        """
+        return [*self._buffers.alike(), *self._attributes.marks(self._known), *self._attributes.marks([self._late])]
 
     def check(self, mine: Sequence[float], others: Sequence[float]) -> None:
         """Refuse marks that differ.
@@ -118,14 +120,20 @@ class Agreement:
             raise ModelError(
                 f"Workers have come to different values of {self._named()[off.index(True)]}, which forward changes as "
                 "if they were the same for all rows.",
-                cause="a count or a running value that goes by the rows a worker sees, or only by some of them",
-                remedy="make it a buffer with a rule: train(..., buffers={...}); or let it count calls, not rows",
+                cause="a count or a running value that goes by the rows a worker sees, or something of its process, "
+                "such as its number",
+                remedy="make it a buffer with a rule: train(..., buffers={...}); let it count calls, not rows; or do "
+                "not keep it",
             )
+
+    @property
+    def _late(self) -> tuple[str, ...]:
+        return tuple(path for path in self._attributes.surprises() if path not in self._known)
 
     def _named(self) -> list[Any]:
         """What `marks` are of."""
-        late = in_short(list(self._attributes.surprises()))
+        late = in_short(self._late)
         return [
-            *(f"the buffer {name}" for name in self._alike), f"the attributes {in_short(self._known)}",
+            *(f"the buffer {name}" for name in self._alike), *(f"the attribute {path}" for path in self._known),
             f"the attributes {late}" if late else "attributes that began to change",
         ]  # fmt: skip

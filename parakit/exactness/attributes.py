@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import types
 import zlib
+from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from parakit.exactness.containers import PLAIN, UNKNOWN, alike, decoded, encoded
 from parakit.exactness.variables import ABSENT, Place, variable_to_be, variables_of
 from parakit.serialization import Frozen, TooLarge, freeze
 
@@ -25,7 +27,6 @@ __all__ = ["ABSENT", "Attributes", "Kept", "same", "too_large"]
 _MOST_BYTES = 1 << 24  # of one attribute that is kept with every commit
 _LOOKED_AT = 1 << 22  # elements
 
-_PLAIN = (bool, int, float, complex, str, bytes, type(None))
 _CODE = (types.ModuleType, type, types.BuiltinFunctionType, types.MethodWrapperType, types.FunctionType)
 
 
@@ -55,7 +56,7 @@ class Attributes:
         self._baseline = [
             (place, value)
             for place in variables_of(model, loss, self._hooks)
-            if type(value := place.get()) in _PLAIN and place.path not in passing
+            if type(value := place.get()) in PLAIN and place.path not in passing
         ]
 
     def places(self) -> dict[str, Place]:
@@ -85,18 +86,24 @@ class Attributes:
                 seen[id(value)] = self._keep(value)
             found[path] = seen[id(value)]
         missing = dict.fromkeys((path for path in wanted if path not in there), ABSENT)
-        return {path: kept for path, kept in found.items() if kept is not _UNKNOWN} | missing
+        return {path: kept for path, kept in found.items() if kept is not UNKNOWN} | missing
 
-    def write(self, values: Mapping[str, Kept]) -> None:
+    def write(self, values: Mapping[str, Kept], *, own: bool = False) -> None:
         """Set values that were read, here or of another copy of the same model and loss.
 
         Containers and objects are changed in place: others may hold on to the same one.
+
+        Parameters
+        ----------
+        values : mapping of str to Kept
+        own : bool
+            Whether to set only what belongs to this model and this loss, and nothing of code that others run too.
         """
         there = self.places()
         made: dict[int, Any] = {}  # what was one value in several places becomes one again
         for path, kept in values.items():
             place = there.get(path) or variable_to_be(self._model, self._loss, path)
-            if place is None or isinstance(kept, _TooLarge):
+            if place is None or isinstance(kept, _TooLarge) or (own and not place.own):
                 continue
             if id(kept) not in made:
                 made[id(kept)] = _put_into(place.get(), self._revived(kept))
@@ -109,6 +116,18 @@ class Attributes:
             for place, value in self._baseline
             if (now := place.get()) is not value and not same(now, value)
         }
+
+    def shared(self, paths: Iterable[str]) -> dict[str, Kept]:
+        """Those of some values that are kept by code that others run too, such as global variables; for `restore`."""
+        there = self.places()
+        return self.read(path for path in paths if path in there and not there[path].own)
+
+    def restore(self, values: Mapping[str, Kept]) -> None:
+        """Give back what code that others run too had, also where it began to change later."""
+        self.write(values)
+        for place, value in self._baseline:
+            if not place.own and place.get() is not value:
+                place.set(value)
 
     def plain(self) -> list[Any]:
         """Plain values as they are now."""
@@ -123,16 +142,22 @@ class Attributes:
                 changed = True
         return changed
 
-    def mark(self, paths: Iterable[str]) -> float:
-        """A number that is the same for the same values at some places; whole, and exact as a double."""
-        total = 0
-        for path, kept in sorted(self.read(paths).items()):
-            total = zlib.crc32(repr((path, _plain_of(kept))).encode(), total)
-        return float(total)
+    def marks(self, places: Sequence[str | Sequence[str]]) -> list[float]:
+        """Numbers that are the same for the same values at a place, or at several; whole, and exact as doubles."""
+        groups = [(place,) if isinstance(place, str) else tuple(place) for place in places]
+        paths = list(dict.fromkeys(path for group in groups for path in group))
+        values = self.read(paths) if paths else {}
+        return [
+            float(zlib.crc32(repr([(path, _plain_of(values[path])) for path in group if path in values]).encode()))
+            for group in groups
+        ]
 
     def _keep(self, value: Any) -> Kept:
         if _is_plain(value):
             return value
+        code = encoded(value, self._owned)
+        if isinstance(code, list):
+            return {"plain": code}
         if type(value) is Tensor and value.layout is torch.strided:
             return value.detach().clone() if value.nbytes <= _MOST_BYTES else _TooLarge((value._version, *_mark(value)))
         if type(value) is np.ndarray and value.nbytes > _MOST_BYTES and value.dtype.kind in "biufc":
@@ -142,16 +167,17 @@ class Attributes:
         except TooLarge:
             return _TooLarge((type(value).__name__, id(value)))
         except Exception:  # then it cannot travel either
-            return _UNKNOWN
+            return UNKNOWN
         assert frozen.memory is not None
         data = torch.from_numpy(frozen.memory.array())
-        return {"code": frozen.code, "parts": [list(part) for part in frozen.parts], "data": data}
+        parts = [list(part) for part in frozen.parts]
+        return {"frozen": frozen.code, "parts": parts, "data": data, "kind": type(value).__qualname__}
 
     def _revived(self, kept: Kept) -> Any:
         if isinstance(kept, Tensor):
             return kept.detach().clone()
         if isinstance(kept, dict):
-            return _frozen(kept).thaw(self._known)
+            return decoded(kept["plain"]) if "plain" in kept else _frozen(kept).thaw(self._known)
         return kept
 
 
@@ -164,6 +190,9 @@ def _put_into(old: Any, new: Any) -> Any:
         old.update(new)
     elif isinstance(old, list):
         old[:] = new
+    elif isinstance(old, deque):
+        old.clear()
+        old.extend(new)
     elif isinstance(old, set):
         old.clear()
         old.update(new)
@@ -176,7 +205,7 @@ def _put_into(old: Any, new: Any) -> Any:
 
 
 def _frozen(kept: Mapping[str, Any]) -> Frozen:
-    empty = Frozen.of_parts(kept["code"], kept["parts"])
+    empty = Frozen.of_parts(kept["frozen"], kept["parts"])
     return empty.within(kept["data"].cpu().numpy())
 
 
@@ -184,12 +213,11 @@ def _plain_of(kept: Kept) -> Any:
     """What a value can be told by, in a few characters."""
     if isinstance(kept, Tensor):
         return _mark(kept)
+    if isinstance(kept, list):
+        return [_plain_of(part) for part in kept]
     if isinstance(kept, dict):
-        return zlib.crc32(kept["code"]), _mark(kept["data"])
+        return _plain_of(kept["plain"]) if "plain" in kept else (zlib.crc32(kept["frozen"]), _mark(kept["data"]))
     return kept
-
-
-_UNKNOWN = object()
 
 
 @dataclass(frozen=True)
@@ -221,12 +249,14 @@ def same(one: Kept, other: Kept) -> bool:
             return False
         return torch.equal(one, other) or bool(((one == other) | ((one != one) & (other != other))).all())
     if isinstance(one, dict) and isinstance(other, dict):
-        return one["code"] == other["code"] and torch.equal(one["data"], other["data"])
+        if "plain" in one or "plain" in other:
+            return "plain" in one and "plain" in other and alike(one["plain"], other["plain"], same)
+        return one["frozen"] == other["frozen"] and torch.equal(one["data"], other["data"])
     return type(one) is type(other) and bool(one == other or (one != one and other != other))
 
 
 def _is_plain(value: Any) -> bool:
-    return type(value) in _PLAIN or (type(value) is tuple and all(map(_is_plain, value)))
+    return type(value) in PLAIN or (type(value) is tuple and all(map(_is_plain, value)))
 
 
 def _may_count(value: Any) -> bool:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import types
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -49,11 +49,14 @@ class Place:
         For people, such as "encoder.calls" or "loss.calls"; unique.
     get, set : callable
         Read the value, or ABSENT, and write it.
+    own : bool
+        Whether it belongs to the model or the loss, and not to code that others run too.
     """
 
     path: str
     get: Callable[[], Any]
     set: Callable[[Any], None]
+    own: bool = False
 
 
 def variables_of(model: nn.Module, loss: Any, hooks: Iterable[Any] = ()) -> list[Place]:
@@ -70,7 +73,7 @@ def variables_of(model: nn.Module, loss: Any, hooks: Iterable[Any] = ()) -> list
     places = []
     for place in _Search(model, loss, hooks).found:
         number = taken[place.path] = taken.get(place.path, 0) + 1
-        places.append(place if number == 1 else Place(f"{place.path} ({number})", place.get, place.set))
+        places.append(place if number == 1 else replace(place, path=f"{place.path} ({number})"))
     return places
 
 
@@ -79,12 +82,12 @@ def variable_to_be(model: nn.Module, loss: Any, path: str) -> Place | None:
     owner, _, key = path.rpartition(".")
     modules = dict(model.named_modules())
     if owner in modules:
-        return _in_dict(path, vars(modules[owner]), key)
+        return _in_dict(path, vars(modules[owner]), key, own=True)
     if path.startswith("loss.") and isinstance(loss, nn.Module):
         inner = dict(loss.named_modules()).get(owner.removeprefix("loss").lstrip("."))
-        return None if inner is None else _in_dict(path, vars(inner), key)
+        return None if inner is None else _in_dict(path, vars(inner), key, own=True)
     if owner == "loss" and hasattr(loss, "__dict__"):
-        return _in_dict(path, vars(loss), key)
+        return _in_dict(path, vars(loss), key, own=True)
     return None
 
 
@@ -132,7 +135,7 @@ class _Search:
             self._add_class(type(module))
             for key in [key for key in vars(module) if key not in _OWN]:
                 path = ".".join(part for part in (prefix, name, key) if part)
-                self._add(vars(module), key, _in_dict(path, vars(module), key))
+                self._add(vars(module), key, _in_dict(path, vars(module), key, own=True))
 
     def _look_at(self, value: Any, path: str) -> None:
         """Look at something that may be called, or know what may be."""
@@ -148,7 +151,7 @@ class _Search:
             self._add_class(type(value))
             if path in ("loss", "hook"):  # any other is the value of a variable, as a whole
                 for key in list(getattr(value, "__dict__", ())):
-                    self._add(vars(value), key, _in_dict(f"{path}.{key}", vars(value), key))
+                    self._add(vars(value), key, _in_dict(f"{path}.{key}", vars(value), key, own=True))
 
     def _look_into_partial(self, partial: functools.partial[Any], path: str) -> None:
         self._waiting.append((partial.func, path))
@@ -225,14 +228,14 @@ def _hooks_of(model: nn.Module) -> Iterator[Any]:
             yield from (hooks or {}).values()
 
 
-def _in_dict(path: str, holder: Any, key: str) -> Place:
+def _in_dict(path: str, holder: Any, key: str, *, own: bool = False) -> Place:
     def write(value: Any) -> None:
         if value is ABSENT:
             holder.pop(key, None)
         else:
             holder[key] = value
 
-    return Place(path, lambda: holder.get(key, ABSENT), write)
+    return Place(path, lambda: holder.get(key, ABSENT), write, own)
 
 
 def _in_class(path: str, kind: type, key: str) -> Place:

@@ -16,9 +16,11 @@ they can lie in memory that several processes map, and nobody copies them twice.
 from __future__ import annotations
 
 import functools
+import importlib
 import io
 import os
 import pickle
+import sys
 import types
 import uuid
 import weakref
@@ -298,6 +300,8 @@ class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]  # it carries no anno
             return plain.__new__, (plain,), thing.__dict__, None, None, _revive
         elif isinstance(thing, types.FunctionType):
             self.functions.append(thing)
+        elif _is_special_module(thing):
+            return importlib.import_module, (thing.__name__,)
         reduced = super().reducer_override(thing)
         if isinstance(thing, type) and isinstance(reduced, tuple) and len(reduced) == 6:
             self.classes.append(thing)
@@ -362,6 +366,13 @@ class _LocalPickler(_Pickler):
             # Without the name by which it is known here, a class is made anew.
             return (function, (*made_of[:4], None, *made_of[5:]), *rest)
         return super().reducer_override(thing)
+
+
+def _is_special_module(thing: Any) -> bool:
+    """Whether it is a module of a class of its own, as in torch.backends, which cloudpickle does not take for one."""
+    if not isinstance(thing, types.ModuleType) or type(thing) is types.ModuleType:
+        return False
+    return sys.modules.get(thing.__name__) is thing
 
 
 def _has_parametrized_name(thing: Any) -> bool:

@@ -62,11 +62,13 @@ def is_own_code(thing: types.FunctionType | type) -> bool:
 
 
 def _is_local(name: str, module: object) -> bool:
-    if not isinstance(module, types.ModuleType) or name.partition(".")[0] in (_PARAKIT, *MAIN):
+    if not isinstance(module, types.ModuleType):
         return False
     filename = getattr(module, "__file__", None)
+    if not isinstance(filename, str) or not is_local(filename) or not filename.endswith(".py"):
+        return False
     # By its own name only: one that is known under two would be registered under the other.
-    return isinstance(filename, str) and module.__name__ == name and filename.endswith(".py") and is_local(filename)
+    return module.__name__ == name and name.partition(".")[0] not in (_PARAKIT, *MAIN)
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from parakit.commits import State, copy_state
 from parakit.devices import CPU, device_here, give_back, use
 from parakit.errors import RunFailed
 from parakit.evaluation import Tally
-from parakit.failures import code_failed, rows_in_words
+from parakit.failures import code_failed
 from parakit.gradients import GradientSum
 from parakit.holding import Holding
 from parakit.machine import usable_cores
@@ -102,6 +102,8 @@ class InlineCrew:
         self._device = device
         self._replica = Replica(job.recipe, device)
         self._replica.settle_down()
+        # A model's copy runs the notebook's own functions and classes: what they keep is given back in the end.
+        self._lent = self._replica.computation.attributes.shared(job.recipe.traits.counted)
         self._holdings: list[Holding] = []
         self._by_name: dict[str, Holding] = {}
         self._validation = Holding(device=device)
@@ -170,9 +172,10 @@ class InlineCrew:
         """What a user should read about an error of a step; None where somebody else knows better."""
         if isinstance(error, RunFailed) or not isinstance(error, Exception):
             return None
-        step = self._replica.step
+        step, at = self._replica.step, self._team.at
+        rows = self._job.rows(step, at.chunks if at else None)
         return code_failed(
-            f"Step {step} failed", Failure.of("code", step, error), rows_in_words(self._job.rows(step)),
+            f"Step {step} failed", Failure.of("code", step, error), rows,
             remedy="run.model holds the last state that was kept; parakit.train(..., resume=run) goes on from there",
         )  # fmt: skip
 
@@ -216,7 +219,8 @@ class InlineCrew:
         return worker
 
     def release(self) -> None:
-        """Let go of the chunks."""
+        """Let go of the chunks, and leave the notebook's variables as they were."""
+        self._replica.computation.attributes.restore(self._lent)
         self._by_name.clear()
         self._holdings.clear()
         self._validation = Holding(device=self._device)
@@ -233,6 +237,7 @@ class InlineTeam:
         self._own: list[tuple[list[float], int, float | None]] = []
         self._own_buffers: dict[int, dict[str, Tensor]] = {}  # by rank, of the rule "own"
         self._whole = Holding(replica.recipe.order, replica.device)
+        self.at: Holding | None = None  # whose share is being computed
 
     def gradient(self, step: int) -> list[GradientSum]:
         """Every worker's gradient sum."""
@@ -257,7 +262,9 @@ class InlineTeam:
         """A share's gradient sum; what it took is added to its worker's account."""
         replica, (seconds, _, norm) = self._replica, account
         before = list(replica.spent)
+        self.at = holding
         total = replica.gradient(step, holding, rank)
+        self.at = None
         grown = [s + now - then for s, now, then in zip(seconds, replica.spent, before, strict=False)]
         self._own.append((grown, replica.share_rows, replica.share_norm if norm is None else norm))
         return total

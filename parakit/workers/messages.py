@@ -33,6 +33,8 @@ class Failure:
         Steps that were done.
     error, text : str
         The error's type, and its message.
+    rank : int
+        Of the worker it came up on; -1 if it is the one that answers.
     places : tuple of Place
         The user's own lines of code that it came through.
     ours : bool
@@ -45,18 +47,19 @@ class Failure:
     step: int
     error: str
     text: str
+    rank: int = -1
     places: tuple[Place, ...] = ()
     ours: bool = False
     cause: bytes = b""
 
     @classmethod
-    def of(cls, kind: str, step: int, error: BaseException) -> Failure:
+    def of(cls, kind: str, step: int, error: BaseException, rank: int = -1) -> Failure:
         """What is to be told of an error."""
         cause = b""
         with suppress(Exception):
             cause = dumps(error)
         text = str(error) or repr(error)
-        return cls(kind, step, type(error).__name__, text, places_of(error), raised_by_parakit(error), cause)
+        return cls(kind, step, type(error).__name__, text, rank, places_of(error), raised_by_parakit(error), cause)
 
     def raised(self) -> BaseException | None:
         """The error itself, where it could travel."""

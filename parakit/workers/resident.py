@@ -64,6 +64,7 @@ class Resident:
         self.training = Holding(recipe.order, device)
         self.validation = Holding(device=device)
         self.rank = 0
+        self.mapping: tuple[int, int] | None = None  # step and rank of the latest gradient that was a task
         self.group: Adders | None = None
         self._vault: Vault | None = None
         self._room = Room(0, 0)  # for a state in the vault of rank 0
@@ -417,7 +418,8 @@ def _answer(resident: Resident, work: Callable[[], Any]) -> Answer:
 
 
 def _failure(kind: str, resident: Resident, error: BaseException) -> Failure:
-    return Failure.of(kind, resident.replica.step, error)
+    step, rank = resident.mapping or (resident.replica.step, -1)
+    return Failure.of(kind, step, error, rank)
 
 
 def prepare(
@@ -503,6 +505,7 @@ def map_gradient(resident: Resident, step: int, rank: int, parameters: Tensor) -
     """The gradient sum of this worker's share at some parameters, as a value of its own."""
     began = perf_counter()
     replica = resident.replica
+    resident.mapping = step, rank
     unflatten_into(unpack(parameters), list(replica.model.parameters()))
     part = replica.gradient(step, resident.training, rank).on_cpu()
     spent, replica.spent = replica.spent, [0.0] * len(replica.spent)

@@ -17,7 +17,7 @@ from parakit.commits import State, copy_state
 from parakit.data import Samples, pack, unpack
 from parakit.errors import BatchDependent, Diverged, RunFailed, WorkerLost
 from parakit.evaluation import Tally
-from parakit.failures import code_failed, rows_in_words
+from parakit.failures import code_failed
 from parakit.machine import in_thread, return_free_memory
 from parakit.serialization import dumps
 from parakit.vault import OpenVault, open_vault
@@ -493,10 +493,10 @@ class DaskCrew:
         failed.__cause__ = failure.raised()
         return failed
 
-    def _rows_of(self, member: str, step: int) -> str:
-        """Which rows of the data a member had in a step, in words."""
+    def _rows_of(self, member: str, step: int) -> list[int]:
+        """Which rows of the data a member had in a step."""
         held = self._held.get(member)
-        return "" if held is None or step < 0 else rows_in_words(self._job.rows(step, held[0]))
+        return [] if held is None or step < 0 else self._job.rows(step, held[0])
 
     def explained(self, failures: Mapping[str, Failure]) -> RunFailed | WorkerLost:
         """The error that a user should see: code that raised explains a lost partner, not the other way round."""

@@ -11,6 +11,8 @@ from distributed import Future
 
 from parakit.commits import State, copy_state
 from parakit.data import pack
+from parakit.errors import RunError
+from parakit.failures import code_failed
 from parakit.gradients import GradientSum, flatten
 from parakit.replica import EXCHANGE, UPDATE, Replica, StepRecord, evaluated
 from parakit.workers import resident
@@ -41,12 +43,25 @@ class DriverTeam:
         committed = self.replica.commit()
         self._measuring, self._norms = len(self._crew.members) > 1, []
         for step in range(first, first + count):
-            self._job.strategy.step(self, step)
+            self._make(step)
             self.replica.share_norm = None
             if self.halted > wish:
                 break
         self.replica.check_parameters()
         return Report(self._collect(), committed)
+
+    def _make(self, step: int) -> None:
+        """One step; an error that comes up here, in the optimizer or its schedule, is told with the step."""
+        try:
+            self._job.strategy.step(self, step)
+        except RunError:
+            raise
+        except Exception as error:
+            raise code_failed(
+                f"Step {step} failed in the notebook's process", Failure.of("code", step, error),
+                self._job.rows(step),
+                remedy="run.model holds the last state that was kept; parakit.train(..., resume=run) goes on from it",
+            ) from error  # fmt: skip
 
     def map_gradients(self, step: int) -> list[Future[Any]]:
         """One task a member, over the chunks it holds, at the present parameters."""
@@ -86,7 +101,7 @@ class DriverTeam:
         crew.watch([root], crew.members)
         answer = settled(root, self._job.limit_seconds)
         if answer.failure is not None:
-            raise crew.explained({crew.members[0]: answer.failure})
+            raise crew.explained({crew.members[max(0, answer.failure.rank)]: answer.failure})
         total: GradientSum = answer.value
         return total
 
