@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
-from parakit import errors
-from parakit.errors import ParakitError, RunFailed
+from parakit.errors import RunFailed
 from parakit.places import Place, listing
 
 __all__ = ["Raised", "code_failed"]
@@ -23,7 +22,9 @@ class Raised(Protocol):
         Its type, and its message.
     places : tuple of Place
     ours : bool
-        Whether it is parakit's own.
+        Whether parakit's own code raised it, and no code of the user's was on the way.
+    in_parts : bool
+        Whether it is a `ParakitError`, whose message says what is the case, where, why, and what to do.
     """
 
     @property
@@ -42,6 +43,10 @@ class Raised(Protocol):
     def ours(self) -> bool:
         """See above."""
 
+    @property
+    def in_parts(self) -> bool:
+        """See above."""
+
 
 def code_failed(fact: str, raised: Raised, rows: Sequence[int], remedy: str) -> RunFailed:
     """The error for a run whose step raised one.
@@ -56,7 +61,7 @@ def code_failed(fact: str, raised: Raised, rows: Sequence[int], remedy: str) -> 
     remedy : str
         Unless there is a better one.
     """
-    if _is_ours(raised.error):
+    if raised.in_parts:
         first, where, cause, own_remedy = _parts_of(raised.text)
         return RunFailed(f"{fact}: {first}", where=where, cause=cause, remedy=own_remedy or remedy)
     told = f"{fact}: {raised.error}: {raised.text}{_in_words(rows)}"
@@ -79,11 +84,6 @@ def _in_words(rows: Sequence[int]) -> str:
     shown = ", ".join(str(int(row)) for row in rows[:_SHOWN_ROWS])
     more = len(rows) - _SHOWN_ROWS
     return f" (rows {shown} of the data)" if more <= 0 else f" (rows {shown} and {more} others of the data: error.rows)"
-
-
-def _is_ours(name: str) -> bool:
-    kind = getattr(errors, name, None)
-    return isinstance(kind, type) and issubclass(kind, ParakitError)
 
 
 def _parts_of(text: str) -> tuple[str, str, str, str]:

@@ -30,8 +30,8 @@ __all__ = [
 ]  # fmt: skip
 
 #: "mean", "sum": over samples. "weighted": torch's loss object with weights. "weighted calls": a function of calls of
-#: torch's losses that all have the same weights. "several means": one of such calls with weights of their own, which
-#: workers add up in each step. "counted": it says sum and count itself.
+#: torch's losses that all have the same weights, by whose sum its value counts. "several means": one of such calls with
+#: weights of their own, which workers add up in each step. "counted": it says sum and count itself.
 Form = Literal["mean", "sum", "weighted", "weighted calls", "several means", "counted"]
 
 #: Torch's losses that take class labels, and weights for them.
@@ -123,9 +123,10 @@ class SummedLoss:
             loss: Any = self.function
             return ShareLoss(_summing(loss)(output, target), 1.0, float(_weights(loss, output, target)))
         if self.form == "weighted calls":
-            with CallsOfLosses(_by_nothing) as seen:
+            with CallsOfLosses(_by_their_own) as seen:
                 value = self.function(model(), target)
-            return ShareLoss(value, 1.0, float(self._common(seen.weights)))
+            weights = self._common(seen.weights)
+            return ShareLoss(value, weights, weights)
         with CallsOfLosses(divide) as seen:
             value = self.function(model(), target)
         self._check_calls(seen.weights)
@@ -197,8 +198,9 @@ class SummedLoss:
         return getattr(self.function, "__name__", type(self.function).__name__)
 
 
-def _by_nothing(_number: int, _weights: Any) -> float:
-    return 1.0
+def _by_their_own(_number: int, weights: Any) -> Any:
+    """A mean, and nothing where there is nothing to average."""
+    return weights if float(weights) else 1.0
 
 
 def rows_of(target: Tree) -> int:

@@ -6,8 +6,10 @@ larger. A run that cannot fit even so is refused at the call.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import operator
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn, optim
@@ -52,11 +54,15 @@ class MemoryNeeds:
 
 def states_of(optimizer: optim.Optimizer) -> float:
     """How many tensors an optimizer keeps for each parameter: as it does, or as its class is known to, or else 2."""
-    trained = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
+    trained = [sum(p.nbytes for p in group["params"] if p.requires_grad) for group in optimizer.param_groups]
     held = [v for state in optimizer.state.values() for v in state.values() if isinstance(v, torch.Tensor)]
     if held:
-        return float(sum(v.nbytes for v in held) / max(1, sum(p.nbytes for p in trained)))
-    group = optimizer.param_groups[0]
+        return float(sum(v.nbytes for v in held) / max(1, sum(trained)))
+    kept = [_states_of_group(optimizer, group) for group in optimizer.param_groups]
+    return float(sum(map(operator.mul, kept, trained)) / max(1, sum(trained)))
+
+
+def _states_of_group(optimizer: optim.Optimizer, group: Mapping[str, Any]) -> float:
     if isinstance(optimizer, optim.SGD):
         return 1.0 if group.get("momentum") else 0.0
     if isinstance(optimizer, optim.Adam | optim.AdamW):

@@ -28,6 +28,7 @@ _PRECISIONS = (
 )  # fmt: skip
 
 _WAIT_SECONDS = 60.0
+_NUMPYS: Any = np.random  # the generator that users' code draws from, whose types leave some of it out
 
 __all__ = ["Draws", "Settings", "drawing", "foreign_hooks", "seed_all", "undisturbed"]
 
@@ -225,18 +226,22 @@ def seed_all(device: torch.device, value: int, *, others: bool) -> None:
     if others:
         random.seed(value)
         np.random.seed(value % 2**32)  # noqa: NPY002
+        state = _NUMPYS.get_state(legacy=False)  # of normal numbers, the second of a pair may have been kept
+        _NUMPYS.set_state(state | {"has_gauss": 0, "gauss": 0.0})
 
 
 @contextmanager
 def undisturbed(device: torch.device) -> Iterator[None]:
-    """Give the generators back as they were."""
-    pythons, numpys = random.getstate(), np.random.get_state(legacy=False)  # noqa: NPY002
+    """Give the generators back as they were, also where another one took the place of numpy's."""
+    pythons, numpys, bits = random.getstate(), _NUMPYS.get_state(legacy=False), _NUMPYS.get_bit_generator()
     try:
         with torch.random.fork_rng(devices=generators_of(device)):
             yield
     finally:
         random.setstate(pythons)
-        np.random.set_state(numpys)  # noqa: NPY002
+        if _NUMPYS.get_bit_generator() is not bits:
+            _NUMPYS.set_bit_generator(bits)
+        _NUMPYS.set_state(numpys)
 
 
 def foreign_hooks() -> int:

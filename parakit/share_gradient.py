@@ -29,7 +29,7 @@ from parakit.exactness.late import Late
 from parakit.exactness.outputs import replaced, rows_checked, tensors_in
 from parakit.exactness.peers import ALONE, Peers, rows_of_all, speaking_to
 from parakit.exactness.rewrites import Rewrites
-from parakit.exactness.separation import Separation
+from parakit.exactness.separation import Separation, outputs_alone
 from parakit.exactness.still import Still, quiet_layers
 from parakit.exactness.structure import Structure
 from parakit.exactness.sync_norm import synchronise
@@ -83,7 +83,7 @@ class ShareGradient:
         self.structure = Structure(model, loss.function)
         self._rewrites = Rewrites(model, traits.rewrites)
         self._look = True
-        self._check = self._made_check() if recipe.check > 0 and not traits.gather else None
+        self._check = self._made_check() if recipe.check > 0 else None
 
     def _made_check(self) -> Check:
         traits = self._traits
@@ -91,11 +91,13 @@ class ShareGradient:
             self._model, self._loss.function, buffers=traits.rules, parameters=traits.rewrites,
             attributes=traits.counted, noisy=traits.noisy, others=traits.draws.others,
         )  # fmt: skip
-        separation = Separation(self._model, self._loss, still, needs_grad=traits.grad_in_evaluation)
+        # With the outputs of the whole batch, a loss may compare them; a model may not.
+        loss = SummedLoss(outputs_alone, "sum") if traits.gather else self._loss
+        separation = Separation(self._model, loss, still, needs_grad=traits.grad_in_evaluation)
         changing = traits.counted or traits.rules or traits.rewrites
         drawing = traits.draws.torch or traits.draws.others
         return Check(
-            separation, self._model, self._loss, Late(self.attributes), self._recipe.check,
+            separation, self._model, loss, Late(self.attributes), self._recipe.check, gathers=traits.gather,
             calm=not (changing or drawing or quiet_layers(self._model)), needs_grad=traits.grad_in_evaluation,
         )  # fmt: skip
 
@@ -204,6 +206,7 @@ class ShareGradient:
         whole = [self._rows(leaf, places, count) for leaf in own]
         targets = rows.map(lambda leaf: self._rows(leaf, places, count)).targets
         value = self._loss.function(replaced(output, iter(whole)), targets)
+        value = value[0] / float(value[1]) if isinstance(value, tuple | list) else value
         share = ShareLoss(value, float(len(places)), float(len(places)))
         forwarded = self._forwarded()
         if not standing_in:
@@ -211,6 +214,8 @@ class ShareGradient:
             self._buffer.sum.note(share)
             self._back(value, kept, own)
             self._buffer.arrived()
+            if self._check is not None:
+                self._check.after(step, rows, output, share)
         finish(self._device)
         return forwarded
 

@@ -10,7 +10,7 @@ import re
 import threading
 import warnings
 from collections.abc import Iterator
-from functools import partial  # noqa: F401  # this and the like is typed in cases
+from functools import partial  # this and the like is typed in cases
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset  # noqa: F401
 
 import parakit as pk
+from parakit.devices import CPU
 from parakit.errors import (
     CheckpointError,
     ConnectError,
@@ -38,6 +39,7 @@ from parakit.errors import (
     WaitTimeout,
     WorkerCountError,
 )
+from parakit.settings import undisturbed
 from tests.test_exact import wait_for
 
 TABLE = Path(__file__).with_name("BAD_INPUT.md")
@@ -140,6 +142,159 @@ class WithASet(torch.optim.lr_scheduler.StepLR):
     def __init__(self, optimizer: Any) -> None:
         self.seen = {1, 2}
         super().__init__(optimizer, 10)
+
+
+class OwnSchedule:
+    """No schedule of torch's, though it steps, and has a state."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.optimizer, self.done = optimizer, 0
+
+    def step(self) -> None:
+        self.done += 1
+        self.optimizer.param_groups[0]["lr"] = 0.1 / self.done
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"done": self.done}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.done = state["done"]
+
+
+class NotesChanges(nn.Module):
+    """A loss that notes how much it has changed, from its second call on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls, self.last, self.change = 0, None, 0.0
+
+    def forward(self, output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        loss = F.cross_entropy(output, target)
+        if self.calls > 0:
+            self.change = float(loss.detach()) - self.last
+        self.last = float(loss.detach())
+        self.calls += 1
+        return loss
+
+
+class RemembersAList(NotesChanges):
+    """The same, of all losses so far: the second call looks for one that is not there."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.all: list[float] = []
+
+    def forward(self, output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        loss = F.cross_entropy(output, target)
+        self.change = self.all[self.calls - 1] if self.calls else 0.0
+        self.calls += 1
+        self.all.append(float(loss.detach()))
+        return loss
+
+
+class FailsOnceMore(nn.Linear):
+    """A model that cannot be called twice, because of what it keeps."""
+
+    def __init__(self) -> None:
+        super().__init__(4, 3)
+        self.last: torch.Tensor | None = None
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        if self.last is not None:
+            inputs = inputs @ self.last
+        self.last = inputs.detach()
+        return super().forward(inputs)
+
+
+def adversary(*, kept: str = "alone") -> Any:
+    """A loss that trains an adversary within each step."""
+    other = nn.Linear(3, 2)
+    optimizer = torch.optim.SGD(other.parameters(), lr=0.1)
+    holder: Any = {"alone": optimizer, "dict": {"adversary": [optimizer]}, "object": partial(F.relu)}[kept]
+    if kept == "object":
+        holder.optimizer = optimizer
+
+    def loss(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        own = holder if kept == "alone" else holder["adversary"][0] if kept == "dict" else holder.optimizer
+        own.zero_grad()
+        F.cross_entropy(other(output.detach()), target % 2).backward()
+        own.step()
+        return F.cross_entropy(output, target) - 0.3 * F.cross_entropy(other(output), target % 2)
+
+    return loss
+
+
+class Adversary(nn.Module):
+    """The same as a module, with its optimizer made in the first call, or in the beginning."""
+
+    def __init__(self, *, late: bool = False) -> None:
+        super().__init__()
+        self.held = [nn.Parameter(torch.ones(3))]
+        self.optimizer = None if late else torch.optim.Adam(self.held)
+
+    def forward(self, output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        if self.optimizer is None:
+            self.optimizer = torch.optim.Adam(self.held)
+        self.optimizer.zero_grad()
+        (output.detach() * self.held[0]).square().mean().backward()
+        self.optimizer.step()
+        return F.cross_entropy(output, target)
+
+
+class SearchesWithin(nn.Linear):
+    """A model that trains something of its own in forward."""
+
+    def __init__(self) -> None:
+        super().__init__(4, 3)
+        self.shifts = [torch.zeros(4, requires_grad=True)]
+        self.search = torch.optim.SGD(self.shifts, lr=0.1)
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        self.shifts[0].grad = torch.ones(4)
+        self.search.step()
+        return super().forward(inputs + self.shifts[0].detach())
+
+
+class Seeded(nn.Linear):
+    """Draws the same noise in each call."""
+
+    def __init__(self) -> None:
+        super().__init__(4, 3)
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        torch.manual_seed(0)
+        return super().forward(inputs + torch.randn(inputs.shape))
+
+
+class SeededCentred(Seeded):
+    """The same, but what is wrong with it is something else."""
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        return super().forward(inputs - inputs.mean(0))
+
+
+class SeededForAll(Seeded):
+    """Draws noise that is the same for each row."""
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        torch.manual_seed(0)
+        return nn.Linear.forward(self, inputs + torch.randn(4))
+
+
+class Noisy(Seeded):
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        return nn.Linear.forward(self, inputs + torch.randn(inputs.shape))
+
+
+class FitsWithin(SearchesWithin):
+    """A model that has an optimizer for one call, and keeps another that it does not step."""
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        shift = torch.zeros(4, requires_grad=True)
+        inner = torch.optim.SGD([shift], lr=0.1 * len(self.search.param_groups))
+        shift.grad = torch.ones(4)
+        inner.step()
+        return nn.Linear.forward(self, inputs + shift.detach())
 
 
 def pairwise(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
@@ -271,6 +426,16 @@ MODELS = [
     Case("a schedule without its length", train("scheduler=torch.optim.lr_scheduler.StepLR"), ModelError, "step_size"),
     Case("a schedule on a metric", train("scheduler=torch.optim.lr_scheduler.ReduceLROnPlateau"),
          ModelError, "stepped without a metric"),
+    Case("a schedule of one's own", train("scheduler=OwnSchedule"), ModelError, "which is no torch.optim.lr_scheduler"),
+    Case("a function that returns no schedule", train("scheduler=lambda o: None"), ModelError, "returned None, which"),
+    Case("a loss that looks back", train("loss=NotesChanges()"), ModelError, "loss.last changes in forward and goes"),
+    Case("a loss that looks back in a list", train("loss=RemembersAList()"), ModelError, "loss.all changes in forward"),
+    Case("an optimizer in the loss", train("loss=adversary()"), LossError, "in its attribute adversary.<locals>.loss"),
+    Case("an optimizer in a loss that is a module", train("loss=Adversary()"), LossError, "in its attribute loss.opt"),
+    Case("one that is made in the loss", train("loss=Adversary(late=True)"), LossError, "in its attribute loss.optim"),
+    Case("an optimizer in the model", train(model="SearchesWithin()"), ModelError, "in its attribute search"),
+    Case("a seed in the model", train(model="Seeded()"), ModelError, "sets the seed of torch's generator in each call"),
+    Case("a seed, and statistics by hand", train(model="SeededCentred()"), ModelError, "at the rows of a batch"),
     Case("a loss by name", train('loss="mse"'), LossError, "cannot be called"),
     Case("a loss class", train("loss=nn.CrossEntropyLoss"), LossError, "cannot be called"),
     Case("no loss", train("loss=False"), LossError, "cannot be called"),
@@ -439,6 +604,31 @@ def test_a_dask_pool_stays_usable_after_every_refusal(pool: pk.Workers, scene: d
     assert pk.train(net(), (X, Y), on=pool, steps=2).wait(30, progress=False).status == "finished"
 
 
+@pytest.mark.parametrize("kept", ["dict", "object"])
+@pytest.mark.parametrize("more", ["workers=1", "workers=3, batch_size=24", "workers=2, check=False", "gather=True"])
+def test_an_optimizer_of_the_losss_own_is_found_in_what_it_keeps(kept: str, more: str, scene: dict[str, Any]) -> None:
+    with pytest.raises(
+        LossError, match=r"The loss steps an optimizer .* in its attribute adversary.<locals>.loss: hol"
+    ):
+        eval(train(f"loss=adversary(kept={kept!r}), {more}"), scene)
+
+
+def test_what_cannot_be_called_twice_is_told_with_its_line(scene: dict[str, Any]) -> None:
+    with pytest.raises(ModelError, match="The model and its loss cannot be called twice: RuntimeError: ") as caught:
+        eval(train(model="FailsOnceMore()"), scene)
+    assert "inputs = inputs @ self.last" in str(caught.value)
+    assert "Likely cause: what the first call leaves in last" in str(caught.value)
+
+
+@pytest.mark.parametrize("seed", [0, 1, 5])
+def test_what_draws_is_no_seed_whatever_the_notebooks_own(seed: int, scene: dict[str, Any]) -> None:
+    noisy = Noisy()
+    with undisturbed(CPU):
+        torch.manual_seed(seed)
+        typed = train("steps=2, workers=2, batch_size=16", model="noisy", end=".wait(20, progress=False)")
+        eval(typed, scene | {"noisy": noisy})
+
+
 def test_connecting_in_vain_leaves_nothing_behind(nothing_left: None) -> None:
     for case in CONNECTIONS:
         with pytest.raises(case.kind):
@@ -453,6 +643,11 @@ def test_connecting_in_vain_leaves_nothing_behind(nothing_left: None) -> None:
         train("seed=2**64, chunks=10**30, limit_seconds=float('inf')", end=".wait()"),
         train("checkpoint=Path('path'), checkpoint_keep=np.int64(1), checkpoint_seconds=np.float64(1)", end=".wait()"),
         train("resume=Path('saved'), batch_size=8, steps=np.int64(6)", end=".wait()"),
+        train("workers=2, batch_size=16", model="SeededForAll()", end=".wait()"),
+        train("workers=2, batch_size=16", model="FitsWithin()", end=".wait()"),
+        train(
+            "steps=2, scheduler=lambda o: torch.optim.lr_scheduler.LambdaLR(o, lambda n: 1 / (n + 1))", end=".wait()"
+        ),
         train("optimizer=torch.optim.SGD, strategy=None", data="(X.numpy(), Y.numpy().astype('uint8'))", end=".wait()"),
         "pk.panel(model, data, on=workers, epochs=np.int64(2), batch_size=np.int64(8), baselines=False).close()",
     ],

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import parakit as pk
 from parakit.errors import InputError, ModelError
 from parakit.exactness.buffers import RULES, Buffers, Rule, buffers_of, check_rules, merged, rules_for
 
@@ -35,7 +36,7 @@ class Fellow:
 
     size = 3
 
-    def __init__(self, rank: int, others: dict[int, list[float]]) -> None:
+    def __init__(self, rank: int, others: dict[int, Any]) -> None:
         self.rank, self._others, self.calls = rank, others, 0
 
     def sum(self, values: Tensor) -> None:
@@ -101,15 +102,92 @@ def test_a_worker_alone_asks_nobody() -> None:
 
 
 def test_several_buffers_of_several_shapes_are_brought_together_at_once() -> None:
-    model = holder(count=torch.tensor(0), unruled=torch.ones(2), largest=torch.zeros(2, 2))
-    buffers = Buffers(model, None, {"count": "sum", "largest": "max"})
+    model = holder(total=torch.tensor(0.0), unruled=torch.ones(2), largest=torch.zeros(2, 2))
+    buffers = Buffers(model, None, {"total": "sum", "largest": "max"})
     buffers.begin()
-    model.count += 5
+    model.total += 5
     model.largest[0, 1] = 7.0
     peers = Fellow(1, {0: [2, 1, 1, 1, 1], 2: [3, 0, 9, 0, 0]})
     buffers.settle(peers)
-    assert (int(model.count), model.largest.tolist()) == (10, [[1.0, 9.0], [1.0, 1.0]])
+    assert (int(model.total), model.largest.tolist()) == (10, [[1.0, 9.0], [1.0, 1.0]])
     assert peers.calls == 1
+
+
+def test_those_of_several_kinds_at_once_for_each_kind() -> None:
+    buffers = {"count": torch.tensor(0), "turn": torch.zeros(1, dtype=torch.complex64), "largest": torch.zeros(1)}
+    model = holder(**buffers, seen=torch.zeros(2, dtype=torch.int32))
+    together = Buffers(model, None, {"count": "sum", "turn": "first", "largest": "max", "seen": "sum"})
+    together.begin()
+    peers = Fellow(0, {1: [3.0], 2: [4.0]})  # the same numbers of each kind, in every place
+    model.turn += 1j
+    model.largest += 2
+    together.settle(peers)
+    assert (model.count.item(), model.turn.item(), model.largest.item()) == (7, 1j, 4.0)
+    assert model.seen.tolist() == [7, 7]
+    assert peers.calls == 3
+
+
+# --- values that doubles do not hold
+
+COMPLEX = torch.tensor([[1 + 2j, 3j], [2 - 4j, 0j], [3 + 2j, 3 + 3j]], dtype=torch.complex64)
+LARGE = torch.tensor([[2**53 + 1, -(2**62)], [2**53 + 3, 2**62 + 1], [2**53 + 5, 0]])
+INF, NAN = float("inf"), float("nan")
+
+
+def together(rule: Rule, before: Tensor, values: Tensor, *, in_a_state: bool = False) -> Tensor:
+    """What values of several workers come to: after a step of the first, or in a state of all."""
+    model = holder(seen=before.clone())
+    buffers = Buffers(model, None, {"seen": rule})
+    if in_a_state:
+        buffers.take([{"seen": row} for row in values])
+        return model.seen
+    buffers.begin()
+    model.seen.copy_(values[0])
+    others = torch.view_as_real(values).flatten(1) if values.is_complex() else values
+    buffers.settle(Fellow(0, {1: others[1].tolist(), 2: others[2].tolist()}))
+    return model.seen
+
+
+@pytest.mark.parametrize("in_a_state", [False, True])
+@pytest.mark.parametrize(("rule", "value"), [("first", COMPLEX[0]), ("sum", COMPLEX.sum(0)), ("mean", COMPLEX.mean(0))])
+def test_complex_numbers_stay_whole(rule: Rule, value: Tensor, in_a_state: bool) -> None:
+    found = together(rule, torch.zeros(2, dtype=torch.complex64), COMPLEX, in_a_state=in_a_state)
+    torch.testing.assert_close(found, value)
+
+
+@pytest.mark.parametrize("in_a_state", [False, True])
+@pytest.mark.parametrize(
+    ("rule", "value"),
+    [
+        ("first", LARGE[0]), ("max", LARGE.amax(0)), ("min", LARGE.amin(0)), ("sum", LARGE.sum(0)),
+        ("mean", torch.tensor([2**53 + 3, 0])),
+    ],
+)  # fmt: skip
+def test_whole_numbers_of_any_size_are_exact(rule: Rule, value: Tensor, in_a_state: bool) -> None:
+    found = together(rule, torch.zeros(2, dtype=torch.int64), LARGE, in_a_state=in_a_state)
+    assert found.tolist() == value.tolist()
+
+
+@pytest.mark.parametrize("values", [[[1], [2], [3]], [[-1], [-2], [-2]], [[0], [0], [1]]])
+@pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.bool])
+def test_means_of_whole_numbers_are_cut_off(values: list[list[int]], dtype: torch.dtype) -> None:
+    given = torch.tensor(values).abs().to(dtype) if dtype is not torch.int64 else torch.tensor(values)
+    assert together("mean", given[0], given).item() == given.double().mean().to(dtype).item()
+
+
+@pytest.mark.parametrize("in_a_state", [False, True])
+def test_what_is_infinite_and_stays_so_adds_nothing(in_a_state: bool) -> None:
+    before = torch.tensor([-INF, INF, INF, 1.0, 0.0])
+    values = torch.tensor([[-INF, INF, INF, 2.0, 0.0], [-INF, INF, INF, 1.0, INF], [-INF, INF, INF, 3.0, 0.0]])
+    assert together("sum", before, values, in_a_state=in_a_state).tolist() == [-INF, INF, INF, 4.0, INF]
+
+
+@pytest.mark.parametrize("rule", ["max", "min"])
+def test_of_complex_numbers_none_is_the_largest(rule: str) -> None:
+    model = holder(turn=torch.zeros(1, dtype=torch.complex64), seen=torch.zeros(1))
+    with pytest.raises(InputError, match=f"the rule '{rule}' for turn, whose numbers are complex"):
+        rules_for(model, None, ["turn"], ["turn"], {"*": rule})
+    assert rules_for(model, None, ["seen"], ["seen"], {"seen": rule}) == {"seen": rule}
 
 
 def test_whether_any_need_every_step() -> None:
@@ -321,3 +399,112 @@ def test_one_element_of_a_large_one_is_noticed() -> None:
 def test_marks_are_the_same_for_the_same_values_alone(one: list[float], other: list[float], equal: bool) -> None:
     marks = [Buffers(holder(seen=torch.tensor(row)), None, {"seen": "alike"}).alike() for row in (one, other)]
     assert (marks[0] == marks[1]) is equal
+
+
+# --- marks of values that cannot be added up
+
+STRANGE: dict[str, Tensor] = {
+    "a causal mask": torch.full((4, 4), -INF).triu(1),
+    "a value that is unknown": torch.tensor([NAN, 1.0, INF, -INF]),
+    "complex": torch.tensor([1 + 2j, NAN, 3j, INF]),
+    "complex, conjugated": torch.tensor([1 + 2j, 1.0, 3j, 0]).conj(),
+    "whole numbers": torch.tensor([2**62, 1, 2, 3]),
+    "truths": torch.tensor([True, False, True, True]),
+    "half": torch.tensor([NAN, 65504.0, 0.0, -0.0], dtype=torch.float16),
+    "eight bits": torch.tensor([NAN, 1.0, 2.0, 3.0]).to(torch.float8_e4m3fn),
+    "large": torch.cat([torch.full((2,), NAN), torch.zeros(1 << 21), torch.tensor([INF])]),
+    "transposed": torch.tensor([[1.0, INF], [2.0, NAN]]).t(),
+}
+
+
+def alike(buffer: Tensor) -> list[float]:
+    return Buffers(holder(seen=buffer), None, {"seen": "alike"}).alike()
+
+
+@pytest.mark.parametrize("name", STRANGE)
+def test_marks_are_finite_and_the_same_for_the_same_values(name: str) -> None:
+    (mark,) = alike(STRANGE[name])
+    assert mark == int(mark) < 2**32  # a mean of several equal ones is exact
+    assert alike(STRANGE[name].clone()) == [mark]
+    assert alike(STRANGE[name].contiguous().clone()) == [mark]
+
+
+@pytest.mark.parametrize("name", STRANGE)
+def test_each_change_of_an_element_changes_them(name: str) -> None:
+    flat = STRANGE[name].resolve_conj().reshape(-1)
+    for place in {0, 1, len(flat) // 2, len(flat) - 1}:
+        for other in (-1.0, 0.0, NAN, INF):
+            changed = flat.clone()
+            changed[place] = True if flat.dtype is torch.bool else other if flat.is_floating_point() else 7
+            equal = torch.equal(changed.view(torch.uint8), flat.view(torch.uint8))
+            same_zero = bool(changed[place] == flat[place])
+            unknown = bool((changed[place] != changed[place]) & (flat[place] != flat[place]))
+            assert (alike(changed) == alike(flat)) is (equal or same_zero or unknown)
+
+
+@pytest.mark.parametrize("other", [torch.zeros(4), torch.zeros(2, 2), torch.zeros(4, dtype=torch.float64)])
+def test_another_shape_or_type_is_another_value(other: Tensor) -> None:
+    assert alike(other) != alike(torch.zeros(1, 4))
+
+
+def test_a_small_change_of_large_numbers_counts() -> None:
+    large = torch.full((3,), 1e200, dtype=torch.float64)
+    changed = large.clone()
+    changed[1] = 1e200 * (1 + 2**-52)
+    assert alike(changed) != alike(large)
+
+
+@pytest.mark.parametrize("name", STRANGE)
+def test_the_same_strange_values_once_more_are_no_change(name: str) -> None:
+    model = holder(seen=STRANGE[name].clone())
+    buffers = Buffers(model, None, {})
+    model.seen.copy_(STRANGE[name])
+    assert buffers.surprises() == []
+    model.seen = torch.ones_like(model.seen)
+    assert buffers.surprises() == ["seen"]
+
+
+class Masked(nn.Module):
+    """Writes its mask anew in each call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+        self.register_buffer("mask", torch.full((4, 4), -INF).triu(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.mask.copy_(torch.full((4, 4), -INF).triu(1))
+        return (self.mask.softmax(1) @ self.layer(x).unsqueeze(2)).squeeze(2)
+
+
+class Adding(nn.Module):
+    """Adds up a complex number by the rows it sees."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+        self.register_buffer("turn", torch.tensor([1.0 + 1j]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.turn.add_(0.1j * len(x))
+        return self.layer(x)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_mask_that_is_written_anew_is_no_change(workers: int) -> None:
+    data = torch.randn(32, 4), torch.randn(32, 4)
+    with pk.connect("inline") as pool:
+        run = pk.train(Masked(), data, on=pool, loss=nn.MSELoss(), batch_size=16, epochs=2, workers=workers)
+        assert run.wait(30, progress=False).status == "finished"
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_complex_sum_is_that_of_all_rows(workers: int) -> None:
+    data = torch.randn(32, 4), torch.randn(32, 4)
+    with pk.connect("inline") as pool:
+        run = pk.train(
+            Adding(), data, on=pool, loss=nn.MSELoss(), batch_size=16, epochs=2, workers=workers,
+            buffers={"turn": "sum"},
+        )  # fmt: skip
+        run.wait(30, progress=False)
+        assert run.model.turn.item() == pytest.approx(1 + 1j + 0.1j * 64)  # type: ignore[union-attr]

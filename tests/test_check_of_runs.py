@@ -6,6 +6,7 @@ numbers, normalises or counts is not accused.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import parakit as pk
-from parakit.errors import BatchDependent, ParakitError
+from parakit.errors import BatchDependent, ParakitError, RunFailed
 
 ROWS, FEATURES, CLASSES, BATCH = 2048, 6, 3, 64
 RARE = 100  # of how many rows one is of the rare kind
@@ -192,6 +193,97 @@ def test_what_slips_through_the_trial_stops_the_run_in_words(
     assert len(run.history.losses) <= WITHIN
     assert "Remedy: return (sum, count)" in str(told.value)
     assert all(torch.isfinite(p).all() for p in run.model.parameters()), "the last committed state is kept"
+
+
+GATHERED = [
+    "a model that centres batches with a rare row", "a model that centres batches from some step on",
+    "a model that centres batches after a warm-up", "one that centres them from some step on, with dropout",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("where", ["processes", "inline"])
+@pytest.mark.parametrize("name", GATHERED)
+def test_a_model_whose_outputs_are_gathered_is_looked_at_too(
+    pools: dict[str, pk.Workers], name: str, where: str
+) -> None:
+    torch.manual_seed(1)
+    run = trained(pools[where], SLIPPING[name](), gather=True)
+    with pytest.raises(BatchDependent, match="rows of a batch meet in the model") as told:
+        run.wait(timeout=60, progress=False)
+    assert len(run.history.losses) <= WITHIN
+    assert "compare it in the loss" in str(told.value)
+
+
+def test_what_a_gathered_loss_compares_is_nobodys_fault(pools: dict[str, pk.Workers]) -> None:
+    torch.manual_seed(1)
+    run = trained(pools["inline"], (Keeping(), neighbours), gather=True, check=1.0)
+    assert run.wait(timeout=60, progress=False).status == "finished"
+
+
+class Slow(MeetsAfterWarmUp):
+    """Takes some thirty milliseconds for each call."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        time.sleep(0.03)
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("where", ["processes", "inline"])
+def test_a_slow_model_is_stopped_within_as_many_steps(pools: dict[str, pk.Workers], where: str) -> None:
+    torch.manual_seed(1)
+    run = trained(pools[where], (Slow(), nn.CrossEntropyLoss()))
+    with pytest.raises(BatchDependent):
+        run.wait(timeout=60, progress=False)
+    assert len(run.history.losses) <= WITHIN
+
+
+class Plateau(nn.Module):
+    """Halves a penalty where the loss gets no better: what it keeps goes by the rows it sees."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.best, self.weight, self.bad = float("inf"), 1.0, 0
+
+    def forward(self, output: Tensor, target: Tensor) -> Tensor:
+        loss = F.cross_entropy(output, target)
+        if float(loss.detach()) < self.best - 1e-4:
+            self.best, self.bad = float(loss.detach()), 0
+        else:
+            self.bad += 1
+            if self.bad >= 3:
+                self.weight, self.bad = self.weight / 2, 0
+        return loss + self.weight * 0.1 * output.square().mean()
+
+
+class Ratio(nn.Module):
+    """Weighs by the last two values of a part."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.last = self.before = float("nan")
+
+    def forward(self, output: Tensor, target: Tensor) -> Tensor:
+        one, other = F.cross_entropy(output, target), output.square().mean()
+        weight = self.last / self.before
+        self.before, self.last = self.last, float(other.detach())
+        return one + (weight if weight == weight else 1.0) * other
+
+
+@pytest.mark.parametrize("kind", [Plateau, Ratio])
+def test_to_look_changes_nothing_where_a_loss_keeps_what_it_saw(pools: dict[str, pk.Workers], kind: Any) -> None:
+    losses = []
+    for check in (False, True, 1.0):
+        torch.manual_seed(1)
+        run = trained(pools["inline"], (network(), kind()), workers=1, check=check)
+        losses.append(run.wait(timeout=60, progress=False).history.losses.tolist())
+    assert losses[0] == losses[1] == losses[2]
+
+
+@pytest.mark.parametrize("kind", [Plateau, Ratio])
+def test_and_several_workers_stop_in_words(pools: dict[str, pk.Workers], kind: Any) -> None:
+    torch.manual_seed(1)
+    with pytest.raises(RunFailed, match="come to different values"):
+        trained(pools["inline"], (network(), kind())).wait(timeout=60, progress=False)
 
 
 def test_one_worker_is_told_too_because_its_run_may_be_resized(pools: dict[str, pk.Workers]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import importlib
 import io
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import cloudpickle
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn, optim
@@ -25,10 +27,11 @@ from torch.nn.utils import parametrizations, parametrize, prune
 
 import parakit
 from parakit.errors import ModelError
+from parakit.exactness.hooks import ParameterHooks
 from parakit.preflight.copies import frozen_parts
 from parakit.recipe import Parts
 from parakit.serialization import Frozen, TooLarge, dumps, freeze
-from parakit.serialization.local_code import by_value, is_local, is_own_code
+from parakit.serialization.local_code import by_value, is_local, is_own_code, local_modules
 from parakit.shared_memory import CannotShare
 
 linux = pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="memory without a name")
@@ -518,6 +521,285 @@ def test_objects_left_out_are_replaced_by_others() -> None:
     assert freeze({"model": model}, [model]).nbytes == 0
 
 
+# --- classes derived from those of tensors
+
+
+class Scaled(nn.Parameter):
+    pass
+
+
+class Slotted(nn.Parameter):
+    __slots__ = ("rate",)
+
+
+class Marked(Tensor):
+    pass
+
+
+class Strict(Tensor):
+    """One whose operations all go through its class."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        raise AssertionError(func)
+
+
+DERIVED: dict[str, Callable[[], Any]] = {
+    "parameter": lambda: Scaled(torch.zeros(2)),
+    "parameter with slots": lambda: Slotted(torch.zeros(2)),
+    "tensor": lambda: torch.zeros(2).as_subclass(Marked),
+    "parameter of a tensor's class": lambda: nn.Parameter(torch.zeros(2).as_subclass(Marked)),
+    "tensor that takes no operation": lambda: torch.zeros(2).as_subclass(Strict),
+}
+
+
+@both_ways
+@pytest.mark.parametrize("name", DERIVED)
+def test_a_derived_class_is_kept_with_its_attributes(name: str, copy: Callable[[Any], Any]) -> None:
+    model: Any = nn.Module()
+    model.w = DERIVED[name]()
+    with torch._C.DisableTorchFunctionSubclass():
+        model.w.rate = 3
+        made = copy(model)
+        assert (type(made.w), made.w.rate, made.w.requires_grad) == (type(model.w), 3, model.w.requires_grad)
+        assert isinstance(made.w, nn.Parameter) == isinstance(model.w, nn.Parameter)
+
+
+@pytest.mark.parametrize("kind", [Scaled, Slotted])
+def test_so_are_the_hooks_of_such_parameters(kind: Any) -> None:
+    parameter = kind(torch.zeros(2))
+    parameter.register_hook(lambda grad: grad * 10)
+    made = copied(parameter)
+    (made * 1).sum().backward()
+    assert made.grad.tolist() == [10, 10]
+
+
+@pytest.mark.parametrize("kind", [Scaled, Marked])
+def test_views_of_them_stay_in_one_memory(kind: Any) -> None:
+    whole = torch.zeros(4).as_subclass(kind)
+    one, part = copied((whole, whole.detach()[1:3]))
+    assert is_tied(one, part)
+
+
+class Choosing(Tensor):
+    """One that says itself how it travels."""
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return torch.ones, (3,)
+
+
+def test_a_class_that_says_how_it_travels_travels_so() -> None:
+    assert copied(torch.zeros(2).as_subclass(Choosing)).tolist() == [1, 1, 1]
+
+
+# --- arrays
+
+
+def a_view(make: Callable[[Any], Any]) -> Callable[[], tuple[Tensor, Any]]:
+    def pair() -> tuple[Tensor, Any]:
+        parameter = nn.Parameter(torch.arange(6.0).reshape(2, 3))
+        return parameter, make(parameter.detach().numpy())
+
+    return pair
+
+
+def a_tensor(make: Callable[[Any], Any]) -> Callable[[], tuple[Tensor, Any]]:
+    def pair() -> tuple[Tensor, Any]:
+        array = np.arange(6.0)
+        return torch.from_numpy(array), make(array)
+
+    return pair
+
+
+def the_beginning() -> tuple[Tensor, Any]:
+    array = np.arange(6.0)
+    return torch.from_numpy(array[:2]), array
+
+
+PAIRS: dict[str, Callable[[], tuple[Tensor, Any]]] = {
+    "parameter": a_view(lambda array: array),
+    "row of a parameter": a_view(lambda array: array[1]),
+    "parameter turned round": a_view(lambda array: array[::-1, ::2]),
+    "parameter transposed": a_view(lambda array: array.T),
+    "parameter, not to be written": a_view(lambda array: np.broadcast_to(array, (4, 2, 3))),
+    "bytes of a parameter": a_view(lambda array: array.view(np.uint32)),
+    "array": a_tensor(lambda array: array),
+    "part of an array": a_tensor(lambda array: array[2:4]),
+    "tensor of the beginning": the_beginning,
+}
+
+
+@pytest.mark.parametrize("turned", [False, True], ids=["tensor first", "array first"])
+@pytest.mark.parametrize("name", PAIRS)
+def test_an_array_stays_in_the_memory_of_its_tensor(name: str, turned: bool) -> None:
+    tensor, array = PAIRS[name]()
+    frozen = freeze((array, tensor) if turned else (tensor, array))
+    for again in range(2):  # a copy of a copy is as tied
+        one, other = frozen.thaw()
+        made, of_copy = (other, one) if turned else (one, other)
+        assert (of_copy.dtype, of_copy.flags.writeable) == (array.dtype, array.flags.writeable), again
+        assert np.array_equal(of_copy, array)
+        assert torch.equal(made, tensor)
+        frozen = freeze((one, other))
+    assert frozen.ties
+    with torch.no_grad():
+        made.fill_(-1.0)
+    assert not np.isin(of_copy[:1], array[:1]).any()
+    assert (tensor >= 0).all()
+
+
+def test_arrays_alone_are_no_ties_of_parameters() -> None:
+    whole = np.arange(6.0)
+    frozen = freeze((nn.Linear(2, 2), whole, whole[2:4]))
+    _, array, part = frozen.thaw()
+    array[:] = 7
+    assert part.tolist() == [7, 7]
+    assert not frozen.ties
+
+
+ARRAYS: dict[str, Any] = {
+    "objects": np.array([{"a": 1}, None]),
+    "words": np.array(["a", "bcd"]),
+    "dates": np.array(["2020-01-01"], dtype="datetime64[D]"),
+    "fields": np.array([(1, 2.5)], dtype=[("a", "i4"), ("b", "f8")]),
+    "empty": np.zeros((0, 3)),
+    "one number": np.array(2.5),
+    "columns first": np.asfortranarray(np.arange(6.0).reshape(2, 3)),
+    "other byte order": np.arange(3, dtype=">i4"),
+    "of bytes": np.frombuffer(b"abcd", dtype=np.uint8),
+}
+
+
+@pytest.mark.parametrize("name", ARRAYS)
+def test_arrays_of_every_kind_are_equal(name: str) -> None:
+    made = copied(ARRAYS[name])
+    assert (type(made), made.dtype, made.shape) == (np.ndarray, ARRAYS[name].dtype, ARRAYS[name].shape)
+    assert np.array_equal(made, ARRAYS[name])
+
+
+def test_memory_in_common_that_no_copy_can_keep_is_refused() -> None:
+    array = np.arange(6.0)
+    with pytest.raises(ModelError, match=r"shapes \(6,\) and \(2,\), share memory in a way that no copy can keep"):
+        freeze((array, torch.from_numpy(array[2:4])))
+    apart = freeze((array[:2], torch.from_numpy(array[2:4]))).thaw()
+    assert [values.tolist() for values in apart] == [[0, 1], [2, 3]]
+
+
+# --- handles of hooks
+
+
+class Once(nn.Module):
+    """A hook that takes itself off."""
+
+    def __init__(self, register: str) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(2))
+
+        def once(given: Any) -> Any:
+            self.handle.remove()
+            grad = given if given is not self.weight else given.grad
+            grad.mul_(10)
+
+        self.handle = getattr(self.weight, register)(once)
+
+    def gradients(self, hooks: ParameterHooks | None) -> list[Any]:
+        found = []
+        for _ in range(3):
+            self.weight.grad = None
+            (self.weight * 1).sum().backward()
+            if hooks is not None:
+                hooks.call()
+            found.append(self.weight.grad.tolist()[0])  # type: ignore[attr-defined]
+        return found
+
+
+@both_ways
+@pytest.mark.parametrize("taken_off", [False, True], ids=["on", "taken off"])
+@pytest.mark.parametrize("register", ["register_hook", "register_post_accumulate_grad_hook"])
+def test_a_handle_takes_its_hook_off_the_copy(register: str, taken_off: bool, copy: Callable[[Any], Any]) -> None:
+    model = Once(register)
+    made = copy(model)
+    assert made.gradients(ParameterHooks([made.weight]) if taken_off else None) == [10, 1, 1]
+    assert model.gradients(None) == [10, 1, 1]
+
+
+def test_a_later_hook_does_not_take_the_place_of_one_that_came_along(monkeypatch: pytest.MonkeyPatch) -> None:
+    parameter = nn.Parameter(torch.ones(2))
+    parameter.register_hook(lambda grad: grad * 10)
+    frozen = freeze(parameter)
+    monkeypatch.setattr("torch.utils.hooks.RemovableHandle.next_id", min(parameter._backward_hooks))  # type: ignore[type-var,arg-type]
+    made = frozen.thaw()
+    made.register_hook(lambda grad: grad * 2)
+    (made * 1).sum().backward()
+    assert made.grad.tolist() == [20, 20]
+
+
+# --- wrappers of functions
+
+
+class Remembering(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.scale + self.shift(1)
+
+    @functools.cached_property
+    def scale(self) -> float:
+        return 3.0
+
+    @functools.lru_cache(maxsize=7)  # noqa: B019
+    def shift(self, by: int) -> int:
+        return by + 1
+
+
+def remembering() -> Any:
+    class Local(Remembering):
+        @functools.cached_property
+        def scale(self) -> float:
+            "Doubled."
+            return 6.0
+
+        @functools.lru_cache(maxsize=7)  # noqa: B019
+        def shift(self, by: int) -> int:
+            return by + 2
+
+    return Local()
+
+
+@both_ways
+@pytest.mark.parametrize(("make", "expected"), [(Remembering, 5.0), (remembering, 9.0)])
+def test_caches_of_a_class_travel(make: Any, expected: float, copy: Callable[[Any], Any]) -> None:
+    model = make()
+    model(torch.ones(1))
+    made = copy(model)
+    assert made(torch.ones(1)).tolist() == [expected]
+    assert type(made).shift.cache_parameters() == {"maxsize": 7, "typed": False}
+
+
+def test_a_cached_function_travels_by_value_and_empty() -> None:
+    @functools.lru_cache(maxsize=9)
+    def power(of: int) -> int:
+        "Of two."
+        return 2 * power(of - 1) if of else 1
+
+    assert power(5) == 32
+    made = copied(power)
+    assert made.cache_info().currsize == 0
+    assert (made(5), made.__name__, made.__doc__, made.cache_info().currsize) == (32, "power", "Of two.", 6)
+
+
+@pytest.mark.parametrize("name", ["script", "trace", "loss"])
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_what_torch_compiled_is_refused_by_its_name(name: str) -> None:
+    model: Any = nn.Sequential(nn.Linear(2, 2))
+    loss: Any = nn.MSELoss()
+    if name == "loss":
+        loss = torch.jit.script(nn.functional.mse_loss)
+    else:
+        model = nn.Sequential(torch.jit.script(model) if name == "script" else torch.jit.trace(model, torch.ones(1, 2)))
+    with pytest.raises(ModelError, match="mse_loss was compiled" if name == "loss" else "Sequential was compiled") as e:
+        frozen_parts(Parts(model, loss, partial(optim.SGD, lr=0.1)))
+    assert "Remedy: train the module or the function that it was made of" in str(e.value)
+
+
 # --- limits
 
 
@@ -777,6 +1059,30 @@ def test_what_is_registered_by_value_is_so_for_a_moment(beside: types.ModuleType
     with by_value():
         assert beside.__name__ in registered()
     assert registered() == before
+
+
+class Leaving:
+    """What adds a module when it is collected."""
+
+    def __init__(self) -> None:
+        self.circle = self
+
+    def __del__(self) -> None:
+        sys.modules[f"late_{len(sys.modules)}"] = types.ModuleType("late")
+
+
+def test_modules_may_come_while_they_are_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "modules", sys.modules.copy())
+    before = gc.get_threshold()
+    try:
+        for attempt in range(50):
+            gc.collect()
+            Leaving()
+            gc.set_threshold(100 + attempt, 10, 10)
+            local_modules()
+    finally:
+        gc.set_threshold(*before)
+        gc.collect()
 
 
 def test_also_when_pickling_fails(beside: types.ModuleType) -> None:

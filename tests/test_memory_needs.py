@@ -122,6 +122,35 @@ def test_and_is_what_it_keeps_then(name: str) -> None:
     assert states_of(optimizer) == pytest.approx(states, abs=0.01)
 
 
+GROUPS: dict[str, tuple[type[optim.Optimizer], tuple[dict[str, Any], dict[str, Any]], float]] = {
+    "momentum in the second alone": (optim.SGD, ({}, {"momentum": 0.9}), 0.75),
+    "momentum in the first alone": (optim.SGD, ({"momentum": 0.9}, {}), 0.25),
+    "momentum in none": (optim.SGD, ({}, {}), 0.0),
+    "the largest kept in the second": (optim.Adam, ({}, {"amsgrad": True}), 2.75),
+    "the largest kept in both": (optim.AdamW, ({"amsgrad": True}, {"amsgrad": True}), 3.0),
+    "one that is told alike for all": (optim.Adagrad, ({}, {"lr": 0.1}), 1.0),
+}
+
+
+@pytest.mark.parametrize("name", GROUPS)
+def test_all_groups_count_by_their_sizes(name: str) -> None:
+    kind, options, states = GROUPS[name]
+    parameters = [nn.Parameter(torch.zeros(size)) for size in (1000, 3000)]
+    optimizer = kind([{"params": [p], **more} for p, more in zip(parameters, options, strict=True)], lr=0.1)  # type: ignore[call-arg]
+    assert states_of(optimizer) == pytest.approx(states, abs=0.01)
+    for parameter in parameters:
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    assert states_of(optimizer) == pytest.approx(states, abs=0.01)
+
+
+def test_frozen_parameters_of_a_group_count_for_nothing() -> None:
+    frozen, trained = nn.Parameter(torch.zeros(1000), requires_grad=False), nn.Parameter(torch.zeros(1000))
+    groups = [{"params": [frozen], "momentum": 0.9}, {"params": [trained]}]
+    assert states_of(optim.SGD(groups, lr=0.1)) == 0
+    assert states_of(optim.SGD([frozen], lr=0.1, momentum=0.9)) == 0
+
+
 def test_an_optimizer_that_has_begun_tells_itself() -> None:
     parameter = nn.Parameter(torch.zeros(1000))
     optimizer = optim.RMSprop([parameter])

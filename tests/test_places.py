@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import linecache
+import pickle
 import sys
 import traceback
 import types
@@ -17,9 +18,10 @@ import torch
 from torch import nn
 
 from parakit.data import Samples
-from parakit.errors import Diverged, LossError, RunFailed
+from parakit.errors import DataError, Diverged, LossError, ParakitError, RunFailed
 from parakit.failures import code_failed
 from parakit.places import Place, listing, places_of, raised_by_parakit, short, told
+from parakit.workers.messages import Failure
 
 HERE = Path(__file__).name
 
@@ -229,6 +231,7 @@ class Told:
     text: str = "too wide"
     places: tuple[Place, ...] = ()
     ours: bool = False
+    in_parts: bool = False
 
 
 def lines(failed: RunFailed) -> list[str]:
@@ -266,7 +269,7 @@ def test_a_mistake_of_parakits_is_admitted() -> None:
 @pytest.mark.parametrize("kind", [LossError, Diverged])
 def test_an_error_in_parakits_words_keeps_its_parts(kind: Any) -> None:
     error = kind("the loss is no number", where='  File "x.py", line 1, in f', cause="a rate", remedy="a smaller one")
-    failed = code_failed("Step 3 failed", Told(kind.__name__, str(error)), (), remedy="look there")
+    failed = code_failed("Step 3 failed", Failure.of("code", 3, error), (), remedy="look there")
     assert lines(failed) == [
         "Step 3 failed: the loss is no number",
         '  File "x.py", line 1, in f',
@@ -276,9 +279,34 @@ def test_an_error_in_parakits_words_keeps_its_parts(kind: Any) -> None:
 
 
 def test_one_without_a_remedy_gets_one() -> None:
-    failed = code_failed("Step 3 failed", Told("LossError", str(LossError("no number"))), (), remedy="look there")
+    failed = code_failed("Step 3 failed", Failure.of("code", 3, LossError("no number")), (), remedy="look there")
     assert lines(failed) == ["Step 3 failed: no number", "Remedy: look there"]
 
 
 def test_a_users_error_of_such_a_name_is_still_the_users() -> None:
     assert "ParakitErrorOfMine: too wide" in str(code_failed("", Told("ParakitErrorOfMine"), (), remedy=""))
+
+
+@pytest.mark.parametrize("name", ["DataError", "RunFailed", "ParakitError", "ModelError"])
+def test_also_one_of_the_very_same_name(name: str) -> None:
+    def fail() -> None:
+        raise type(name, (ValueError,), {})("column x is missing")
+
+    failure = pickle.loads(pickle.dumps(Failure.of("code", 3, raised(fail))))  # as from another process
+    failed = code_failed("Step 3 failed", failure, (1, 2), remedy="look there")
+    assert lines(failed)[0] == f"Step 3 failed: {name}: column x is missing (rows 1, 2 of the data)"
+    assert ", in fail" in lines(failed)[3]
+    assert lines(failed)[-2].startswith("Likely cause: the model, the loss or the optimizer raised this error")
+    assert failed.rows == (1, 2)
+
+
+class OfMine(LossError):
+    """Derived from one of parakit's, and so in its words."""
+
+
+@pytest.mark.parametrize("error", [ParakitError("too wide"), DataError("too wide"), OfMine("too wide")], ids=repr)
+def test_parakits_own_are_told_by_their_class(error: Exception) -> None:
+    failure = pickle.loads(pickle.dumps(Failure.of("code", 3, error)))
+    assert lines(code_failed("Step 3 failed", failure, (1, 2), remedy="look there")) == [
+        "Step 3 failed: too wide", "Remedy: look there",
+    ]  # fmt: skip

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import parakit as pk
+import tests.more_plain_cases  # noqa: F401  # which adds to CASES
 from parakit.chunks import chunk_count
 from parakit.errors import ParakitError
 from tests.plain_cases import CASES, ROWS, Case, Made, default_dtype
@@ -168,7 +169,8 @@ take turns in one process (inline). "as plain": every loss, and every parameter,
 holds in the end, is that of the plain loop within 1e-9. What would differ is refused, at the call or by a run that
 stops; the first sentence of the message is shown.
 
-`PARAKIT_UPDATE=1 python -m pytest tests/test_same_as_plain.py` writes this file; `tests/plain_cases.py` has the code.
+`PARAKIT_UPDATE=1 python -m pytest tests/test_same_as_plain.py` writes this file; `tests/plain_cases.py`
+and `tests/more_plain_cases.py` have the code.
 """
 
 

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from parakit.data import Samples
 from parakit.exactness.separation import Difference, Separation, cut_of, difference
 from parakit.exactness.still import Still, quiet_layers
-from parakit.exactness.turns import Purse, Turns
+from parakit.exactness.turns import MOST_SECONDS, Purse, Turns
 from parakit.losses import SummedLoss
 
 ROWS, FEATURES, CLASSES = 8, 4, 3
@@ -410,7 +410,28 @@ def test_several_kinds_of_looks_have_one_purse() -> None:
     one, other = (Turns((0, 1, 2), purse, 0.5, clock) for _ in range(2))
     assert looks(one, clock, range(1), cost=2.0) == [0]
     assert purse.left == -1.0
-    assert looks(other, clock, range(3), cost=0.0) == [0]
+    # After its first look it does not know yet how long a step takes.
+    assert looks(other, clock, range(3), cost=0.0) == [0, 1]
+
+
+def test_an_empty_purse_at_the_first_step_does_not_put_looks_off_for_ever() -> None:
+    clock = Clock()
+    turns = Turns((0, 1, 2), Purse(0.0), 0.1, clock)
+    due = looks(turns, clock, range(2000), cost=5.0)
+    assert due[:2] == [0, 1]
+    assert 3 <= len(due) <= 0.1 * 2000 / 5.0 + 2
+
+
+def test_some_first_looks_come_whatever_they_cost() -> None:
+    clock = Clock()
+    turns = Turns((0, 1), Purse(0.0), 0.01, clock, always=(0, 20, 40))
+    assert looks(turns, clock, range(50), cost=0.5) == [0, 20, 40]
+
+
+def test_and_not_more_than_some_seconds_of_them() -> None:
+    clock = Clock()
+    turns = Turns((0, 1), Purse(0.0), 0.01, clock, always=tuple(range(0, 50, 2)))
+    assert looks(turns, clock, range(50), cost=MOST_SECONDS / 4) == [0, 2, 4, 6]
 
 
 @pytest.mark.parametrize("share", [0.1, 0.01])

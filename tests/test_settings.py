@@ -6,6 +6,7 @@ import dataclasses
 import pickle
 import random
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -289,12 +290,45 @@ def test_seeds_of_any_size_are_taken(seed: int, bits: None) -> None:
     assert [draw(what) for what in ("torch", "numpy", "python")] == one
 
 
-def test_a_half_pair_of_normal_numbers_is_forgotten() -> None:
+def test_a_half_pair_of_normal_numbers_is_forgotten(bits: None) -> None:
     with undisturbed(CPU):
         seed_all(CPU, 7, others=True)
         expected = draw("numpy, half a pair")
         seed_all(CPU, 7, others=True)
         assert draw("numpy, half a pair") == expected
+
+
+@pytest.mark.parametrize("draws", [0, 1, 2])
+def test_nothing_that_was_drawn_before_a_seed_matters_after_it(draws: int, bits: None) -> None:
+    drawn = []
+    for count in (0, draws):
+        seed_all(CPU, 7, others=True)
+        for _ in range(count):
+            np.random.normal()  # noqa: NPY002
+        seed_all(CPU, 7, others=True)
+        drawn.append(draw("numpy, half a pair"))
+    assert drawn[0] == drawn[1]
+
+
+@pytest.mark.parametrize("other", [np.random.PCG64, np.random.SFC64, np.random.MT19937])
+@pytest.mark.parametrize("error", [False, True])
+def test_a_bit_generator_that_is_put_in_meanwhile_is_taken_out(other: Any, error: bool, bits: None) -> None:
+    numpys: Any = np.random
+    own = numpys.get_bit_generator()
+    np.random.normal()  # noqa: NPY002  # and the second of a pair is there again
+    with undisturbed(CPU):
+        expected = draw("numpy, half a pair")
+
+    def put_in() -> None:
+        numpys.set_bit_generator(other(3))
+        draw("numpy, half a pair")
+        if error:
+            fail()
+
+    with pytest.raises(RuntimeError, match="halfway") if error else nullcontext(), undisturbed(CPU):
+        put_in()
+    assert numpys.get_bit_generator() is own
+    assert draw("numpy, half a pair") == expected
 
 
 @pytest.mark.parametrize(

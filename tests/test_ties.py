@@ -108,6 +108,135 @@ class Holding:
     model: Any
 
 
+def by_keyword(output: Any, target: Any, *, model: Any = MODEL) -> Tensor:
+    return model.weight.sum()  # type: ignore[no-any-return]
+
+
+def by_attribute(output: Any, target: Any) -> Tensor:
+    return by_attribute.model.weight.sum()  # type: ignore[attr-defined,no-any-return]
+
+
+by_attribute.model = MODEL  # type: ignore[attr-defined]
+
+
+@functools.lru_cache
+def by_cache(output: Any, target: Any) -> Tensor:
+    return MODEL.weight.sum()
+
+
+def by_the_cache_of_another(output: Any, target: Any) -> Tensor:
+    return by_cache(None, None)
+
+
+@functools.wraps(by_name)
+def by_wrapping(*given: Any) -> Tensor:
+    return by_wrapping.__wrapped__(*given)  # type: ignore[no-any-return]
+
+
+SEEN = MODEL.weight.detach()
+AS_ARRAY = SEEN.numpy()
+
+
+def by_its_memory(output: Any, target: Any) -> Tensor:
+    return SEEN.sum()
+
+
+def by_an_array(output: Any, target: Any) -> Tensor:
+    return torch.tensor(AS_ARRAY[1:].sum() + AS_ARRAY[:1].sum())
+
+
+class KnowingByAttribute:
+    model = MODEL
+
+    def __call__(self, *_: Any) -> Tensor:
+        return self.model.weight.sum()  # type: ignore[no-any-return]
+
+
+class KnowingByList:
+    held: Any = ({"models": [MODEL]},)
+
+    def __call__(self, *_: Any) -> Tensor:
+        return self.held[0]["models"][0].weight.sum()  # type: ignore[no-any-return]
+
+
+class KnowingByNested:
+    class Inner:
+        def penalty(self) -> Tensor:
+            return MODEL.weight.sum()
+
+    def __call__(self, *_: Any) -> Tensor:
+        return self.Inner().penalty()
+
+
+class KnowingByPartialMethod:
+    def weigh(self, model: Any) -> Tensor:
+        return model.weight.sum()  # type: ignore[no-any-return]
+
+    penalty = functools.partialmethod(weigh, MODEL)
+
+    def __call__(self, *_: Any) -> Tensor:
+        return self.penalty()
+
+
+class KnowingByCachedMethod:
+    @staticmethod
+    @functools.lru_cache
+    def penalty() -> Tensor:
+        return MODEL.weight.sum()
+
+    def __call__(self, *_: Any) -> Tensor:
+        return self.penalty()
+
+
+class Descriptor:
+    def __get__(self, *_: Any) -> Tensor:
+        return MODEL.weight.sum()
+
+
+class KnowingByDescriptor:
+    penalty = Descriptor()
+
+    def __call__(self, *_: Any) -> Tensor:
+        return self.penalty
+
+
+class KnowingByDeleter:
+    @property
+    def penalty(self) -> Tensor:
+        return self.__dict__.pop("kept", None) or OTHER.weight.sum()  # type: ignore[no-any-return]
+
+    @penalty.deleter
+    def penalty(self) -> None:
+        self.__dict__["kept"] = MODEL.weight.sum()
+
+    def __call__(self, *_: Any) -> Tensor:
+        del self.penalty
+        return self.penalty
+
+
+class Meta(type):
+    @property
+    def penalty(cls) -> Tensor:
+        return MODEL.weight.sum()
+
+
+class KnowingByMeta(metaclass=Meta):
+    def __call__(self, *_: Any) -> Tensor:
+        return type(self).penalty  # type: ignore[no-any-return,attr-defined]
+
+
+class Here:
+    """Of two classes that name each other, the one that names the model."""
+
+    def __call__(self, *_: Any) -> Tensor:
+        return MODEL.weight.sum() if _ else Beside()(0)
+
+
+class Beside:
+    def __call__(self, *_: Any) -> Tensor:
+        return Here()(0)
+
+
 KNOWING: dict[str, Any] = {
     "by name": by_name,
     "by calling": by_calling,
@@ -124,6 +253,23 @@ KNOWING: dict[str, Any] = {
     "class with a static method": KnowingByStatic,
     "class with a class method": KnowingByClassMethod,
     "heir": Heir,
+    "by keyword": by_keyword,
+    "by attribute": by_attribute,
+    "by cache": by_cache,
+    "by the cache of another": by_the_cache_of_another,
+    "by wrapping": by_wrapping,
+    "by its memory": by_its_memory,
+    "by an array": by_an_array,
+    "class with an attribute": KnowingByAttribute,
+    "class with a list": KnowingByList,
+    "class with a class": KnowingByNested,
+    "class with a partial method": KnowingByPartialMethod,
+    "class with a cached method": KnowingByCachedMethod,
+    "class with a descriptor": KnowingByDescriptor,
+    "class with a deleter": KnowingByDeleter,
+    "class of a class": KnowingByMeta,
+    "class that names another": Beside,
+    "object of such a class": KnowingByNested(),
     "partial": partial(by_default, model=MODEL),
     "object": Holding(MODEL),
     "list": [1, [MODEL.weight]],
@@ -136,6 +282,12 @@ KNOWING: dict[str, Any] = {
 @pytest.mark.parametrize("name", KNOWING)
 def test_what_knows_the_model_is_known(name: str) -> None:
     assert ties().known_to(KNOWING[name])
+
+
+def test_in_a_circle_all_are_known_in_whatever_order() -> None:
+    for order in ((Here, Beside), (Beside, Here), (in_a_circle, around), (around, in_a_circle)):
+        found = list(map(ties().known_to, order))
+        assert found == [True, True]
 
 
 def knows_another(output: Tensor, target: Tensor) -> Tensor:
@@ -223,6 +375,21 @@ def test_so_does_a_copy_of_an_object_whose_class_names_it(kind: Any) -> None:
     made, loss = copied_here((MODEL, kind()), MODEL)
     doubled(made)
     assert float(loss(None, None).detach()) == 8.0
+
+
+INDIRECT = ["by keyword", "by attribute", "by cache", "by the cache of another", "by wrapping", "by its memory"]
+INDIRECT += ["by an array", *(name for name in KNOWING if name.startswith(("class with a", "class of", "class that")))]
+SILENT = {"class with a property", "class with a static method", "class with a class method"}
+SILENT.add("class with a cached property")  # they are not called
+
+
+@pytest.mark.parametrize("name", [name for name in INDIRECT if name not in SILENT])
+def test_a_copy_here_reads_the_copy_of_the_model_by_whatever_way(name: str) -> None:
+    thing = KNOWING[name]
+    made, loss = copied_here((MODEL, thing() if isinstance(thing, type) else thing), MODEL)
+    x = torch.zeros(1, 2)
+    doubled(made)
+    assert float(loss(x, x).detach()) == (16.0 if name == "by wrapping" else 8.0)
 
 
 def test_a_class_that_names_the_model_is_made_anew() -> None:

@@ -17,17 +17,20 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from parakit.exactness.containers import PLAIN, UNKNOWN, alike, decoded, encoded
+from parakit.exactness.marks import described, mark_of
 from parakit.exactness.variables import ABSENT, Place, variable_to_be, variables_of
 from parakit.serialization import Frozen, TooLarge, freeze
 
 __all__ = ["ABSENT", "Attributes", "Kept", "same", "too_large"]
 
 _MOST_BYTES = 1 << 24  # of one attribute that is kept with every commit
-_LOOKED_AT = 1 << 22  # elements
 
-_CODE = (types.ModuleType, type, types.BuiltinFunctionType, types.MethodWrapperType, types.FunctionType)
+_CODE = (
+    types.ModuleType, type, types.BuiltinFunctionType, types.MethodWrapperType, types.FunctionType, RemovableHandle,
+)  # fmt: skip
 
 
 #: What can be kept of a value: itself where it is plain, a tensor's copy, or a frozen copy; or ABSENT.
@@ -53,11 +56,11 @@ class Attributes:
         self._known = [*model.modules(), *tensors]
         self._owned = {id(tensor) for tensor in tensors}
         passing = set(ignored)
+        there = [(place, place.get()) for place in variables_of(model, loss, self._hooks)]
         self._baseline = [
-            (place, value)
-            for place in variables_of(model, loss, self._hooks)
-            if type(value := place.get()) in PLAIN and place.path not in passing
+            (place, value) for place, value in there if type(value) in PLAIN and place.path not in passing
         ]
+        self._passing = [place for place, _ in there if place.path in passing]
 
     def places(self) -> dict[str, Place]:
         """All places there are now, by their paths: forward may add some."""
@@ -76,8 +79,8 @@ class Attributes:
         chosen = {path: there[path] for path in wanted if path in there}
         seen: dict[int, Kept] = {}
         found: dict[str, Kept] = {}
-        for path, place in chosen.items():
-            value = place.get()
+        alive = {path: place.get() for path, place in chosen.items()}  # so that no id is used again
+        for path, value in alive.items():
             if value is ABSENT and paths is not None:
                 found[path] = ABSENT
             if id(value) in self._owned or not _may_count(value):
@@ -129,26 +132,27 @@ class Attributes:
             if not place.own and place.get() is not value:
                 place.set(value)
 
-    def plain(self) -> list[Any]:
-        """Plain values as they are now."""
-        return [place.get() for place, _ in self._baseline]
+    def plain(self) -> tuple[list[Any], list[Any]]:
+        """Plain values as they are now, and those that only hold what the last rows left."""
+        return [place.get() for place, _ in self._baseline], [place.get() for place in self._passing]
 
-    def give_back(self, values: Sequence[Any]) -> bool:
-        """Set plain values to what `plain` gave; says whether any were different."""
+    def give_back(self, values: tuple[Sequence[Any], Sequence[Any]]) -> bool:
+        """Set values to what `plain` gave; says whether any plain ones were different."""
         changed = False
-        for (place, _), value in zip(self._baseline, values, strict=True):
+        for (place, _), value in zip(self._baseline, values[0], strict=True):
             if place.get() is not value:
                 place.set(value)
                 changed = True
+        for place, value in zip(self._passing, values[1], strict=True):
+            place.set(value)
         return changed
 
     def marks(self, places: Sequence[str | Sequence[str]]) -> list[float]:
-        """Numbers that are the same for the same values at a place, or at several; whole, and exact as doubles."""
+        """Numbers that are the same for equal values at a place, or at several; whole, and exact as doubles."""
         groups = [(place,) if isinstance(place, str) else tuple(place) for place in places]
-        paths = list(dict.fromkeys(path for group in groups for path in group))
-        values = self.read(paths) if paths else {}
+        there = self.places() if any(groups) else {}
         return [
-            float(zlib.crc32(repr([(path, _plain_of(values[path])) for path in group if path in values]).encode()))
+            float(zlib.crc32(repr([(path, described(there[path].get())) for path in group if path in there]).encode()))
             for group in groups
         ]
 
@@ -159,9 +163,11 @@ class Attributes:
         if isinstance(code, list):
             return {"plain": code}
         if type(value) is Tensor and value.layout is torch.strided:
-            return value.detach().clone() if value.nbytes <= _MOST_BYTES else _TooLarge((value._version, *_mark(value)))
+            return (
+                value.detach().clone() if value.nbytes <= _MOST_BYTES else _TooLarge((value._version, *mark_of(value)))
+            )
         if type(value) is np.ndarray and value.nbytes > _MOST_BYTES and value.dtype.kind in "biufc":
-            return _TooLarge(_mark(torch.from_numpy(value)))
+            return _TooLarge(mark_of(torch.from_numpy(value)))
         try:
             frozen = freeze(value, self._known, most=_MOST_BYTES)
         except TooLarge:
@@ -190,6 +196,8 @@ def _put_into(old: Any, new: Any) -> Any:
         old.update(new)
     elif isinstance(old, list):
         old[:] = new
+    elif isinstance(old, np.ndarray) and old.shape == new.shape and old.dtype == new.dtype and old.flags.writeable:
+        old[...] = new
     elif isinstance(old, deque):
         old.clear()
         old.extend(new)
@@ -209,32 +217,11 @@ def _frozen(kept: Mapping[str, Any]) -> Frozen:
     return empty.within(kept["data"].cpu().numpy())
 
 
-def _plain_of(kept: Kept) -> Any:
-    """What a value can be told by, in a few characters."""
-    if isinstance(kept, Tensor):
-        return _mark(kept)
-    if isinstance(kept, list):
-        return [_plain_of(part) for part in kept]
-    if isinstance(kept, dict):
-        return _plain_of(kept["plain"]) if "plain" in kept else (zlib.crc32(kept["frozen"]), _mark(kept["data"]))
-    return kept
-
-
 @dataclass(frozen=True)
 class _TooLarge:
     """Stands for a value that is compared, but not kept."""
 
     mark: tuple[Any, ...]
-
-
-def _mark(tensor: Tensor) -> tuple[Any, ...]:
-    """What nearly every change of a tensor changes."""
-    values = tensor.detach()
-    if values.numel() > _LOOKED_AT:  # what is this large may be a data set, and nobody adds that up again and again
-        length = max(1, -(-values.shape[0] * _LOOKED_AT // values.numel()))
-        values = values[:: max(1, values.shape[0] // length)]
-    total = values.double().sum().item() if values.numel() and not values.is_complex() else 0.0
-    return tuple(tensor.shape), str(tensor.dtype), total
 
 
 def too_large(kept: Kept) -> bool:

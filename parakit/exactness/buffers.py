@@ -7,6 +7,7 @@ from worker to worker has the rule that its user chose: mean, sum, max, min, fir
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any, Literal
@@ -27,7 +28,7 @@ Rule = Literal["mean", "sum", "max", "min", "first", "own", "alike", "statistics
 
 _NORMS = (nn.modules.batchnorm._NormBase,)
 _STATISTICS = ("running_mean", "running_var")
-_LOOKED_AT = 1 << 16  # elements
+_AT_ONCE = 1 << 20  # elements of which a copy is made for a mark
 
 
 def buffers_of(model: nn.Module, loss: Any = None) -> dict[str, Tensor]:
@@ -99,9 +100,10 @@ def rules_for(
     ModelError
         If there is no rule for one.
     InputError
-        If a name that was chosen is of no buffer.
+        If a name that was chosen is of no buffer, or of one that its rule does not go with.
     """
-    names = list(buffers_of(model, loss))
+    there = buffers_of(model, loss)
+    names = list(there)
     for pattern in chosen:
         if not any(fnmatchcase(name, pattern) for name in names):
             raise InputError(
@@ -114,6 +116,11 @@ def rules_for(
     for name in names:
         wished = next((rule for pattern, rule in chosen.items() if fnmatchcase(name, pattern)), None)
         known = _rule_by_type(model, name) if name in changed else None
+        if wished in ("max", "min") and there[name].is_complex():
+            raise InputError(
+                f"buffers has the rule {wished!r} for {name}, whose numbers are complex: none of them is the largest.",
+                remedy="choose mean, sum, first or own; or keep real and imaginary parts in buffers of their own",
+            )
         if wished is not None:
             rules[name] = wished  # type: ignore[assignment]  # one of RULES
         elif known is not None:
@@ -186,16 +193,12 @@ class Buffers:
         if peers.size == 1 or not self._each_step:
             return
         there = self.there
-        mine = [there[name].detach().reshape(-1).double() for name in self._each_step]
-        every = torch.zeros(peers.size, sum(part.numel() for part in mine), dtype=torch.float64)
-        every[peers.rank] = torch.cat(mine).cpu()
-        flat = every.reshape(-1)
-        peers.sum(flat)
-        columns = flat.view_as(every).split([part.numel() for part in mine], dim=1)
-        for name, column in zip(self._each_step, columns, strict=True):
-            buffer, before = there[name], self._before[name]
-            values = [row.view(buffer.shape) for row in column]
-            buffer.copy_(merged(self._rules[name], before.double().cpu(), values))
+        mine = {name: _wide(there[name].detach()).cpu() for name in self._each_step}
+        every: dict[str, list[Tensor]] = {}
+        for dtype in (torch.float64, torch.complex128, torch.int64):  # in the same order on every worker
+            every |= _of_all(peers, {name: values for name, values in mine.items() if values.dtype == dtype})
+        for name, values in every.items():
+            there[name].copy_(merged(self._rules[name], _wide(self._before[name]).cpu(), values))
 
     def stood_in(self) -> None:
         """After a forward pass over rows that are no part of the batch: undo what it did, but for what is alike."""
@@ -206,7 +209,7 @@ class Buffers:
     def alike(self) -> list[float]:
         """Marks of the buffers that should be the same on all workers."""
         there = self.there
-        return [_sum_of(there[name]) for name, rule in self._rules.items() if rule == "alike"]
+        return [float(_mark_of(there[name])) for name, rule in self._rules.items() if rule == "alike"]
 
     def take(self, every: Sequence[Mapping[str, Tensor]]) -> None:
         """Set those that have rules from those of all workers, by these; each worker gave its own, by rank."""
@@ -215,8 +218,8 @@ class Buffers:
             buffer, values = there[name], [buffers[name] for buffers in every]
             if rule in ("alike", "own", "first"):
                 buffer.copy_(values[0])
-            else:  # in doubles, because a sum of numbers at the edge of a type's range lies outside it
-                buffer.copy_(merged(rule, buffer.double(), [value.double() for value in values]))
+            else:
+                buffer.copy_(merged(rule, _wide(buffer), [_wide(value) for value in values]))
 
     def surprises(self) -> list[str]:
         """Buffers that have changed since this was last asked, and have no rule: nobody saw them change before."""
@@ -226,7 +229,7 @@ class Buffers:
             known = before.get(name)
             # In place or by another tensor, torch counts what changes one; it may have come to the same values.
             touched = known is None or known[:2] != (id(buffer), buffer._version)
-            value = _brief_sum_of(buffer) if known is None or touched else known[2]
+            value = _mark_of(buffer) if known is None or touched else known[2]
             if known is not None and touched and value != known[2]:
                 changed.append(name)
             self._marks[name] = id(buffer), buffer._version, value
@@ -236,27 +239,57 @@ class Buffers:
         """Take buffers as they are now for known: somebody else has set them."""
         self._marks = self._mark()
 
-    def _mark(self) -> dict[str, tuple[int, int, float]]:
-        return {name: (id(buffer), buffer._version, _brief_sum_of(buffer)) for name, buffer in self._unruled()}
+    def _mark(self) -> dict[str, tuple[int, int, int]]:
+        return {name: (id(buffer), buffer._version, _mark_of(buffer)) for name, buffer in self._unruled()}
 
     def _unruled(self) -> list[tuple[str, Tensor]]:
         return [(name, buffer) for name, buffer in self.there.items() if name not in self._rules]
 
 
-def _sum_of(buffer: Tensor) -> float:
-    values = buffer.detach().reshape(-1).double()
-    places = torch.arange(1, len(values) + 1, dtype=torch.float64, device=values.device)
-    return float((values * places.cos()).sum())  # so that two that change places are noticed
+def _mark_of(buffer: Tensor) -> int:
+    """A number below 2**32 that is the same for the same values, as `same` has it, and that any change changes.
 
-
-def _brief_sum_of(buffer: Tensor) -> float:
-    """The same for a buffer of any size, such as a mask: all of a small one, and a part and the sum of a large one."""
-    values = buffer.detach().reshape(-1)
+    Those that have changed by a little are as unlike as any others, so it is no sum; and infinite values have one too.
+    """
+    values = buffer.detach().reshape(-1).resolve_conj()
+    mark = zlib.crc32(repr((tuple(buffer.shape), buffer.dtype)).encode())
     if values.is_complex():
         values = torch.view_as_real(values).reshape(-1)
-    if len(values) <= _LOOKED_AT:
-        return _sum_of(values)
-    return _sum_of(values[:: len(values) // _LOOKED_AT + 1]) + float(values.sum(dtype=torch.float64))
+    for piece in values.split(_AT_ONCE):
+        mark = zlib.crc32(_canonical(piece.cpu()).view(torch.uint8).numpy().tobytes(), mark)
+    return mark
+
+
+def _canonical(values: Tensor) -> Tensor:
+    """Values such that equal ones have equal bytes: there is one zero, and one NaN."""
+    if not values.is_floating_point():
+        return values.contiguous()
+    values = values.double() + 0.0
+    return values.masked_fill_(values.isnan(), torch.nan)
+
+
+def _wide(values: Tensor) -> Tensor:
+    """Values in the type of their kind with the widest range: a sum of what one can hold may lie outside of it."""
+    if values.is_complex():
+        return values.to(torch.complex128)
+    return values.double() if values.is_floating_point() or values.dtype is torch.bool else values.to(torch.int64)
+
+
+def _of_all(peers: Peers, mine: Mapping[str, Tensor]) -> dict[str, list[Tensor]]:
+    """What all workers have of some buffers, by name and rank; each gives its own, of one of the types of `_wide`."""
+    if not mine:
+        return {}
+    flat = torch.cat([values.reshape(-1) for values in mine.values()])
+    parts = torch.view_as_real(flat).reshape(-1) if flat.is_complex() else flat
+    every = parts.new_zeros(peers.size, len(parts))
+    every[peers.rank] = parts
+    peers.sum(every.view(-1))
+    rows = torch.view_as_complex(every.view(peers.size, -1, 2)) if flat.is_complex() else every
+    columns = rows.split([values.numel() for values in mine.values()], dim=1)
+    return {
+        name: [row.view(values.shape) for row in column]
+        for (name, values), column in zip(mine.items(), columns, strict=True)
+    }
 
 
 def merged(rule: str, before: Tensor, values: Sequence[Tensor]) -> Tensor:
@@ -270,10 +303,13 @@ def merged(rule: str, before: Tensor, values: Sequence[Tensor]) -> Tensor:
     values : sequence of tensors
         What each has now, by rank.
     """
-    if rule == "sum":
-        return before + sum((value - before for value in values), torch.zeros_like(before))
+    if rule == "sum":  # what is infinite, and stays so, has changed by nothing
+        changes = ((value - before).masked_fill(value == before, 0) for value in values)
+        return before + sum(changes, torch.zeros_like(before))
     if rule in ("mean", "statistics"):
-        return torch.stack(list(values)).mean(0)
+        every = torch.stack(list(values))
+        whole = every.dtype is torch.int64
+        return every.sum(0).div(len(values), rounding_mode="trunc") if whole else every.mean(0)
     if rule == "max":
         return torch.stack(list(values)).amax(0)
     if rule == "min":

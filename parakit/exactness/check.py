@@ -39,6 +39,7 @@ _EVERY_STEP = tuple(range(50))
 _MOST_STEPS = (0, 1, 2, 4, 6, 9, 13, 18, 24, 31, 39, 48)
 _SOME_STEPS = (1, 4, 8, 13, 19, 26, 34, 43)
 _FEW_STEPS = (9, 32)
+_SURE_STEPS = (9, 32, 48)  # however slow a step is
 _FALSE_ALARMS = 2  # after which a look is given up
 _DIFFERENT = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.02}  # relative
 
@@ -59,6 +60,8 @@ class Check:
         normalise by batches.
     needs_grad : bool
         Whether forward cannot do without gradients.
+    gathers : bool
+        Whether the loss gets the outputs of all workers: then those of the model are looked at, and it is not.
     """
 
     def __init__(
@@ -71,15 +74,17 @@ class Check:
         *,
         calm: bool,
         needs_grad: bool = False,
+        gathers: bool = False,
     ) -> None:
         self._separation, self._model, self._loss, self._late = separation, model, loss, late
-        self._needs_grad = needs_grad
+        self._needs_grad, self._gathers = needs_grad, gathers
         purse = Purse(_SECONDS)
         # Torch's own loss objects add up by themselves, whatever they are given.
-        own_loss = form_of_known(loss.function) is None and loss.form != "several means"
+        own_loss = form_of_known(loss.function) is None and loss.form != "several means" and not gathers
         self._losses = Turns(_EVERY_STEP, purse, share / 4) if calm and own_loss else None
         self._rows = Turns(_MOST_STEPS, purse, share / 4) if calm else None
-        self._all = Turns(_FEW_STEPS if calm else _SOME_STEPS, purse, share / 2)
+        first = _FEW_STEPS if calm else _SOME_STEPS
+        self._all = Turns(first, purse, share / 2, always=_SURE_STEPS if share else ())
         self._always = share >= 1
         self._at_once = _FEW
         self._number = self._alarms = 0
@@ -215,7 +220,7 @@ class Check:
                 return
             # What begins to be kept from call to call in the middle of a run makes calls differ, and not rows.
             if self._separation.keeping_all().look(samples, cut, gradient=gradient) is not None:
-                raise _batch_dependent(difference(found, f"In step {step}, "))
+                raise _batch_dependent(difference(found, f"In step {step}, "), gathered=self._gathers)
         if not self._late.seen:
             raise ModelError(
                 f"Before step {step}, forward began to keep something from call to call, and did not when the model "
@@ -230,8 +235,16 @@ class Check:
         return rows.to(_device_of(samples))
 
 
-def _batch_dependent(fact: str) -> BatchDependent:
+def _batch_dependent(fact: str, *, gathered: bool) -> BatchDependent:
     """The error for a share that does not add up of its parts."""
+    if gathered:
+        return BatchDependent(
+            "The run stopped, because its result would depend on the number of workers: rows of a batch meet in the "
+            f"model, which has a worker's share of them. {fact.replace('the loss is', 'a sum over outputs is')}.",
+            cause="a mean, a normalisation, a branch or a comparison over the first dimension in forward",
+            remedy="return what is compared, and compare it in the loss, which has the outputs of the whole batch; "
+            "nn.SyncBatchNorm has the statistics of the whole batch",
+        )
     return BatchDependent(
         f"The run stopped, because its result would depend on the number of workers. {fact}.",
         cause="a mean over what is not masked or padded, samples that are compared with each other, or statistics of a "

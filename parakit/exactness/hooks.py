@@ -7,7 +7,8 @@ parameters of a worker's model, and called when gradients have been added up.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, MutableMapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -15,6 +16,9 @@ from torch import Tensor, nn
 from parakit.layout import shaped_like
 
 __all__ = ["ParameterHooks"]
+
+#: Hooks by the numbers of their handles.
+Table = MutableMapping[int, Callable[..., Any]]
 
 
 class ParameterHooks:
@@ -26,8 +30,8 @@ class ParameterHooks:
     """
 
     def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
-        self._of = [(parameter, *_taken_off(parameter)) for parameter in parameters]
-        self._of = [(parameter, before, after) for parameter, before, after in self._of if before or after]
+        tables = [(parameter, *_taken_off(parameter)) for parameter in parameters]
+        self._of = [(parameter, before, after) for parameter, before, after in tables if before or after]
 
     def __bool__(self) -> bool:
         return bool(self._of)
@@ -35,7 +39,7 @@ class ParameterHooks:
     @property
     def functions(self) -> list[Callable[..., Any]]:
         """All of them, by parameters, in the order in which they were registered."""
-        return [hook for _, before, after in self._of for hook in (*before, *after)]
+        return [hook for _, before, after in self._of for hook in (*before.values(), *after.values())]
 
     def call(self, only: Tensor | None = None) -> None:
         """Call them with the gradients that parameters have now, in the order in which they were registered.
@@ -49,22 +53,24 @@ class ParameterHooks:
             if parameter.grad is None or (only is not None and parameter is not only):
                 continue
             grad = parameter.grad
-            for hook in before:
+            for hook in list(before.values()):  # one may take itself off, by its handle
                 changed = hook(grad)
                 grad = grad if changed is None else changed
             if grad is not parameter.grad:
                 parameter.grad = _laid_out(grad.detach(), parameter)
-            for hook in after:
+            for hook in list(after.values()):
                 hook(parameter)
 
 
-def _taken_off(parameter: nn.Parameter) -> tuple[list[Callable[..., Any]], list[Callable[..., Any]]]:
-    tables = parameter._backward_hooks, getattr(parameter, "_post_accumulate_grad_hooks", None)
-    taken = [list((table or {}).values()) for table in tables]
-    for table in tables:
-        if table:
-            table.clear()
-    return taken[0], taken[1]
+def _taken_off(parameter: nn.Parameter) -> tuple[Table, Table]:
+    """The tables of a parameter's hooks, which handles know; the parameter has others from now on."""
+    before = parameter._backward_hooks or {}
+    after = getattr(parameter, "_post_accumulate_grad_hooks", None) or {}
+    if before:
+        parameter._backward_hooks = OrderedDict()
+    if after:
+        parameter._post_accumulate_grad_hooks = OrderedDict()
+    return before, after
 
 
 def _laid_out(grad: Tensor, parameter: Tensor) -> Tensor:

@@ -13,8 +13,10 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import nn
 
+from parakit.exactness.marks import slots_of
 from parakit.serialization.code_names import names_in
 from parakit.serialization.local_code import MAIN, is_local, is_own_code
 
@@ -23,7 +25,13 @@ __all__ = ["ABSENT", "Place", "variable_to_be", "variables_of"]
 # Modes are attributes too: forward may set them.
 _OWN = frozenset(vars(nn.Module())) - {"training"} | {"_flat_weights", "_flat_weight_refs", "_is_full_backward_hook"}
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-_ENTRIES = ("forward", "__call__")
+_ENTRIES = ("forward", "backward", "setup_context")
+# Methods that nobody calls by name, and that training does not call.
+_UNCALLED = frozenset({
+    "__init__", "__init_subclass__", "__del__", "__repr__", "__str__", "__format__", "__reduce__", "__reduce_ex__",
+    "__getstate__", "__setstate__", "__copy__", "__deepcopy__", "__dir__", "__sizeof__", "__class_getitem__",
+})  # fmt: skip
+_CODE = (types.FunctionType, types.MethodType, functools.partial)
 
 
 class _Absent:
@@ -130,12 +138,15 @@ class _Search:
 
     # --- what holds values
 
-    def _look_into_modules(self, top: nn.Module, prefix: str) -> None:
+    def _look_into_modules(self, top: nn.Module, prefix: str, *, own: bool = True) -> None:
         for name, module in top.named_modules():
             self._add_class(type(module))
             for key in [key for key in vars(module) if key not in _OWN]:
                 path = ".".join(part for part in (prefix, name, key) if part)
-                self._add(vars(module), key, _in_dict(path, vars(module), key, own=True))
+                self._add(vars(module), key, _in_dict(path, vars(module), key, own=own))
+                value = vars(module).get(key)
+                if isinstance(value, _CODE) or (value is not None and is_own_code(type(value))):
+                    self._waiting.append((value, path))
 
     def _look_at(self, value: Any, path: str) -> None:
         """Look at something that may be called, or know what may be."""
@@ -147,11 +158,27 @@ class _Search:
             self._look_into_partial(value, path)
         elif isinstance(value, type):
             self._add_class(value)
-        elif id(value) not in self._modules and is_own_code(type(value)) and self._is_new(value):
+        elif isinstance(value, nn.Module):
+            self._look_into_another(value, path)
+        elif is_own_code(type(value)) and self._is_new(value):
             self._add_class(type(value))
             if path in ("loss", "hook"):  # any other is the value of a variable, as a whole
                 for key in list(getattr(value, "__dict__", ())):
                     self._add(vars(value), key, _in_dict(f"{path}.{key}", vars(value), key, own=True))
+                for key in [name for one in type(value).__mro__ for name in slots_of(one)]:
+                    self._add(value, key, _in_slot(f"{path}.{key}", value, key))
+
+    def _look_into_another(self, top: nn.Module, path: str) -> None:
+        """Look at a module that is no part of the model or the loss, but known to them: such as a slow copy."""
+        if id(top) in self._modules:
+            return
+        self._modules |= {id(module) for module in top.modules()}
+        self._look_into_modules(top, path, own=False)
+        for name, module in top.named_modules():
+            for holder in (module._parameters, module._buffers):
+                for key in [key for key, tensor in holder.items() if tensor is not None]:
+                    place = _in_tensor(".".join(part for part in (path, name, key) if part), holder, key)
+                    self._add(holder, key, place)
 
     def _look_into_partial(self, partial: functools.partial[Any], path: str) -> None:
         self._waiting.append((partial.func, path))
@@ -198,7 +225,8 @@ class _Search:
         for one in kind.__mro__:
             if is_own_code(one) and one not in self._classes:
                 self._classes.append(one)
-                for name in self._names:
+                special = [name for name in vars(one) if name.startswith("__") and name not in _UNCALLED]
+                for name in dict.fromkeys([*self._names, *special]):
                     self._look_up(one, name)
 
     def _add_name(self, name: str) -> None:
@@ -246,6 +274,27 @@ def _in_class(path: str, kind: type, key: str) -> Place:
             delattr(kind, key)
 
     return Place(path, lambda: vars(kind).get(key, ABSENT), write)
+
+
+def _in_slot(path: str, holder: Any, key: str) -> Place:
+    def write(value: Any) -> None:
+        if value is not ABSENT:
+            setattr(holder, key, value)
+        elif hasattr(holder, key):
+            delattr(holder, key)
+
+    return Place(path, lambda: getattr(holder, key, ABSENT), write, own=True)
+
+
+def _in_tensor(path: str, holder: dict[str, Any], key: str) -> Place:
+    """The values of a parameter or a buffer, which stays the same object."""
+
+    def write(value: Any) -> None:
+        if value is not ABSENT:
+            with torch.no_grad():
+                holder[key].copy_(value)
+
+    return Place(path, lambda: holder[key].detach(), write)
 
 
 def _in_cell(path: str, cell: Any) -> Place:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Any
@@ -13,14 +13,14 @@ from torch import Tensor, nn
 
 from parakit.data import Samples, leaves
 from parakit.devices import CPU
-from parakit.errors import ParakitError
+from parakit.errors import LossError, ModelError, ParakitError
 from parakit.exactness.attributes import ABSENT, Attributes, same
 from parakit.exactness.buffers import buffers_of
 from parakit.exactness.hooks import ParameterHooks
 from parakit.exactness.structure import Structure
 from parakit.exactness.sync_norm import has_synchronised
 from parakit.losses import SummedLoss, check_scalar
-from parakit.preflight.changes import Changed, Changes
+from parakit.preflight.changes import Changed, Changes, no_steps_of_own
 from parakit.preflight.evaluating import evaluation_of
 from parakit.preflight.labels import check_kind_of_labels, check_labels, check_shapes
 from parakit.preflight.reach import backward_once, check_reach, computed_attributes
@@ -76,13 +76,7 @@ def traits_of(trial: Trial, wanted: Wanted, original: nn.Module, held_out: Sampl
         changes = Changes(trial, changed, first.draws)
         changes.look(first.rows, wanted.rules)
         shares = Shares(trial, changes, first.rows, first.output, first.seconds)
-        if wanted.gather:
-            loss = SummedLoss(trial.parts.loss, "mean")
-            shares.check_outputs(checks=wanted.checks)
-        else:
-            loss = shares.form_of_loss(held_out, checks=wanted.checks)
-            if wanted.checks:
-                shares.compare(loss)
+        loss = _loss_in_shares(trial, wanted, held_out, changes, shares)
         judged, needs_grad = evaluation_of(trial, loss, held_out, first.output)
     return Traits(
         form=loss.form, calls=loss.calls, grad_in_evaluation=needs_grad or changes.needs_grad, draws=first.draws,
@@ -90,6 +84,36 @@ def traits_of(trial: Trial, wanted: Wanted, original: nn.Module, held_out: Sampl
         rewrites=changes.rewrites, synchronised=has_synchronised(trial.model), gather=wanted.gather, judged=judged,
         writes=first.writes,
     )  # fmt: skip
+
+
+def _loss_in_shares(
+    trial: Trial, wanted: Wanted, held_out: Samples | None, changes: Changes, shares: Shares
+) -> SummedLoss:
+    """The loss as it adds up over shares; refused where it does not."""
+
+    def found() -> SummedLoss:
+        if wanted.gather:
+            shares.check_outputs(checks=wanted.checks)
+            return SummedLoss(trial.parts.loss, "mean")
+        loss = shares.form_of_loss(held_out, checks=wanted.checks)
+        if wanted.checks:
+            shares.compare(loss)
+        return loss
+
+    try:
+        return found()
+    except (ModelError, LossError) as error:
+        if not changes.seeds:
+            raise
+        changes.noisy = True
+        found()  # with what it draws silenced: what is refused even so has another cause
+        raise ModelError(
+            "The model or the loss sets the seed of torch's generator in each call, so the first rows of each worker's "
+            "share would meet the same random numbers.",
+            cause="torch.manual_seed in forward or in the loss, before numbers are drawn for each row",
+            remedy="leave the seed to the run: what is drawn from torch follows from train(..., seed=0); or draw "
+            "once, as many numbers as one row needs, and keep them in a buffer (register_buffer)",
+        ) from error
 
 
 def traits_for_evaluation(trial: Trial) -> Traits:
@@ -166,7 +190,7 @@ class _FirstStep:
         structure = Structure(self._model, self._trial.parts.loss)
         written = {name: (p._version, p.data_ptr()) for name, p in parameters.items()}
         watch, began = drawing(), perf_counter()
-        value = self._compute(held_out)
+        value = self._compute(held_out, training=True)
         self.draws, self.seconds = watch.draws, perf_counter() - began
         self.late = structure.new_buffers
         if self.late:
@@ -204,22 +228,27 @@ class _FirstStep:
             return True
         return False
 
-    def _compute(self, held_out: Samples | None) -> Tensor:
+    def _compute(self, held_out: Samples | None, *, training: bool = False) -> Tensor:
         """Forward and the loss, whose mistakes are told in words; returns what a backward pass begins with."""
         trial, rows = self._trial, self.rows.copied()
-        output = trial.forward(rows)
+        with self._refusing_steps("model", training):
+            output = trial.forward(rows)
         loss = trial.parts.loss
         check_kind_of_labels(loss, output, trial.samples.targets)
         check_labels(loss, output, trial.samples.targets, "data")
         if held_out is not None:
             check_labels(loss, output, held_out.targets, "validation")
-        value: Any = check_scalar(trial.loss(output, rows.targets))
+        with self._refusing_steps("loss", training):
+            value: Any = check_scalar(trial.loss(output, rows.targets))
         check_shapes(loss, output, rows.targets)
         given, now = (leaves((samples.inputs, samples.targets)) for samples in (self.rows, rows))
         self.writes = self.writes or not all(map(torch.equal, given, now))
         self.output = output
         begin: Tensor = value[0] if isinstance(value, tuple) else value
         return begin
+
+    def _refusing_steps(self, who: str, training: bool) -> AbstractContextManager[None]:
+        return no_steps_of_own(self._trial, who) if training else nullcontext()
 
     def _buffers(self) -> dict[str, Tensor]:
         return buffers_of(self._model, self._trial.parts.loss)

@@ -6,27 +6,37 @@ refused; what nobody reads before it is written again needs nothing.
 
 from __future__ import annotations
 
+import types
+from collections import deque
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from itertools import islice
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, optim
 
 from parakit.data import Samples
-from parakit.errors import ModelError
+from parakit.devices import CPU, seed
+from parakit.errors import LossError, ModelError
 from parakit.exactness.attributes import ABSENT, Attributes, Kept, same, too_large
 from parakit.exactness.buffers import Rule, buffers_of, rules_for
 from parakit.exactness.still import Still
+from parakit.exactness.variables import variables_of
 from parakit.gradients import call_model
 from parakit.losses import check_scalar
+from parakit.places import listing, places_of, told
 from parakit.preflight.trial import Trial
-from parakit.settings import Draws, drawing
+from parakit.settings import Draws
 
-__all__ = ["Changed", "Changes"]
+__all__ = ["Changed", "Changes", "no_steps_of_own"]
 
 _ALIKE = 1e-4  # relative
 _SAME_LOSS = 1e-6  # relative
+_PARTS = 1000  # of a value, that are looked at for an optimizer
+_BY_ROWS = "goes from call to call, and is otherwise for other rows"
 
 
 @dataclass(frozen=True)
@@ -73,6 +83,8 @@ class Changes:
         Whether forward cannot do without gradients.
     noisy : bool
         Whether it draws random numbers outside of torch's own layers.
+    seeds : bool
+        Whether it sets the seed of torch's generator itself: then it draws the same in each call, and is not noisy.
     rules : dict of str to Rule
         For buffers.
     counted, passing : tuple of str
@@ -84,7 +96,7 @@ class Changes:
     def __init__(self, trial: Trial, changed: Changed, draws: Draws, *, needs_grad: bool = False) -> None:
         self._trial, self._changed, self._draws = trial, changed, draws
         self._model = trial.model
-        self.needs_grad, self.noisy = needs_grad, False
+        self.needs_grad, self.noisy, self.seeds = needs_grad, False, False
         self.rules: dict[str, Rule] = {}
         self.counted: tuple[str, ...] = ()
         self.passing: tuple[str, ...] = ()
@@ -113,11 +125,9 @@ class Changes:
             If something does, and there is no rule for it.
         """
         self.needs_grad = self._cannot_do_without_grad(rows)
-        with self.still().kept():
-            watch = drawing()
-            with self.still().once():
-                self._forward(rows)
-            self.noisy = self._draws.torch and watch.draws.torch
+        if self._draws.torch:
+            self.seeds = torch.equal(*(self._generator_after(rows, value) for value in (0, 1)))
+            self.noisy = not self.seeds
         if not self._changed:
             self.rules = dict(rules_for(self._model, self._trial.parts.loss, (), (), chosen))
             return
@@ -140,6 +150,14 @@ class Changes:
         except Exception:
             return True
         return False
+
+    def _generator_after(self, rows: Samples, value: int) -> Tensor:
+        """The state of torch's generator after a forward pass that began with a seed."""
+        still = self.still()
+        with still.kept(), still.once():
+            seed(CPU, value)
+            self._forward(rows)
+            return torch.random.get_rng_state()
 
     def _forward(self, rows: Samples) -> Any:
         rows = rows.copied()
@@ -184,13 +202,27 @@ class Changes:
         self.passing = tuple(path for path in paths if path not in alike)
         if not self.passing:
             return
-        # The next call, with all that the first one left, and without what goes by rows; and that once more, because
-        # what a clock says is never the same, and tells nothing.
-        carried, without, again = (self._seen(still, rows, begin) for begin in (whole.attributes, alike, alike))
+        carried = self._second(still, rows, whole.attributes)
+        try:  # the same without what goes by rows; and once more, because what a clock says is never the same
+            without, again = (self._seen(still, rows, alike) for _ in range(2))
+        except Exception as error:  # code never has such a state, and cannot do without what the first call left
+            raise _attribute_error(self.passing[0], _BY_ROWS) from error
         for path in self.passing:
             clock = not without.agrees(again, path)
             if not _near(carried.value, without.value) or not (clock or carried.agrees(without, path)):
-                raise _attribute_error(path, "goes from call to call, and is otherwise for other rows")
+                raise _attribute_error(path, _BY_ROWS)
+
+    def _second(self, still: Still, rows: Samples, left: Mapping[str, Kept]) -> _Seen:
+        """The next call, with all that the first one left."""
+        try:
+            return self._seen(still, rows, left)
+        except Exception as error:
+            raise ModelError(
+                f"The model and its loss cannot be called twice: {told(error)}",
+                where=listing(places_of(error)),
+                cause=f"what the first call leaves in {self.passing[0]}",
+                remedy="call both twice with the same batch in this notebook until it works",
+            ) from error
 
     def _check_rewrites(self, whole: _Seen, some: _Seen, rest: _Seen) -> None:
         """Parameters that forward changes must come to what several workers' changes come to together."""
@@ -211,6 +243,66 @@ class Changes:
 
 def _near(one: float, other: float) -> bool:
     return abs(one - other) <= _SAME_LOSS * max(abs(one), abs(other), _SAME_LOSS) or (one != one and other != other)
+
+
+@contextmanager
+def no_steps_of_own(trial: Trial, who: str) -> Iterator[None]:
+    """Refuse a call that steps an optimizer which the model or the loss keeps, or makes and keeps.
+
+    Parameters
+    ----------
+    trial : Trial
+    who : {"model", "loss"}
+        Which of them is called.
+
+    Raises
+    ------
+    ModelError, LossError
+    """
+    before, stepped = list(_optimizers_in(trial)), list[str]()
+    handles = [
+        optimizer.register_step_post_hook(partial(lambda path, *_: stepped.append(path), path))
+        for path, optimizer in before
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+    known = [optimizer for _, optimizer in before]
+    stepped += [path for path, optimizer in _optimizers_in(trial) if all(optimizer is not one for one in known)]
+    if stepped:
+        raise (LossError if who == "loss" else ModelError)(
+            f"The {who} steps an optimizer of its own, in its attribute {stepped[0]}.",
+            cause="an adversary or the like that is trained within a step: each worker would step it for its own rows",
+            remedy="put its parameters into the model, so that one optimizer trains all of them, with a gradient "
+            "reversal for an adversary; or train the two in turns, in a run each",
+        )
+
+
+def _optimizers_in(trial: Trial) -> Iterator[tuple[str, optim.Optimizer]]:
+    """Optimizers that a model and its loss keep, and where."""
+    for place in variables_of(trial.model, trial.parts.loss):
+        for found in _optimizers_held(place.get()):
+            yield place.path, found
+
+
+def _optimizers_held(value: Any) -> Iterator[optim.Optimizer]:
+    """Optimizers that a value is or holds, as far as a look at a few of its parts tells, the outer ones first."""
+    waiting, seen = deque([value]), dict[int, Any]()  # which keeps what it knows by an id
+    while waiting and len(seen) < _PARTS:
+        one = waiting.popleft()
+        if id(one) in seen:
+            continue
+        seen[id(one)] = one
+        if isinstance(one, optim.Optimizer):
+            yield one
+        elif isinstance(one, dict):
+            waiting.extend(islice(one.values(), _PARTS))
+        elif isinstance(one, list | tuple | set | frozenset | deque):
+            waiting.extend(islice(one, _PARTS))
+        elif not isinstance(one, Tensor | type | types.ModuleType | types.FunctionType):
+            waiting.extend(getattr(one, "__dict__", {}).values())
 
 
 def _attribute_error(path: str, what: str) -> ModelError:

@@ -26,6 +26,8 @@ def frozen_parts(parts: Parts) -> Frozen:
     model = parts.model
     try:
         return freeze(parts, own=[*model.modules(), *model.parameters(), *model.buffers()]).at_rest()
+    except ModelError:
+        raise
     except Exception as error:
         what, culprit = _culprit(parts) or ("model, the loss or the optimizer", "")
         raise ModelError(

@@ -204,9 +204,14 @@ def _check_schedule(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         schedule = _made(factory, optimizer, "scheduler")
-    if isinstance(schedule, torch.optim.lr_scheduler.ReduceLROnPlateau) or not isinstance(
-        schedule, torch.optim.lr_scheduler.LRScheduler
-    ):
+    if not isinstance(schedule, torch.optim.lr_scheduler.LRScheduler | torch.optim.lr_scheduler.ReduceLROnPlateau):
+        raise ModelError(
+            f"The scheduler function returned {brief(schedule)}, which is no torch.optim.lr_scheduler.LRScheduler.",
+            cause="a schedule of your own, or a function that returns something else",
+            remedy="a rule of your own, as factors of the learning rate: lambda o: "
+            "torch.optim.lr_scheduler.LambdaLR(o, lambda n: 1 / (n + 1)); or derive the class from LRScheduler",
+        )
+    if isinstance(schedule, torch.optim.lr_scheduler.ReduceLROnPlateau):
         raise ModelError(
             f"The scheduler function returned {brief(schedule)}, which cannot be stepped without a metric.",
             remedy="use a scheduler that follows steps or epochs: lambda o: torch.optim.lr_scheduler.StepLR(o, 10)",

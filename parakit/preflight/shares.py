@@ -13,10 +13,17 @@ import torch
 from torch import Tensor
 
 from parakit.data import Samples
-from parakit.errors import LossError, ModelError
+from parakit.errors import LossError, ModelError, ParakitError
 from parakit.exactness.loss_calls import Divide
 from parakit.exactness.outputs import rows_checked, tensors_in
-from parakit.exactness.separation import Difference, Separation, cut_of, difference
+from parakit.exactness.separation import (
+    Difference,
+    Separation,
+    cut_of,
+    difference,
+    outputs_alone,
+    part_fails,
+)  # fmt: skip
 from parakit.exactness.still import Still
 from parakit.gradients import call_model
 from parakit.loss_forms import Draw, cuts_of, find_form, holds_label, summed
@@ -94,8 +101,15 @@ class Shares:
 
         def evaluate(form: SummedLoss, first: int, end: int, divide: Divide | None) -> ShareLoss:
             part = rows.slice(first, end).copied()
-            with still.kept(), still.once(), torch.set_grad_enabled(self._changes.needs_grad):
-                return form.of_share(lambda: call_model(self._model, part.inputs), part.targets, divide)
+            try:
+                with still.kept(), still.once(), torch.set_grad_enabled(self._changes.needs_grad):
+                    return form.of_share(lambda: call_model(self._model, part.inputs), part.targets, divide)
+            except ParakitError:
+                raise
+            except Exception as error:
+                if end - first == len(rows):
+                    raise
+                raise part_fails(error, len(rows), end if first == 0 else first) from error
 
         cuts = cuts_of(len(rows))
         return Draw(len(rows), cuts if self._seconds < _SLOW_SECONDS else cuts[:1], evaluate)
@@ -113,16 +127,22 @@ class Shares:
         ------
         ModelError, LossError
         """
-        quick = self._seconds < _QUICK_SECONDS
-        for number in range(3 if quick else 1):
+        found = self._first_difference(loss)
+        if found is not None:
+            raise self._refusal(*found)
+
+    def _first_difference(self, loss: SummedLoss) -> tuple[Difference, Samples] | None:
+        """What does not add up, on which rows; with parameters as they are, and moved."""
+        separation = Separation(self._model, loss, self._changes.still(), needs_grad=self._changes.needs_grad)
+        for number in range(3 if self._seconds < _QUICK_SECONDS else 1):
             rows = self._rows if number == 0 else self._trial.rows(_ROWS)
             if number:
                 self._move()
             if len(rows) > 1:
-                separation = Separation(self._model, loss, self._changes.still(), needs_grad=self._changes.needs_grad)
                 found = separation.look(rows, cut_of(len(rows), number), gradient=True)
                 if found is not None:
-                    raise self._refusal(found, rows)
+                    return found, rows
+        return None
 
     def check_outputs(self, *, checks: bool) -> None:
         """Refuse outputs that cannot be gathered.
@@ -138,9 +158,14 @@ class Shares:
         """
         for leaf in tensors_in(self._output):
             rows_checked(leaf, len(self._rows))
-        cut = self._first_meeting(self._rows) if checks else 0
+        if not checks:
+            return
+        cut = self._first_meeting(self._rows)
         if cut:
             raise _meeting_error(f"on {len(self._rows)} samples, rows of its output are otherwise than on {cut}")
+        found = self._first_difference(SummedLoss(outputs_alone, "sum"))
+        if found is not None:
+            raise _meeting_error(difference(found[0], "in a sum over its outputs, "))
 
     def _move(self) -> None:
         """Move all parameters somewhat, as training does: some losses and gradients are 0 where a model begins."""
@@ -154,13 +179,20 @@ class Shares:
 
     def _first_meeting(self, rows: Samples) -> int:
         """Of how many rows the output is otherwise by themselves than among all; 0 if of none."""
-        cut = max(1, len(rows) // 2)
-        if len(rows) < 2:
+        count, cut = len(rows), max(1, len(rows) // 2)
+        if count < 2:
             return 0
         still = self._changes.still()
         with still.kept():
-            every, alone = (self._outputs(still, part) for part in (rows, rows.slice(0, cut)))
-        return cut if _differ(every, alone, len(rows), cut) else 0
+            every = self._outputs(still, rows)
+            for first, end in ((0, cut), (cut, count)):
+                try:
+                    alone = self._outputs(still, rows.slice(first, end))
+                except Exception as error:
+                    raise part_fails(error, count, cut) from error
+                if _differ(every, alone, count, first, end):
+                    return end - first
+        return 0
 
     def _outputs(self, still: Still, rows: Samples) -> list[Tensor]:
         rows = rows.copied()
@@ -180,12 +212,13 @@ class Shares:
         )
 
 
-def _differ(every: Sequence[Tensor], alone: Sequence[Tensor], rows: int, cut: int) -> bool:
-    """Whether the first rows of some outputs are not those that came out by themselves."""
+def _differ(every: Sequence[Tensor], alone: Sequence[Tensor], rows: int, first: int, end: int) -> bool:
+    """Whether some rows of outputs are not those that came out by themselves."""
     for whole, part in zip(every, alone, strict=False):
-        if whole.dim() and len(whole) == rows and len(part) == cut and whole.is_floating_point():
+        if whole.dim() and len(whole) == rows and len(part) == end - first and whole.is_floating_point():
             scale = float(whole.double().abs().max()) or 1.0
-            if float((whole[:cut].double() - part.double()).abs().max()) > _ALIKE * scale:
+            alike = max(_ALIKE, 8 * torch.finfo(whole.dtype).eps)
+            if float((whole[first:end].double() - part.double()).abs().max()) > alike * scale:
                 return True
     return False
 

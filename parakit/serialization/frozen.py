@@ -6,7 +6,9 @@ same ties. Unlike Python's own copies, these keep
 
 - memory that several tensors share, also as views of each other;
 - the order of elements in memory (channels_last, transposed weights);
-- hooks on parameters, and attributes that somebody gave them;
+- arrays of numpy's that are views of tensors, or that tensors are views of;
+- hooks on parameters, and attributes that somebody gave them; classes derived from those of tensors;
+- caches of functions, which are empty in a copy;
 - modules with parametrizations, by their class and state; and lazy ones.
 
 A tensor that was computed with a graph travels as its values. The bytes of tensors stay beside the pickle, so that
@@ -26,7 +28,7 @@ import uuid
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Any, NamedTuple, Protocol
 
 import cloudpickle
@@ -36,13 +38,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 from torch.nn.utils import parametrize
+from torch.utils.hooks import RemovableHandle
 
+from parakit.errors import ModelError
+from parakit.serialization.arrays import ArrayPlace, make_array, place_of
 from parakit.serialization.local_code import by_value
 from parakit.serialization.ties import Ties
+from parakit.serialization.wrappers import is_own_cache, reduced_wrapper
 from parakit.shared_memory import LINE, CannotShare, Segment, SegmentKey
 
 __all__ = ["Frozen", "Memory", "TooLarge", "freeze"]
 
+_SCRIPTS: Any = (torch.jit.ScriptModule, torch.jit.ScriptFunction, torch._C.ScriptModule)
 _ALIGNED = 64  # bytes, to a multiple of which a storage begins
 
 #: From the number of a storage to its bytes, which are the caller's own to write to.
@@ -233,45 +240,81 @@ class _Storages:
     """The storages that tensors of a pickle lie in, and what of each is needed."""
 
     def __init__(self) -> None:
-        self._numbers: dict[tuple[str, int], _Storage] = {}
+        self._numbers: dict[tuple[str, int], int] = {}
         self._whole: list[Tensor] = []  # bytes, on the CPU
         self._needed: list[tuple[int, int]] = []
         self._held: list[Any] = []  # so that no address is given to another one meanwhile
-        self._tenants: list[list[Tensor]] = []
+        self._tenants: list[list[Any]] = []
         self.ties = False
 
     def of(self, tensor: Tensor) -> _Storage:
         """The storage of a tensor, whose elements are noted to be needed."""
+        number = self._number_of(tensor)
+        if tensor.numel():
+            first = int(tensor.storage_offset())
+            last = first + sum((length - 1) * step for length, step in zip(tensor.shape, tensor.stride(), strict=True))
+            self._need(number, first * tensor.itemsize, int(last + 1) * tensor.itemsize)
+        return _Storage(number)
+
+    def of_array(self, place: ArrayPlace) -> _Storage:
+        """The storage of an array, whose elements are noted to be needed."""
+        number = self._number_of(place.memory)
+        self._need(number, place.first, place.last)
+        return _Storage(number)
+
+    def _number_of(self, tensor: Tensor) -> int:
         storage = tensor.untyped_storage()
         key = str(tensor.device), storage.data_ptr() if storage.nbytes() else 0
         if key not in self._numbers:
-            self._numbers[key] = _Storage(len(self._whole))
-            on_cpu = storage if tensor.device.type == "cpu" else storage.cpu()
-            self._whole.append(torch.empty(0, dtype=torch.uint8).set_(on_cpu))
+            self._numbers[key] = len(self._whole)
+            self._whole.append(_bytes_of(storage))
             self._needed.append((storage.nbytes(), 0))
             self._held.append(storage)
             self._tenants.append([])
-        number = self._numbers[key].number
-        if tensor.numel():
-            first = tensor.storage_offset()
-            last = first + sum((length - 1) * step for length, step in zip(tensor.shape, tensor.stride(), strict=True))
-            begin, end = self._needed[number]
-            size = tensor.itemsize
-            begin, end = min(begin, first * size // _ALIGNED * _ALIGNED), max(end, int(last + 1) * size)
-            self._needed[number] = begin, end
-        return self._numbers[key]
+        number = self._numbers[key]
+        if storage.nbytes() > self._held[number].nbytes():  # an array, of which a tensor has only the beginning
+            self._whole[number], self._held[number] = _bytes_of(storage), storage
+        return number
 
-    def let(self, storage: _Storage, tensor: Tensor) -> None:
-        """Note that a tensor lies in a storage, with others perhaps."""
+    def _need(self, number: int, first: int, last: int) -> None:
+        begin, end = self._needed[number]
+        self._needed[number] = min(begin, first), max(end, last)
+
+    def let(self, storage: _Storage, tenant: Any) -> None:
+        """Note that a tensor or an array lies in a storage, with others perhaps."""
         tenants = self._tenants[storage.number]
-        tenants.append(tensor)
-        shared = len(tenants) > 1 and tensor.numel() > 0
-        self.ties = self.ties or (shared and any(isinstance(tenant, nn.Parameter) for tenant in tenants))
+        tenants.append(tenant)
+        if len(tenants) > 1 and (isinstance(tenant, np.ndarray) or tenant.numel() > 0):
+            mixed = len({isinstance(each, np.ndarray) for each in tenants}) > 1
+            self.ties = self.ties or mixed or any(isinstance(each, nn.Parameter) for each in tenants)
 
     def found(self) -> tuple[tuple[Part, ...], _Living]:
-        parts = tuple(Part(min(begin, end), max(0, end - begin)) for begin, end in self._needed)
+        self._check_apart()
+        aligned = [(begin // _ALIGNED * _ALIGNED, end) for begin, end in self._needed]
+        parts = tuple(Part(min(begin, end), max(0, end - begin)) for begin, end in aligned)
         pieces = [whole[first : first + nbytes] for whole, (first, nbytes) in zip(self._whole, parts, strict=True)]
         return parts, _Living(pieces)
+
+    def _check_apart(self) -> None:
+        """Refuse two storages over one memory, as torch.from_numpy makes them of two parts of an array."""
+        spans = sorted(
+            (storage.data_ptr() + begin, storage.data_ptr() + end, number)
+            for number, (storage, (begin, end)) in enumerate(zip(self._held, self._needed, strict=True))
+            if begin < end and storage.device.type == "cpu"
+        )
+        for (_, end, one), (begin, _, other) in pairwise(spans):
+            if begin < end:
+                shapes = " and ".join(str(tuple(self._tenants[number][0].shape)) for number in (one, other))
+                raise ModelError(
+                    f"Two tensors or arrays, of the shapes {shapes}, share memory in a way that no copy can keep.",
+                    cause="torch.from_numpy of a part of an array that is held too",
+                    remedy="hold the whole as a tensor, and make a part of it by torch.from_numpy(array)[begin:end]",
+                )
+
+
+def _bytes_of(storage: torch.UntypedStorage) -> Tensor:
+    on_cpu = storage if storage.device.type == "cpu" else storage.cpu()
+    return torch.empty(0, dtype=torch.uint8).set_(on_cpu)
 
 
 class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]  # it carries no annotations
@@ -292,9 +335,12 @@ class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]  # it carries no anno
 
     def reducer_override(self, thing: Any) -> Any:
         if isinstance(thing, Tensor):
-            reduced = self._reduced(thing)
+            with torch._C.DisableTorchFunctionSubclass():
+                reduced = self._reduced(thing)
             if reduced is not NotImplemented:
                 return reduced
+        elif isinstance(thing, _SCRIPTS):
+            raise _no_copy_of_a_script(thing)
         elif isinstance(thing, nn.Module) and _has_parametrized_class(thing):
             plain = parametrize.type_before_parametrizations(thing)
             return plain.__new__, (plain,), thing.__dict__, None, None, _revive
@@ -302,6 +348,10 @@ class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]  # it carries no anno
             self.functions.append(thing)
         elif _is_special_module(thing):
             return importlib.import_module, (thing.__name__,)
+        elif type(thing) is np.ndarray:
+            return self._reduced_array(thing)
+        elif (reduced := reduced_wrapper(thing)) is not NotImplemented:
+            return reduced
         reduced = super().reducer_override(thing)
         if isinstance(thing, type) and isinstance(reduced, tuple) and len(reduced) == 6:
             self.classes.append(thing)
@@ -312,18 +362,25 @@ class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]  # it carries no anno
         kind = type(tensor)
         if kind in (UninitializedParameter, UninitializedBuffer):
             return kind, (tensor.requires_grad, None, tensor.dtype), tensor.__dict__, None, None, _set_attributes
-        if kind not in (Tensor, nn.Parameter) or tensor.layout is not torch.strided or tensor.is_quantized:
-            return NotImplemented
-        if tensor.device.type == "meta" or tensor.is_nested:
+        if not _travels_as_its_memory(tensor):
             return NotImplemented
         plain = tensor.detach().resolve_conj().resolve_neg()
-        form = kind is nn.Parameter, tensor.is_leaf and tensor.requires_grad
+        form = isinstance(tensor, nn.Parameter), tensor.is_leaf and tensor.requires_grad
         where = plain.dtype, plain.storage_offset(), tuple(plain.shape), plain.stride()
         storage = self.storages.of(plain)
         self.storages.let(storage, tensor)
-        made = _make_tensor, (storage, *form, *where)
-        dress = _Dress(dict(tensor.__dict__), *_hooks_of(tensor))
+        derived = () if kind in (Tensor, nn.Parameter) else (kind,)
+        made = _make_tensor, (storage, *form, *where, *derived)
+        dress = _Dress(*_attributes_of(tensor), *_hooks_of(tensor))
         return (*made, dress, None, None, _put_on) if any(dress) else made
+
+    def _reduced_array(self, array: npt.NDArray[Any]) -> Any:
+        place = place_of(array)
+        if place is None:
+            return NotImplemented
+        storage = self.storages.of_array(place)
+        self.storages.let(storage, array)
+        return make_array, (storage, array.dtype, place.offset, array.shape, array.strides, array.flags.writeable)
 
 
 class _LocalPickler(_Pickler):
@@ -351,7 +408,7 @@ class _LocalPickler(_Pickler):
         found = super().persistent_id(thing)
         if found is not None:
             return found
-        same = isinstance(thing, types.FunctionType) and not self._bound
+        same = (isinstance(thing, types.FunctionType) or is_own_cache(thing)) and not self._bound
         same = same or (isinstance(thing, type) and thing not in self._knowing)
         if not same or _has_parametrized_name(thing):
             return None
@@ -364,7 +421,7 @@ class _LocalPickler(_Pickler):
         if isinstance(thing, type) and thing in self._knowing:
             function, made_of, *rest = cloudpickle.Pickler.reducer_override(self, thing)
             # Without the name by which it is known here, a class is made anew.
-            return (function, (*made_of[:4], None, *made_of[5:]), *rest)
+            return (function, (*made_of[:-2], None, made_of[-1]), *rest)
         return super().reducer_override(thing)
 
 
@@ -398,20 +455,50 @@ def _set_class(origin: str, setter: Callable[[Any, Any], Any], kind: type, state
         setter(kind, state)
 
 
+def _travels_as_its_memory(tensor: Tensor) -> bool:
+    """Whether a tensor is its bytes and what was put on it, and its class does not say otherwise."""
+    if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_nested or tensor.device.type == "meta":
+        return False
+    kind: Any = type(tensor)
+    plain = nn.Parameter if issubclass(kind, nn.Parameter) else Tensor
+    return all(getattr(kind, name) is getattr(plain, name) for name in _SAYS_OTHERWISE)
+
+
+_SAYS_OTHERWISE = (
+    "__reduce_ex__", "__reduce__", "__getstate__", "__setstate__", "__torch_dispatch__",
+)  # fmt: skip
+
+
 class _Dress(NamedTuple):
     """What was put on a tensor."""
 
     attributes: dict[str, Any]
-    hooks: tuple[Callable[..., Any], ...]
-    hooks_after: tuple[Callable[..., Any], ...]
+    slots: dict[str, Any]
+    hooks: dict[int, Callable[..., Any]]
+    hooks_after: dict[int, Callable[..., Any]]
 
 
-def _hooks_of(tensor: Tensor) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-    """What is called with a leaf's gradient, and with the leaf once it has one."""
+def _attributes_of(tensor: Tensor) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Those of its dictionary, and those of the slots of its class."""
+    state = object.__getstate__(tensor)
+    slots = state[1] if isinstance(state, tuple) else {}
+    return dict(tensor.__dict__), slots
+
+
+def _hooks_of(tensor: Tensor) -> tuple[dict[int, Any], dict[int, Any]]:
+    """What is called with a leaf's gradient, and with the leaf once it has one: the very tables that handles know."""
     if not tensor.is_leaf:
-        return (), ()
-    after = getattr(tensor, "_post_accumulate_grad_hooks", None)
-    return tuple((tensor._backward_hooks or {}).values()), tuple((after or {}).values())
+        return {}, {}
+    return tensor._backward_hooks or {}, getattr(tensor, "_post_accumulate_grad_hooks", None) or {}
+
+
+def _no_copy_of_a_script(thing: Any) -> ModelError:
+    name = getattr(thing, "original_name", None) or getattr(thing, "name", type(thing).__name__)
+    return ModelError(
+        f"{name} was compiled by torch.jit, which has no way to copy what it made together with what belongs to it.",
+        cause="torch.jit.script or torch.jit.trace",
+        remedy="train the module or the function that it was made of, and compile that once it is trained",
+    )
 
 
 def _has_parametrized_class(module: nn.Module) -> bool:
@@ -441,24 +528,33 @@ class _Unpickler(pickle.Unpickler):
 
 
 def _make_tensor(
-    storage: tuple[Tensor, int], parameter: bool, learns: bool, dtype: torch.dtype, offset: int, shape: Any, stride: Any
+    storage: tuple[Tensor, int],
+    parameter: bool,
+    learns: bool,
+    dtype: torch.dtype,
+    offset: int,
+    shape: Any,
+    stride: Any,
+    derived: type[Tensor] | None = None,
 ) -> Tensor:
     held, first = storage
     place = offset - first // dtype.itemsize if held.numel() else 0
     made = torch.empty(0, dtype=dtype).set_(held.untyped_storage(), place, shape, stride)
+    if derived is not None:
+        return derived._make_subclass(derived, made, learns)
     return nn.Parameter(made, requires_grad=learns) if parameter else made.requires_grad_(learns)
 
 
 def _put_on(tensor: Tensor, dress: _Dress) -> None:
     _set_attributes(tensor, dress.attributes)
-    learns = tensor.requires_grad
-    if dress.hooks or dress.hooks_after:
-        tensor.requires_grad_()  # torch takes hooks for nothing else
-        for hook in dress.hooks:
-            tensor.register_hook(hook)
-        for hook in dress.hooks_after:
-            tensor.register_post_accumulate_grad_hook(hook)
-        tensor.requires_grad_(learns)
+    for name, value in dress.slots.items():
+        setattr(tensor, name, value)
+    if dress.hooks:
+        tensor._backward_hooks = dress.hooks
+    if dress.hooks_after:
+        tensor._post_accumulate_grad_hooks = dress.hooks_after
+    # A hook that is registered later must not take the place of one of these.
+    RemovableHandle.next_id = max(RemovableHandle.next_id, 1 + max((*dress.hooks, *dress.hooks_after), default=-1))
 
 
 def _set_attributes(thing: Any, attributes: dict[str, Any]) -> None:

@@ -34,7 +34,8 @@ _lock = threading.RLock()  # cloudpickle's list of such modules is one for the w
 
 def local_modules() -> list[types.ModuleType]:
     """Modules of this process that are files of the user's own."""
-    return [module for name, module in list(sys.modules.items()) if _is_local(name, module)]
+    # `list` of its items would allocate, and what is collected then may import or drop modules.
+    return [module for name, module in sys.modules.copy().items() if _is_local(name, module)]
 
 
 @functools.cache

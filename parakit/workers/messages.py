@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
+from parakit.errors import ParakitError
 from parakit.places import Place, places_of, raised_by_parakit
 from parakit.replica import StepRecord
 from parakit.serialization import dumps
@@ -41,6 +42,8 @@ class Failure:
         Whether parakit's own code raised it, and no code of the user's was on the way.
     cause : bytes
         The pickled error; empty if it cannot be pickled.
+    in_parts : bool
+        Whether it is a `ParakitError`, whose message says what is the case, where, why, and what to do.
     """
 
     kind: str
@@ -51,6 +54,7 @@ class Failure:
     places: tuple[Place, ...] = ()
     ours: bool = False
     cause: bytes = b""
+    in_parts: bool = False
 
     @classmethod
     def of(cls, kind: str, step: int, error: BaseException, rank: int = -1) -> Failure:
@@ -58,8 +62,10 @@ class Failure:
         cause = b""
         with suppress(Exception):
             cause = dumps(error)
-        text = str(error) or repr(error)
-        return cls(kind, step, type(error).__name__, text, rank, places_of(error), raised_by_parakit(error), cause)
+        return cls(
+            kind, step, type(error).__name__, str(error) or repr(error), rank, places_of(error),
+            raised_by_parakit(error), cause, isinstance(error, ParakitError),
+        )  # fmt: skip
 
     def raised(self) -> BaseException | None:
         """The error itself, where it could travel."""

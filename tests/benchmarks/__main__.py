@@ -18,7 +18,7 @@ from tests.benchmarks import pictures, step_time
 from tests.benchmarks.reports import Report, heading, load
 
 ROOT = Path(__file__).resolve().parents[2]
-NAMES = ("step_time", "all_reduce", "overheads", "starting", "growth")
+NAMES = ("step_time", "all_reduce", "overheads", "starting", "growth", "memory", "looking")
 
 
 def main() -> int:

@@ -1,9 +1,10 @@
 """Memory of a large model: parakit on two workers, plain PyTorch, and DDP with two processes.
 
 What is told is the most that was seen at any moment, in sizes of the parameters, over what the same processes held
-before there was a model. Memory that processes share is counted once (PSS, proportional set size, of Linux). Parakit's
-figures are those of the notebook's process and of all workers together, with commits; the update is divided between
-workers in shared memory, and whole over connections (gloo). The 102 million parameters need up to 12 GB.
+before: rivals before there was a model, parakit's notebook with the model that it gives. Memory that processes share is
+counted once (PSS, proportional set size, of Linux). Parakit's figures are those of the notebook's process and of all
+workers together, with commits; the update is divided between workers in shared memory, and whole over connections
+(gloo). The 102 million parameters need up to 12 GB.
 """
 
 from __future__ import annotations
@@ -86,9 +87,9 @@ def parakits(width: int, optimizer: str, strategy: Any) -> tuple[float, float, f
             nn.Linear(width, CLASSES), data, on=workers, workers=2, steps=2, optimizer=OPTIMIZERS[optimizer],
             strategy=strategy,
         ).wait(60, progress=False)  # fmt: skip
+        model = model_of(width)
         gc.collect()
         with Watch([[os.getpid()], list(workers.pids.values())]) as watch:  # type: ignore[attr-defined]
-            model = model_of(width)
             trained = pk.train(
                 model, data, on=workers, workers=2, loss=nn.CrossEntropyLoss(), optimizer=OPTIMIZERS[optimizer],
                 steps=STEPS, batch_size=BATCH, strategy=strategy,
