@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 from collections.abc import Callable
@@ -201,6 +202,42 @@ class ThroughReversed(nn.Module):
 def counting_backward() -> Made:
     Reversed.calls = 0
     return Made(ThroughReversed())
+
+
+class Slow(nn.Module):
+    """Follows its own weights slowly, in a copy that it hides from itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = mlp()
+        self.slow = [copy.deepcopy(self.body).requires_grad_(False)]
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            follow(self.slow[0], self.body)
+        return self.body(x) + 0.3 * self.slow[0](x)
+
+
+def follow(slow: nn.Module, quick: nn.Module) -> None:
+    with torch.no_grad():
+        for one, other in zip(slow.parameters(), quick.parameters(), strict=True):
+            one.lerp_(other, 0.3)
+
+
+case("a slow copy of the weights, in a list")(lambda: Made(Slow()))
+
+
+@case("a slow copy of the weights, in the loss's closure")
+def slow_in_a_closure() -> Made:
+    model = mlp()
+    slow = copy.deepcopy(model).requires_grad_(False)
+
+    def pulled(output: Tensor, target: Tensor) -> Tensor:
+        follow(slow, model)
+        pairs = zip(model.parameters(), slow.parameters(), strict=True)
+        return F.cross_entropy(output, target) + sum(((a - b).square().sum() for a, b in pairs), torch.zeros(()))
+
+    return Made(model, loss=pulled)
 
 
 # --- gathered losses

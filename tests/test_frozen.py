@@ -1099,3 +1099,36 @@ def test_what_a_user_registered_stays_registered(beside: types.ModuleType) -> No
         assert beside.__name__ in cloudpickle.list_registry_pickle_by_value()
     finally:
         cloudpickle.unregister_pickle_by_value(beside)
+
+
+# --- classes with slots
+
+
+class WithSlots:
+    __slots__ = ("calls", "name")
+
+    def __init__(self) -> None:
+        self.calls, self.name = 3, "a"
+
+
+class WithMoreSlots(WithSlots):
+    __slots__ = "more"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.more = [1]
+
+
+@pytest.mark.parametrize("kind", [WithSlots, WithMoreSlots])
+def test_a_class_with_slots_has_them_in_another_process(kind: type, tmp_path: Path) -> None:
+    frozen = freeze(kind())
+    place = tmp_path / "frozen"
+    place.write_bytes(pickle.dumps((frozen.code, frozen.parts, frozen.memory.array().tobytes())))  # type: ignore[union-attr]
+    script = (
+        "import pickle, sys, numpy as np; from parakit.serialization import Frozen\n"
+        f"code, parts, data = pickle.loads(open({str(place)!r}, 'rb').read())\n"
+        "thing = Frozen.of_parts(code, parts).within(np.frombuffer(data, np.uint8)).thaw()\n"
+        "print(hasattr(thing, '__dict__'), thing.calls, getattr(thing, 'more', None))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False)
+    assert done.stdout.split(None, 2)[:2] == ["False", "3"], done.stderr

@@ -21,7 +21,7 @@ from torch.utils.hooks import RemovableHandle
 
 from parakit.exactness.containers import PLAIN, UNKNOWN, alike, decoded, encoded
 from parakit.exactness.marks import described, mark_of
-from parakit.exactness.variables import ABSENT, Place, variable_to_be, variables_of
+from parakit.exactness.variables import ABSENT, Place, modules_within, variable_to_be, variables_of
 from parakit.serialization import Frozen, TooLarge, freeze
 
 __all__ = ["ABSENT", "Attributes", "Kept", "same", "too_large"]
@@ -90,6 +90,11 @@ class Attributes:
             found[path] = seen[id(value)]
         missing = dict.fromkeys((path for path in wanted if path not in there), ABSENT)
         return {path: kept for path, kept in found.items() if kept is not UNKNOWN} | missing
+
+    def writings(self) -> dict[str, tuple[int, int]]:
+        """What tells that somebody wrote to a tensor at a place: how often, and where it is in memory."""
+        found = {path: place.get() for path, place in self.places().items()}
+        return {path: (t._version, t.data_ptr()) for path, t in found.items() if type(t) is Tensor and not t.is_sparse}
 
     def write(self, values: Mapping[str, Kept], *, own: bool = False) -> None:
         """Set values that were read, here or of another copy of the same model and loss.
@@ -250,4 +255,4 @@ def _may_count(value: Any) -> bool:
     """Whether a value can be one that counts: code does not, and modules are looked into by themselves."""
     if isinstance(value, (*_CODE, torch.dtype, torch.device, torch.Size)):
         return False
-    return value is not ABSENT and not isinstance(value, nn.Module | nn.Parameter)
+    return value is not ABSENT and not isinstance(value, nn.Module | nn.Parameter) and not modules_within(value)

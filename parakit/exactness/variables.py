@@ -20,7 +20,7 @@ from parakit.exactness.marks import slots_of
 from parakit.serialization.code_names import names_in
 from parakit.serialization.local_code import MAIN, is_local, is_own_code
 
-__all__ = ["ABSENT", "Place", "variable_to_be", "variables_of"]
+__all__ = ["ABSENT", "Place", "modules_within", "variable_to_be", "variables_of"]
 
 # Modes are attributes too: forward may set them.
 _OWN = frozenset(vars(nn.Module())) - {"training"} | {"_flat_weights", "_flat_weight_refs", "_is_full_backward_hook"}
@@ -147,6 +147,8 @@ class _Search:
                 value = vars(module).get(key)
                 if isinstance(value, _CODE) or (value is not None and is_own_code(type(value))):
                     self._waiting.append((value, path))
+                for number, hidden in enumerate(modules_within(value)):
+                    self._look_into_another(hidden, f"{path}.{number}", own=own)
 
     def _look_at(self, value: Any, path: str) -> None:
         """Look at something that may be called, or know what may be."""
@@ -168,17 +170,17 @@ class _Search:
                 for key in [name for one in type(value).__mro__ for name in slots_of(one)]:
                     self._add(value, key, _in_slot(f"{path}.{key}", value, key))
 
-    def _look_into_another(self, top: nn.Module, path: str) -> None:
+    def _look_into_another(self, top: nn.Module, path: str, *, own: bool = False) -> None:
         """Look at a module that is no part of the model or the loss, but known to them: such as a slow copy."""
         if id(top) in self._modules:
             return
         self._modules |= {id(module) for module in top.modules()}
-        self._look_into_modules(top, path, own=False)
+        self._look_into_modules(top, path, own=own)
         for name, module in top.named_modules():
             for holder in (module._parameters, module._buffers):
                 for key in [key for key, tensor in holder.items() if tensor is not None]:
                     place = _in_tensor(".".join(part for part in (path, name, key) if part), holder, key)
-                    self._add(holder, key, place)
+                    self._add(holder, key, replace(place, own=own))
 
     def _look_into_partial(self, partial: functools.partial[Any], path: str) -> None:
         self._waiting.append((partial.func, path))
@@ -245,6 +247,12 @@ class _Search:
             self._waiting.append((value, name))
         elif value is not ABSENT and not hasattr(type(value), "__get__") and not name.startswith("__"):
             self._add(kind, name, _in_class(f"{kind.__qualname__}.{name}", kind, name))
+
+
+def modules_within(value: Any) -> list[nn.Module]:
+    """Modules in a list, a tuple or a dict, where no model knows of them."""
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+    return [part for part in parts if isinstance(part, nn.Module)]
 
 
 def _hooks_of(model: nn.Module) -> Iterator[Any]:

@@ -188,7 +188,10 @@ class _FirstStep:
         parameters = dict(self._model.named_parameters())
         computed = computed_attributes(original, self._model)
         structure = Structure(self._model, self._trial.parts.loss)
-        written = {name: (p._version, p.data_ptr()) for name, p in parameters.items()}
+        # Also with what was there: a constraint, or a slow copy, may have nothing to do at the beginning.
+        written = {name: _writing(p) for name, p in parameters.items()}
+        kept_up = {name: _writing(b) for name, b in self._buffers().items()}
+        filled = attributes.writings()
         watch, began = drawing(), perf_counter()
         value = self._compute(held_out, training=True)
         self.draws, self.seconds = watch.draws, perf_counter() - began
@@ -198,12 +201,19 @@ class _FirstStep:
         structure.check()
         check_reach(value, original, computed)
         backward_once(value, parameters.values(), hooks)
-        there = self._buffers()
+        there, now, again = self._buffers(), attributes.read(), attributes.writings()
         changed = Changed(
-            tuple(name for name in buffers if not same(there[name].detach(), buffers[name])),
-            # Also with what was there: a constraint may have nothing to do at the beginning.
-            tuple(name for name, p in parameters.items() if (p._version, p.data_ptr()) != written[name]),
-            tuple(path for path, kept in attributes.read().items() if not same(kept, before.get(path, ABSENT))),
+            tuple(
+                name
+                for name in buffers
+                if not same(there[name].detach(), buffers[name]) or _writing(there[name])[0] > kept_up[name][0]
+            ),
+            tuple(name for name, p in parameters.items() if _writing(p) != written[name]),
+            tuple(
+                path
+                for path, kept in now.items()
+                if not same(kept, before.get(path, ABSENT)) or filled.get(path) != again.get(path)
+            ),
         )
         attributes.write({path: before.get(path, ABSENT) for path in changed.attributes})
         with torch.no_grad():
@@ -252,3 +262,8 @@ class _FirstStep:
 
     def _buffers(self) -> dict[str, Tensor]:
         return buffers_of(self._model, self._trial.parts.loss)
+
+
+def _writing(tensor: Tensor) -> tuple[int, int]:
+    """What tells that somebody wrote to a tensor: how often, and where it is."""
+    return tensor._version, tensor.data_ptr()

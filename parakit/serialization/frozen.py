@@ -355,7 +355,8 @@ class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]  # it carries no anno
         reduced = super().reducer_override(thing)
         if isinstance(thing, type) and isinstance(reduced, tuple) and len(reduced) == 6:
             self.classes.append(thing)
-            return (*reduced[:5], functools.partial(_set_class, _origin(), reduced[5]))
+            made_of = _with_slots(thing, reduced[1])
+            return (reduced[0], made_of, *reduced[2:5], functools.partial(_set_class, _origin(), reduced[5]))
         return reduced
 
     def _reduced(self, tensor: Tensor) -> Any:
@@ -421,8 +422,16 @@ class _LocalPickler(_Pickler):
         if isinstance(thing, type) and thing in self._knowing:
             function, made_of, *rest = cloudpickle.Pickler.reducer_override(self, thing)
             # Without the name by which it is known here, a class is made anew.
-            return (function, (*made_of[:-2], None, made_of[-1]), *rest)
+            return (function, (*_with_slots(thing, made_of)[:-2], None, made_of[-1]), *rest)
         return super().reducer_override(thing)
+
+
+def _with_slots(kind: type, made_of: tuple[Any, ...]) -> tuple[Any, ...]:
+    """What a class is made of anew, with its slots: without them, as cloudpickle has it, objects have dictionaries."""
+    slots = vars(kind).get("__slots__")
+    if not isinstance(slots, str | tuple | list):
+        return made_of
+    return tuple(part | {"__slots__": slots} if isinstance(part, dict) else part for part in made_of)
 
 
 def _is_special_module(thing: Any) -> bool:
