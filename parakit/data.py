@@ -202,6 +202,23 @@ def _numbers(values: set[int]) -> str:
     return " and ".join(map(str, sorted(values)))
 
 
+def _check_plain(leaf: Tensor, what: str) -> None:
+    """Refuse tensors whose rows cannot be taken by their numbers."""
+    if leaf.is_nested:
+        raise DataError(
+            f"A part of {what} is a nested tensor, whose rows have several shapes.",
+            cause="sequences of several lengths",
+            remedy="pad them: tensor.to_padded_tensor(0.0), and leave the padding out in the loss",
+        )
+    kinds = {"sparse": leaf.layout is not torch.strided, "quantized": leaf.is_quantized, "empty (meta)": leaf.is_meta}
+    kind = next((name for name, so in kinds.items() if so), None)
+    if kind is not None:
+        raise DataError(
+            f"A part of {what} is a {kind} tensor, and rows of it cannot be taken by their numbers.",
+            remedy="give a dense tensor: tensor.to_dense(), or tensor.dequantize()",
+        )
+
+
 def _article(value: Any) -> str:
     name = type(value).__name__
     return f"an {name}" if name[0] in "AEIOUaeiou" else f"a {name}"
@@ -300,6 +317,7 @@ def _join(trees: Sequence[Tree]) -> Tree:
 def _tensors(tree: Tree, what: str) -> Tree:
     def convert(leaf: Any) -> Tensor:
         if isinstance(leaf, Tensor):
+            _check_plain(leaf, what)
             return leaf.detach().cpu()
         try:
             return _owned(np.asarray(leaf, order="C"))

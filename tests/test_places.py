@@ -176,7 +176,7 @@ def test_a_long_one_is_cut() -> None:
     ("file", "name"),
     [
         ("/tmp/ipykernel_4711/1234567.py", "a cell of this notebook"),
-        ("/home/me/work/train.py", "train.py"),
+        ("/srv/me/train.py", "train.py"),
         ("/usr/lib/python3/site-packages/torch/nn/modules/linear.py", "torch/nn/modules/linear.py"),
         ("/usr/lib/python3/dist-packages/numpy/core.py", "numpy/core.py"),
         ("<stdin>", "<stdin>"),
