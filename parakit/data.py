@@ -210,12 +210,9 @@ def _check_plain(leaf: Tensor, what: str) -> None:
             cause="sequences of several lengths",
             remedy="pad them: tensor.to_padded_tensor(0.0), and leave the padding out in the loss",
         )
-    kinds = {"sparse": leaf.layout is not torch.strided, "quantized": leaf.is_quantized, "empty (meta)": leaf.is_meta}
-    kind = next((name for name, so in kinds.items() if so), None)
-    if kind is not None:
+    if leaf.is_meta:
         raise DataError(
-            f"A part of {what} is a {kind} tensor, and rows of it cannot be taken by their numbers.",
-            remedy="give a dense tensor: tensor.to_dense(), or tensor.dequantize()",
+            f"A part of {what} is on the device 'meta', which holds no values.", remedy="give tensors with values"
         )
 
 

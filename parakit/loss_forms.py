@@ -98,10 +98,18 @@ def find_form(loss: Callable[[Any, Any], Any], draws: Sequence[Draw], holds: Cal
         if not told[candidate.form]:
             _check_not_zero(candidate, draws, seen)
             return candidate
+    if candidates[0].form == "counted":
+        raise LossError(
+            f"The sums and counts that the loss returns do not add up over samples: {told['counted']}.",
+            cause="a count that is no sum over samples, such as one with a least value (clamp), or a sum that compares "
+            "samples",
+            remedy="let both be sums over the samples that the loss is given; or train(..., gather=True), which gives "
+            "the loss the outputs of the whole batch",
+        )
     raise LossError(
         f"The loss is neither a mean nor a sum over samples: {told.get('mean') or told[candidates[0].form]}.",
-        cause="a mean over what is not masked or padded, or samples that are compared with each other, in the loss or "
-        "in the model",
+        cause="a mean over what is not masked or padded, samples that are compared with each other, or a mean that is "
+        "bent (a root, an absolute value), in the loss or in the model",
         remedy="return (sum, count) from the loss: both are added up over the workers; or train(..., gather=True), "
         "which gives the loss the outputs of the whole batch",
     )

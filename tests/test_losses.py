@@ -318,7 +318,7 @@ BAD: dict[str, tuple[Any, Maker, str]] = {
     "a square of weighted means": (lambda o, t: F.cross_entropy(o, t, weight=WEIGHTS) ** 2, labels, "neither a mean"),
     "a pair of no numbers": (lambda o, t: (o, t), numbers, r"may return \(sum, count\)"),
     "a negative count": (lambda o, t: ((o - t).sum(), -1), numbers, r"may return \(sum, count\)"),
-    "a count of one share": (lambda o, t: ((o - t).square().sum(), 3.0), numbers, "neither a mean"),
+    "a count of one share": (lambda o, t: ((o - t).square().sum(), 3.0), numbers, "do not add up over samples"),
     "samples compared": (contrastive, labels, "neither a mean nor a sum over samples: on 6 samples"),
     "a root of a mean": (lambda o, t: F.mse_loss(o, t).sqrt(), numbers, "neither a mean nor a sum"),
     "the largest": (lambda o, t: (o - t).abs().max(), numbers, "neither a mean nor a sum"),

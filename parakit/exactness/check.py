@@ -247,8 +247,8 @@ def _batch_dependent(fact: str, *, gathered: bool) -> BatchDependent:
         )
     return BatchDependent(
         f"The run stopped, because its result would depend on the number of workers. {fact}.",
-        cause="a mean over what is not masked or padded, samples that are compared with each other, or statistics of a "
-        "batch, in the loss or in the model",
+        cause="a mean over what is not masked or padded, or one that is bent (a root, an absolute value), samples that "
+        "are compared with each other, or statistics of a batch, in the loss or in the model",
         remedy="return (sum, count) from the loss: both are added up over the workers; train(..., gather=True) gives "
         "the loss the outputs of the whole batch; nn.SyncBatchNorm has the statistics of the whole batch; with "
         "check=False, each worker's share is taken for a batch of its own",

@@ -205,8 +205,8 @@ class Shares:
             return _meeting_error(fact)
         return LossError(
             f"The loss does not add up over samples: {fact}.",
-            cause="a mean over what is not masked or padded, samples that are compared with each other, or a hook that "
-            "looks at a whole gradient",
+            cause="a mean over what is not masked or padded, samples that are compared with each other, a mean that is "
+            "bent (a root, an absolute value), or a hook that looks at a whole gradient",
             remedy="return (sum, count) from the loss: both are added up over the workers; or train(..., gather=True), "
             "which gives the loss the outputs of the whole batch",
         )
