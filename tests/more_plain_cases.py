@@ -327,3 +327,20 @@ class Signed(nn.Module):
 
 case("the sign of a weight's gradient", "does not add up")(lambda: Made(Signed(8)))
 case("the sign of a large weight's gradient", "does not add up")(lambda: Made(Signed(300)))
+
+
+class SlowBuffers(nn.Module):
+    """Follows its own weights slowly, in buffers that begin as copies of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(FEATURES, CLASSES).double()
+        self.register_buffer("slow", self.layer.weight.detach().clone())
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.slow.lerp_(self.layer.weight.detach(), 0.3)  # type: ignore[operator]
+        return self.layer(x) + 0.3 * F.linear(x, self.slow)  # type: ignore[arg-type]
+
+
+case("a slow copy of the weights, in buffers")(lambda: Made(SlowBuffers()))

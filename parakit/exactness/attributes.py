@@ -83,7 +83,7 @@ class Attributes:
         for path, value in alive.items():
             if value is ABSENT and paths is not None:
                 found[path] = ABSENT
-            if id(value) in self._owned or not _may_count(value):
+            if id(value) in self._owned or not _may_count(value) or self._is_looked_into(value):
                 continue
             if id(value) not in seen:
                 seen[id(value)] = self._keep(value)
@@ -160,6 +160,11 @@ class Attributes:
             float(zlib.crc32(repr([(path, described(there[path].get())) for path in group if path in there]).encode()))
             for group in groups
         ]
+
+    def _is_looked_into(self, value: Any) -> bool:
+        """Whether it holds modules that are no part of the model: what those keep has places of its own."""
+        known = {id(thing) for thing in self._known}
+        return any(id(module) not in known for module in modules_within(value))
 
     def _keep(self, value: Any) -> Kept:
         if _is_plain(value):
@@ -255,4 +260,4 @@ def _may_count(value: Any) -> bool:
     """Whether a value can be one that counts: code does not, and modules are looked into by themselves."""
     if isinstance(value, (*_CODE, torch.dtype, torch.device, torch.Size)):
         return False
-    return value is not ABSENT and not isinstance(value, nn.Module | nn.Parameter) and not modules_within(value)
+    return value is not ABSENT and not isinstance(value, nn.Module | nn.Parameter)

@@ -202,18 +202,17 @@ class _FirstStep:
         check_reach(value, original, computed)
         backward_once(value, parameters.values(), hooks)
         there, now, again = self._buffers(), attributes.read(), attributes.writings()
+        moved = [name for name in buffers if not same(there[name].detach(), buffers[name])]
+        unmoved = [name for name in buffers if name not in moved and _writing(there[name])[0] > kept_up[name][0]]
         changed = Changed(
-            tuple(
-                name
-                for name in buffers
-                if not same(there[name].detach(), buffers[name]) or _writing(there[name])[0] > kept_up[name][0]
-            ),
+            (*moved, *unmoved),
             tuple(name for name, p in parameters.items() if _writing(p) != written[name]),
             tuple(
                 path
                 for path, kept in now.items()
                 if not same(kept, before.get(path, ABSENT)) or filled.get(path) != again.get(path)
             ),
+            tuple(unmoved),
         )
         attributes.write({path: before.get(path, ABSENT) for path in changed.attributes})
         with torch.no_grad():

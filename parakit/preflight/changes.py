@@ -41,11 +41,12 @@ _BY_ROWS = "goes from call to call, and is otherwise for other rows"
 
 @dataclass(frozen=True)
 class Changed:
-    """Names of what one step has changed."""
+    """Names of what one step has changed; buffers that are `unmoved` were written to, with what was there."""
 
     buffers: tuple[str, ...] = ()
     parameters: tuple[str, ...] = ()
     attributes: tuple[str, ...] = ()
+    unmoved: tuple[str, ...] = ()
 
     def __bool__(self) -> bool:
         return bool(self.buffers or self.parameters or self.attributes)
@@ -184,7 +185,8 @@ class Changes:
         return {
             name
             for name, after in whole.buffers.items()
-            if same(after, there[name].detach()) or not all(same(after, part.buffers[name]) for part in parts)
+            if (same(after, there[name].detach()) and name not in self._changed.unmoved)
+            or not all(same(after, part.buffers[name]) for part in parts)
         }
 
     def _counted(self, still: Still, rows: Samples, whole: _Seen, parts: list[_Seen]) -> Iterator[str]:
