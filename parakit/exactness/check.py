@@ -33,8 +33,9 @@ from parakit.losses import ShareLoss, SummedLoss, form_of_known, is_same, togeth
 __all__ = ["Check"]
 
 _SECONDS = 0.05  # that the first steps may take longer
-_FEW, _MANY = 12, 256  # rows
+_LEAST, _FEW, _MANY = 6, 12, 256  # rows
 _QUICK_SECONDS = 2e-3  # of a look, which may be at twice as many rows the next time
+_LONG_SECONDS = 1e-2  # of one, which is at half as many
 _EVERY_STEP = tuple(range(50))
 _MOST_STEPS = (0, 1, 2, 4, 6, 9, 13, 18, 24, 31, 39, 48)
 _SOME_STEPS = (1, 4, 8, 13, 19, 26, 34, 43)
@@ -110,6 +111,8 @@ class Check:
         seconds = perf_counter() - began
         if seconds < _QUICK_SECONDS:
             self._at_once = min(2 * self._at_once, _MANY)
+        elif seconds > _LONG_SECONDS:
+            self._at_once = max(self._at_once // 2, _LEAST)
         self._all.took(step, seconds)
 
     def after(self, step: int, samples: Samples, output: Any, loss: ShareLoss) -> None:

@@ -26,6 +26,7 @@ from parakit.serialization import freeze
 __all__ = ["Difference", "Separation", "cut_of", "difference", "outputs_alone", "part_fails"]
 
 _SMALL = 1 << 22  # elements; of larger parameters, one at a time is looked at
+_FIRST_TURNS, _EVERY_TURN = 3, 4  # in which turns
 _MOST_PARAMETERS = 48
 # Of the gradient or the loss. Another order of adding makes less; a kink that one row passes by rounding makes more.
 _SUSPICIOUS = {torch.float64: 1e-9, torch.float32: 3e-5, torch.bfloat16: 0.05, torch.float16: 0.02}
@@ -190,7 +191,8 @@ class Separation:
     def _gradient(self, share: ShareLoss) -> tuple[Tensor, float]:
         """Some numbers that go linearly by the gradient of the summed loss, and its norm."""
         root = share.value.new_full(share.value.shape, share.weight)
-        turn = [self._others[self._turn % len(self._others)]] if self._others else []
+        now = self._others and (self._turn <= _FIRST_TURNS or self._turn % _EVERY_TURN == 0)
+        turn = [self._others[self._turn % len(self._others)]] if now else []
         looked_at = [p for p in (*self._looked_at, *turn) if p.requires_grad]  # forward may have set it
         grads = torch.autograd.grad(share.value, looked_at, root, allow_unused=True)
         numbers, squared = [torch.zeros(1, dtype=torch.float64)], 0.0
