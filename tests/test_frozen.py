@@ -1132,3 +1132,10 @@ def test_a_class_with_slots_has_them_in_another_process(kind: type, tmp_path: Pa
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False)
     assert done.stdout.split(None, 2)[:2] == ["False", "3"], done.stderr
+
+
+@pytest.mark.parametrize("loss", [nn.CrossEntropyLoss(), lambda o, t: o.sum()], ids=["torch's", "a function"])
+def test_a_plain_model_has_no_ties(loss: Any) -> None:
+    # Else workers would not divide the update among them.
+    parts = Parts(nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2)), loss, lambda p: optim.SGD(p, lr=0.1), None, None)
+    assert not frozen_parts(parts).ties

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch import nn
 
 import parakit as pk
 from parakit.errors import ParakitError, StaleGeneration
 from parakit.vault import OpenVault
+from parakit.workers import resident as residents
 from parakit.workers.group import GroupBroken
 from parakit.workers.messages import Orders, Segment
 from parakit.workers.resident import Resident
@@ -192,3 +196,25 @@ def test_what_rank_0_keeps_it_keeps_also_for_others(tmp_path: Path) -> None:
     finally:
         worker.leave_group()
         worker.close_vault()
+
+
+def who_divides() -> list[bool]:
+    return [resident.replica.sharded for resident in residents._residents.values()]
+
+
+@pytest.mark.dask
+@pytest.mark.parametrize("loss", [None, lambda o, t: nn.functional.cross_entropy(o, t)], ids=["known", "a function"])
+@pytest.mark.parametrize("divided", [True, False])
+def test_workers_of_one_host_divide_the_update_of_a_plain_model(pool: pk.Workers, divided: bool, loss: Any) -> None:
+    model = nn.Sequential(nn.Linear(64, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Linear(32, 10))
+    run = pk.train(
+        model, pk.datasets.digits().train, on=pool, workers=2, loss=loss, steps=10**6,
+        strategy=pk.strategies.AllReduce(shard=divided), optimizer=lambda p: torch.optim.SGD(p, lr=0.01, momentum=0.9),
+    )  # fmt: skip
+    deadline = time.monotonic() + 30
+    while run.step < 10 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    found = [each for worker in pool.client.run(who_divides).values() for each in worker]  # type: ignore[attr-defined]
+    run.stop()
+    run.wait(30, progress=False)
+    assert found == [divided, divided]

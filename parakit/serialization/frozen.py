@@ -283,6 +283,8 @@ class _Storages:
     def let(self, storage: _Storage, tenant: Any) -> None:
         """Note that a tensor or an array lies in a storage, with others perhaps."""
         tenants = self._tenants[storage.number]
+        if any(each is tenant for each in tenants):  # it is pickled for this process, and for others
+            return
         tenants.append(tenant)
         if len(tenants) > 1 and (isinstance(tenant, np.ndarray) or tenant.numel() > 0):
             mixed = len({isinstance(each, np.ndarray) for each in tenants}) > 1
