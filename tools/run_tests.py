@@ -13,7 +13,7 @@ from typing import IO
 # Parts by their markers and files, one after the other. Every test belongs to one part, and both lanes take about as
 # long: which is why the second one takes some files of clusters too.
 _CLUSTERS = "(dask or notebook) and not browser"
-_SHIFTED = "test_memory.py or test_scaling.py or test_same_as_plain.py or test_drawn_models.py"
+_SHIFTED = "test_memory.py or test_scaling.py"
 LANES = {
     "clusters": [["-m", _CLUSTERS, "-k", f"not ({_SHIFTED})"]],
     "others": [["-m", "not (dask or notebook or browser)"], ["-m", "browser"], ["-m", _CLUSTERS, "-k", _SHIFTED]],
