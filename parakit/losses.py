@@ -26,7 +26,7 @@ from parakit.exactness.loss_calls import CallsOfLosses, Divide, weight_sum
 
 __all__ = [
     "ELEMENTWISE", "WEIGHTED", "Form", "ShareLoss", "SummedLoss", "as_object", "check_loss", "check_scalar", "describe",
-    "form_of_known", "is_same", "rows_of", "together",
+    "form_of_known", "is_same", "mean_of", "rows_of", "together",
 ]  # fmt: skip
 
 #: "mean", "sum": over samples. "weighted": torch's loss object with weights. "weighted calls": a function of calls of
@@ -291,6 +291,14 @@ def check_scalar(value: Any) -> Any:
             cause='reduction="none", or a function that does not reduce',
             remedy="reduce over the samples by their mean or their sum",
         )
+    return value
+
+
+def mean_of(value: Any) -> Any:
+    """What a plain loop goes back from: what a loss returned, or its sum over its count."""
+    if isinstance(value, tuple | list):
+        total, count = value
+        return total / float(count)
     return value
 
 

@@ -34,7 +34,7 @@ from parakit.exactness.still import Still, quiet_layers
 from parakit.exactness.structure import Structure
 from parakit.exactness.sync_norm import synchronise
 from parakit.gradients import GradientBuffer, call_model
-from parakit.losses import ShareLoss, SummedLoss
+from parakit.losses import ShareLoss, SummedLoss, mean_of
 from parakit.recipe import Recipe
 from parakit.settings import seed_all
 
@@ -205,8 +205,7 @@ class ShareGradient:
         own = [leaf.detach().requires_grad_(leaf.requires_grad) for leaf in kept]
         whole = [self._rows(leaf, places, count) for leaf in own]
         targets = rows.map(lambda leaf: self._rows(leaf, places, count)).targets
-        value = self._loss.function(replaced(output, iter(whole)), targets)
-        value = value[0] / float(value[1]) if isinstance(value, tuple | list) else value
+        value = mean_of(self._loss.function(replaced(output, iter(whole)), targets))
         share = ShareLoss(value, float(len(places)), float(len(places)))
         forwarded = self._forwarded()
         if not standing_in:

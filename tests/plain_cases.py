@@ -613,13 +613,15 @@ case("a number that counts rows", "goes from call to call, and is otherwise for 
 
 
 class Switching(nn.Module):
-    def __init__(self) -> None:
+    """Weighs otherwise after some calls."""
+
+    def __init__(self, after: int = 6) -> None:
         super().__init__()
-        self.calls = 0
+        self.calls, self.after = 0, after
 
     def forward(self, output: Tensor, target: Tensor) -> Tensor:
         self.calls += 1
-        return F.cross_entropy(output, target) * (1.0 if self.calls <= 6 else 0.1)
+        return F.cross_entropy(output, target) * (1.0 if self.calls <= self.after else 0.1)
 
 
 case("a loss that counts its calls")(lambda: Made(mlp(), loss=Switching()))

@@ -17,10 +17,10 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 import parakit as pk
 from parakit.settings import Settings
+from tests.plain_cases import Switching
 
 ROWS, BATCH, STEPS, LIMIT = 96, 16, 8, 60
 KINDS = ["inline", pytest.param("pool", marks=pytest.mark.dask)]
@@ -296,18 +296,6 @@ class Warming(nn.Module):
         return self.layer(x) * (1 + min(self.calls, 200) / 200)
 
 
-class Switching(nn.Module):
-    """Weighs otherwise after some calls."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls = 0
-
-    def forward(self, output: Tensor, target: Tensor) -> Tensor:
-        self.calls += 1
-        return F.cross_entropy(output, target) * (1.0 if self.calls <= 60 else 0.1)
-
-
 LONG = 240
 
 
@@ -321,7 +309,7 @@ def warming(pause: float = 0.0) -> Warming:
 def alone() -> pk.Run:
     """One worker, to which nothing happens: shown elsewhere to be as a plain loop."""
     with pk.connect("inline") as workers:
-        return train(workers, warming(), loss=Switching(), steps=LONG, workers=1)
+        return train(workers, warming(), loss=Switching(60), steps=LONG, workers=1)
 
 
 def as_alone(run: pk.Run, alone: pk.Run) -> None:
@@ -341,7 +329,7 @@ def until(what: Callable[[], bool]) -> None:
 @pytest.mark.parametrize("strategy", [pk.strategies.AllReduce(), pk.strategies.MapReduce()], ids=["all", "map"])
 def test_counters_go_on_over_resizes(on: pk.Workers, strategy: Any, alone: pk.Run) -> None:
     run = pk.train(
-        warming(0.01), data(), on=on, loss=Switching(), batch_size=BATCH, steps=LONG, seed=3, workers=1,
+        warming(0.01), data(), on=on, loss=Switching(60), batch_size=BATCH, steps=LONG, seed=3, workers=1,
         strategy=strategy,
     )  # fmt: skip
     for step, workers in ((20, 3), (60, 2), (100, 1)):
@@ -354,26 +342,26 @@ def test_counters_go_on_over_resizes(on: pk.Workers, strategy: Any, alone: pk.Ru
 
 
 def test_counters_go_on_after_a_stop(on: pk.Workers, alone: pk.Run) -> None:
-    run = pk.train(warming(0.01), data(), on=on, loss=Switching(), batch_size=BATCH, steps=LONG, seed=3, workers=2)
+    run = pk.train(warming(0.01), data(), on=on, loss=Switching(60), batch_size=BATCH, steps=LONG, seed=3, workers=2)
     until(lambda: run.step >= 70)
     run.stop()
     run.wait(LIMIT, progress=False)
     assert run.step < LONG
     assert run.model.calls == run.step
-    rest = train(on, warming(), loss=Switching(), steps=LONG, resume=run)
+    rest = train(on, warming(), loss=Switching(60), steps=LONG, resume=run)
     assert np.abs(rest.history.losses - alone.history.losses[run.step :]).max() < 1e-9
     assert rest.model.calls == LONG
 
 
 def test_counters_go_on_from_a_checkpoint(inline: pk.Workers, tmp_path: Path, alone: pk.Run) -> None:
     run = pk.train(
-        warming(0.002), data(), on=inline, loss=Switching(), batch_size=BATCH, steps=LONG, seed=3, workers=2,
+        warming(0.002), data(), on=inline, loss=Switching(60), batch_size=BATCH, steps=LONG, seed=3, workers=2,
         checkpoint=tmp_path,
     )  # fmt: skip
     until(lambda: run.step >= 70)
     run.stop()
     run.wait(LIMIT, progress=False)
-    rest = train(inline, warming(), loss=Switching(), steps=LONG, resume=tmp_path)
+    rest = train(inline, warming(), loss=Switching(60), steps=LONG, resume=tmp_path)
     assert 70 <= run.step < LONG
     assert np.abs(rest.history.losses - alone.history.losses[run.step :]).max() < 1e-9
     assert rest.model.calls == LONG
@@ -383,7 +371,14 @@ def test_counters_go_on_from_a_checkpoint(inline: pk.Workers, tmp_path: Path, al
 def test_counters_go_on_when_a_worker_is_lost(alone: pk.Run, nothing_left: None) -> None:
     with pk.connect(2) as workers:
         run = pk.train(
-            warming(0.004), data(), on=workers, loss=Switching(), batch_size=BATCH, steps=LONG, seed=3, workers=2
+            warming(0.004),
+            data(),
+            on=workers,
+            loss=Switching(60),
+            batch_size=BATCH,
+            steps=LONG,
+            seed=3,
+            workers=2,
         )
         until(lambda: run.step >= 40)
         os.kill(list(workers.pids.values())[1], signal.SIGKILL)  # type: ignore[attr-defined]

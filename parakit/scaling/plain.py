@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import pickle
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from contextlib import closing
 from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Any
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from parakit.data import Samples
 from parakit.devices import computing_on, finish, generators_of
 from parakit.gradients import call_model
+from parakit.losses import mean_of
 from parakit.machine import usable_cores
 from parakit.recipe import Parts, Recipe
 from parakit.replica import set_mode
@@ -104,8 +106,12 @@ def measure(trial: PlainTrial) -> PlainRates:
     used = torch.get_num_threads()
     torch.set_num_threads(cores)
     try:
-        with computing_on(trial.device) as device, torch.random.fork_rng(devices=generators_of(device)):
-            return PlainRates(cores, tuple(_timed(_loop(trial, device), trial)))
+        with (
+            computing_on(trial.device) as device,
+            torch.random.fork_rng(devices=generators_of(device)),
+            closing(_loop(trial, device)) as loop,
+        ):
+            return PlainRates(cores, tuple(_timed(loop, trial)))
     except Exception as error:
         return PlainRates(cores, (), f"{type(error).__name__}: {error}")
     finally:
@@ -138,9 +144,14 @@ def _warm_up(loop: Iterator[int]) -> None:
             break
 
 
-def _loop(trial: PlainTrial, device: torch.device) -> Iterator[int]:
+def _loop(trial: PlainTrial, device: torch.device) -> Generator[int, None, None]:
     """Train as a user would by hand; yields the rows of each step when it is done."""
     recipe: Recipe = pickle.loads(trial.blob)
+    with recipe.settings.in_force():  # from the first step to the last: to set them takes as long as a small step
+        yield from _steps(recipe, trial, device)
+
+
+def _steps(recipe: Recipe, trial: PlainTrial, device: torch.device) -> Iterator[int]:
     parts: Parts = recipe.frozen.within(trial.memory).thaw()
     model, loss = parts.model.to(device), parts.loss
     if isinstance(loss, nn.Module):
@@ -157,19 +168,17 @@ def _loop(trial: PlainTrial, device: torch.device) -> Iterator[int]:
 
         def closure(batch: Samples = batch) -> Tensor:
             optimizer.zero_grad()
-            value: Any = loss(call_model(model, batch.inputs), batch.targets)
-            value = value[0] / value[1] if isinstance(value, tuple) else value
+            value: Any = mean_of(loss(call_model(model, batch.inputs), batch.targets))
             value.backward()
             if recipe.clip_norm is not None:
                 nn.utils.clip_grad_norm_(parameters, recipe.clip_norm)
             return value  # type: ignore[no-any-return]  # a user's function made it
 
-        with recipe.settings.in_force():
-            if recipe.traits.closure:
-                optimizer.step(closure)  # type: ignore[arg-type]  # as torch's own may return tensors too
-            else:
-                closure()
-                optimizer.step()
+        if recipe.traits.closure:
+            optimizer.step(closure)  # type: ignore[arg-type]  # as torch's own may return tensors too
+        else:
+            closure()
+            optimizer.step()
         finish(device)
         yield len(rows)
 
