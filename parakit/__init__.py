@@ -3,18 +3,22 @@
 from typing import TYPE_CHECKING, Any
 
 from parakit import datasets, strategies
+from parakit.display import show_pictures
 from parakit.errors import ParakitError
-from parakit.events import History
-from parakit.run import Run
-from parakit.scaling.advising import advise
-from parakit.scaling.study import Scaling
-from parakit.scaling.sweep import sweep
-from parakit.training import evaluate, train
+from parakit.events.history import History
+from parakit.runs.evaluate import evaluate
+from parakit.runs.run import Run
+from parakit.runs.train import train
+from parakit.scaling.experiments.advise import advise
+from parakit.scaling.experiments.sweep import sweep
+from parakit.scaling.study.study import Scaling
 from parakit.workers import Workers, connect, simulated
 
 if TYPE_CHECKING:
     from parakit import plots
-    from parakit.control_room import panel, what_if
+    from parakit.widgets import panel, what_if
+
+show_pictures()
 
 __version__ = "0.1.0"
 
@@ -49,7 +53,7 @@ def __getattr__(name: str) -> Any:
     try:
         if name == "plots":
             return importlib.import_module("parakit.plots")
-        return getattr(importlib.import_module("parakit.control_room"), name)
+        return getattr(importlib.import_module("parakit.widgets"), name)
     except ModuleNotFoundError as error:
         raise ParakitError(
             f"parakit.{name} needs {error.name}, which is not installed here.",

@@ -41,6 +41,7 @@ __all__ = [
     "RunError",
     "RunFailed",
     "StaleGeneration",
+    "Unreachable",
     "WaitTimeout",
     "WorkerCountError",
     "WorkerLost",
@@ -154,3 +155,7 @@ class StaleGeneration(RunError):
 
 class WaitTimeout(ParakitError, TimeoutError):
     """A wait reached its limit. What was waited for is still going on."""
+
+
+class Unreachable(ParakitError):
+    """A worker count that did not come about, in words."""

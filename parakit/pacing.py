@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections import deque
+from statistics import median
+
 __all__ = ["NEWS_SECONDS", "SEGMENT_SECONDS", "segment_seconds"]
 
 #: As long as a segment is where nothing speaks for more: so often there are news, and a commit.
@@ -27,3 +30,25 @@ def segment_seconds(control_seconds: float, news_seconds: float = _LONGEST_SECON
     """
     longest = max(SEGMENT_SECONDS, min(news_seconds, _LONGEST_SECONDS))
     return min(max(SEGMENT_SECONDS, control_seconds / _CONTROL_SHARE), longest)
+
+
+_CONTROLS = 9
+_GROWTH = 4  # a segment is at most this many times longer than the one before
+
+
+class _Pace:
+    """How many steps make a segment."""
+
+    def __init__(self) -> None:
+        self.steps = 1
+        self._step_seconds = SEGMENT_SECONDS
+        self._control: deque[float] = deque(maxlen=_CONTROLS)
+
+    def learn(self, steps: int, seconds: float, control_seconds: float, news_seconds: float) -> None:
+        self._step_seconds = max(1e-6, seconds / steps)
+        self._control.append(control_seconds)
+        wanted = round(segment_seconds(median(self._control), news_seconds) / self._step_seconds)
+        self.steps = max(1, min(wanted, _GROWTH * self.steps))
+
+    def seconds(self, steps: int) -> float:
+        return steps * self._step_seconds

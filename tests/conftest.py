@@ -17,7 +17,7 @@ import torch
 from hypothesis import HealthCheck, settings
 
 import parakit as pk
-from parakit.devices import DEVICES
+from parakit.system.devices import DEVICES
 from tests.members import Member, members
 
 _SETTLE_SECONDS = 15.0

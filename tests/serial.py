@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from parakit.chunks import EpochOrder, cut
+from parakit.data.chunks import EpochOrder, cut
 
 
 def batches(samples: int, chunks: int, batch_size: int, seed: int, steps: int) -> list[torch.Tensor]:

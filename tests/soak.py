@@ -34,9 +34,9 @@ import torch
 
 import parakit as pk
 from parakit.errors import ParakitError
-from parakit.events import Recovered, SegmentDone, StepDone, WorkersLost
+from parakit.events.records import Recovered, SegmentDone, StepDone, WorkersLost
 from parakit.strategies import AllReduce
-from parakit.workers import resident
+from parakit.workers import remote
 from tests.conftest import leftovers, standing
 from tests.mortal import MortalNet, sgd
 
@@ -223,7 +223,7 @@ def soak(faults: int, seed: int, seconds: float) -> Tally:
     before = standing()
     deadline = time.monotonic() + seconds
     with pk.connect(POOL) as pool:
-        pool.client.run(resident.survey)  # type: ignore[attr-defined]
+        pool.client.run(remote.survey)  # type: ignore[attr-defined]
         soaking = Soak(pool, seed)
         tally = soaking.tally
         while sum(tally.faults.values()) < faults and time.monotonic() < deadline and not tally.wrong:

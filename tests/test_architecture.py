@@ -9,7 +9,6 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,113 +17,14 @@ import parakit as pk
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# A module may import those of the lines above its own. A new one fails the tests until it has a place here, as low
-# as it can be: what few things depend on is easy to change.
+# A room imports only rooms above it in this list, and inside a room nothing goes round in a circle. A module that lies
+# beside the rooms is a room of its own.
 ROOMS = (
-    (
-        "parakit.commits", "parakit.control_room.controls", "parakit.control_room.place", "parakit.datasets",
-        "parakit.errors", "parakit.exactness", "parakit.exactness.containers", "parakit.exactness.loss_calls",
-        "parakit.exactness.peers", "parakit.exactness.turns", "parakit.layout", "parakit.machine",
-        "parakit.pacing", "parakit.rates", "parakit.scaling", "parakit.scaling.least_squares",
-        "parakit.serialization.arrays", "parakit.serialization.code_names", "parakit.serialization.local_code",
-        "parakit.wishes", "parakit.workers.dask", "parakit.workers.dask.addresses",
-        "parakit.workers.dask.janitor", "parakit.workers.layout", "parakit.workers.shared.waiting",
-    ),
-    (
-        "parakit.checkpoints.fitting", "parakit.checkpoints.format", "parakit.checkpoints.places",
-        "parakit.chunks", "parakit.devices", "parakit.exactness.hooks", "parakit.exactness.marks",
-        "parakit.exactness.outputs", "parakit.exactness.rewrites", "parakit.exactness.sync_norm",
-        "parakit.export", "parakit.fusing", "parakit.memory_needs", "parakit.places",
-        "parakit.scaling.breakdown", "parakit.scaling.exchange", "parakit.scaling.hosts",
-        "parakit.scaling.laws", "parakit.scaling.noise", "parakit.scaling.points",
-        "parakit.serialization.wrappers", "parakit.shards", "parakit.shared_memory", "parakit.validation",
-        "parakit.vault", "parakit.workers.dask.nursery", "parakit.workers.group",
-    ),
-    (
-        "parakit.checkpoints.folder", "parakit.events", "parakit.exactness.buffers",
-        "parakit.exactness.variables", "parakit.failures", "parakit.preflight.reach",
-        "parakit.scaling.networks", "parakit.scaling.solving", "parakit.scaling.waiting",
-        "parakit.serialization.ties", "parakit.settings", "parakit.workers.dask.local",
-        "parakit.workers.shared.barrier", "parakit.workers.shared.joining", "parakit.workers.slicing",
-    ),
-    (
-        "parakit.checkpoints.saver", "parakit.exactness.generators", "parakit.exactness.structure",
-        "parakit.plots.style", "parakit.progress", "parakit.scaling.fit_bands", "parakit.scaling.groups",
-        "parakit.scaling.terms", "parakit.serialization.frozen", "parakit.stragglers",
-        "parakit.workers.shared.arena",
-    ),
-    (
-        "parakit.checkpoints", "parakit.course", "parakit.data", "parakit.plots.labels",
-        "parakit.scaling.calibration", "parakit.scaling.fitting", "parakit.scaling.order",
-        "parakit.scaling.records", "parakit.scaling.ticker", "parakit.serialization",
-        "parakit.workers.shared.exchange",
-    ),
-    (
-        "parakit.exactness.attributes", "parakit.holding", "parakit.losses", "parakit.plots.curves",
-        "parakit.plots.phases", "parakit.plots.speedups", "parakit.scaling.archive", "parakit.scaling.costs",
-        "parakit.scaling.evidence", "parakit.scaling.predictions", "parakit.scaling.tables",
-        "parakit.workers.shared",
-    ),
-    (
-        "parakit.exactness.agreement", "parakit.exactness.late", "parakit.exactness.still", "parakit.gradients",
-        "parakit.loss_forms", "parakit.plots.costs", "parakit.plots.live", "parakit.preflight.labels",
-        "parakit.recipe", "parakit.scaling.advice", "parakit.scaling.choosing", "parakit.scaling.remarks",
-        "parakit.workers.hosts",
-    ),
-    (
-        "parakit.control_room.what_if", "parakit.evaluation", "parakit.exactness.separation",
-        "parakit.identity", "parakit.preflight.copies", "parakit.scaling.study",
-    ),
-    (
-        "parakit.exactness.check", "parakit.plots.scaling", "parakit.preflight.trial",
-    ),
-    (
-        "parakit.plots", "parakit.preflight.changes", "parakit.preflight.evaluating",
-        "parakit.preflight.optimizers", "parakit.share_gradient",
-    ),
-    (
-        "parakit.preflight.shares", "parakit.replica",
-    ),
-    (
-        "parakit.preflight.behaviour", "parakit.scaling.plain", "parakit.workers.base",
-        "parakit.workers.messages",
-    ),
-    (
-        "parakit.accounts", "parakit.checking", "parakit.keeping", "parakit.plans", "parakit.preflight",
-        "parakit.scaling.extent", "parakit.scaling.measuring", "parakit.strategies.all_reduce",
-        "parakit.strategies.map_reduce", "parakit.workers.dask.watching", "parakit.workers.inline",
-        "parakit.workers.meeting",
-    ),
-    (
-        "parakit.membership", "parakit.strategies", "parakit.workers.dask.sending", "parakit.workers.resident",
-        "parakit.workers.virtual_team",
-    ),
-    (
-        "parakit.conducting", "parakit.workers.dask.driver", "parakit.workers.dask.mapping",
-        "parakit.workers.dask.rendezvous", "parakit.workers.simulated", "parakit.workers.warm",
-    ),
-    (
-        "parakit.run", "parakit.workers.dask.crew",
-    ),
-    (
-        "parakit.control_room.report", "parakit.control_room.steering", "parakit.scaling.visits",
-        "parakit.training", "parakit.workers.dask.pool",
-    ),
-    (
-        "parakit.control_room.draft", "parakit.scaling.advising", "parakit.scaling.probing",
-        "parakit.scaling.sweep", "parakit.workers.dask.reaching",
-    ),
-    (
-        "parakit.control_room.panel", "parakit.workers.connect",
-    ),
-    (
-        "parakit.control_room.opening", "parakit.workers",
-    ),
-    (
-        "parakit", "parakit.control_room",
-    ),
+    "errors", "trees", "tensor_layout", "formatting", "validation", "pacing", "datasets",
+    "system", "serialization", "failures", "model_state", "data", "losses", "gradients", "exactness",
+    "events", "checkpoints", "collectives", "engines", "preflight", "costs", "strategies", "workers",
+    "baselines", "runs", "scaling", "plots", "display", "widgets", "",
 )  # fmt: skip
-FLOOR = {module: floor for floor, room in enumerate(ROOMS) for module in room}
 
 
 def name_of(path: Path) -> str:
@@ -135,19 +35,10 @@ def name_of(path: Path) -> str:
 FILES = {name_of(path): path for path in sorted((ROOT / "parakit").rglob("*.py"))}
 
 
-def runtime_nodes(tree: ast.AST) -> Iterator[ast.AST]:
-    """All nodes but those that only a type checker reads: an annotation needs no module to run."""
-    for node in ast.iter_child_nodes(tree):
-        if isinstance(node, ast.If) and ast.unparse(node.test) in ("TYPE_CHECKING", "typing.TYPE_CHECKING"):
-            continue
-        yield node
-        yield from runtime_nodes(node)
-
-
 def imports(module: str) -> set[str]:
-    """What a module imports, anywhere in its text; of a package's part, the part."""
+    """What a module imports, anywhere in its text, for type checkers too; of a package's part, the part."""
     found = set()
-    for node in runtime_nodes(ast.parse(FILES[module].read_text(encoding="utf-8"))):
+    for node in ast.walk(ast.parse(FILES[module].read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -158,34 +49,87 @@ def imports(module: str) -> set[str]:
     return found
 
 
+def own_imports(module: str) -> set[str]:
+    return {name for name in imports(module) if name.split(".")[0] == "parakit"} - {module}
+
+
+def room_of(module: str) -> str:
+    return module.removeprefix("parakit").removeprefix(".").split(".")[0]
+
+
+def imports_by_name(module: str) -> set[str]:
+    """Modules of parakit that a module with `importlib` names in its text."""
+    if "importlib" not in imports(module):
+        return set()
+    texts = {node.value for node in ast.walk(ast.parse(FILES[module].read_text(encoding="utf-8")))
+             if isinstance(node, ast.Constant) and isinstance(node.value, str)}  # fmt: skip
+    return {name for name in texts if name in FILES and "." in name}
+
+
+def circle_among(modules: set[str]) -> list[str]:
+    """Modules that import each other in a circle, in its order; none if there is no circle."""
+    done: set[str] = set()
+
+    def search(module: str, above: list[str]) -> list[str]:
+        if module in above:
+            return above[above.index(module) :]
+        if module in done:
+            return []
+        for name in sorted(own_imports(module) & modules):
+            if circle := search(name, [*above, module]):
+                return circle
+        done.add(module)
+        return []
+
+    return next(filter(None, (search(module, []) for module in sorted(modules))), [])
+
+
 def importers_of(library: str) -> set[str]:
     return {m for m in FILES if any(f"{name}.".startswith(f"{library}.") for name in imports(m))}
 
 
-def test_every_module_is_in_one_room_and_every_room_is_lived_in() -> None:
-    placed = [module for room in ROOMS for module in room]
-    assert sorted(placed) == sorted(FILES)
+def test_every_room_is_lived_in() -> None:
+    assert sorted(ROOMS) == sorted({room_of(module) for module in FILES})
 
 
 @pytest.mark.parametrize("module", FILES)
 def test_imports_point_one_way(module: str) -> None:
-    ours = {name for name in imports(module) if name.split(".")[0] == "parakit"}
-    upwards = {name for name in ours if FLOOR[name] >= FLOOR[module]}
-    assert not upwards, f"{module} imports what is not below it"
+    place = ROOMS.index(room_of(module))
+    others = {name for name in own_imports(module) if room_of(name) != room_of(module)}
+    assert not {name for name in others if ROOMS.index(room_of(name)) > place}, f"{module} imports a room above it"
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_no_circle_in_a_room(room: str) -> None:
+    assert circle_among({module for module in FILES if room_of(module) == room}) == []
+
+
+def test_nothing_is_imported_by_its_name_but_what_is_optional_or_late() -> None:
+    named = {module: imports_by_name(module) for module in FILES}
+    assert {module: found for module, found in named.items() if found} == {
+        "parakit": {"parakit.plots", "parakit.widgets"},
+        "parakit.display": {"parakit.plots.study"},
+    }
 
 
 def test_imports_are_found_wherever_they_stand() -> None:
-    assert "parakit.workers.dask.reaching" in imports("parakit.workers.connect")  # inside a function
-    assert "parakit.workers.resident" in imports("parakit.workers.dask.crew")  # as a part of its package
-    assert "parakit.workers.dask.pool" not in imports("parakit.workers.dask.crew")  # for annotations only
+    assert "parakit.workers.dask.connect" in imports("parakit.workers.connect")  # inside a function
+    assert "parakit.workers.remote" in imports("parakit.workers.dask.session")  # as a part of its package
+    assert "parakit.plots" in imports("parakit")  # for annotations only
+
+
+def test_circles_are_found(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name, other in (("one", "two"), ("two", "three"), ("three", "two")):
+        (tmp_path / f"{name}.py").write_text(f"def later():\n    import parakit.{other}\n")
+        monkeypatch.setitem(FILES, f"parakit.{name}", tmp_path / f"{name}.py")
+    assert set(circle_among({"parakit.one", "parakit.two", "parakit.three"})) == {"parakit.two", "parakit.three"}
 
 
 def test_a_strategy_knows_only_the_verbs_and_the_errors() -> None:
-    algorithms = [module for module in FILES if module.startswith("parakit.strategies.")]
+    algorithms = {m for m in FILES if room_of(m) == "strategies"} - {"parakit.strategies", "parakit.strategies.base"}
     assert algorithms
     for module in algorithms:
-        ours = {name for name in imports(module) if name.split(".")[0] == "parakit"}
-        assert ours <= {"parakit.errors", "parakit.workers.base"}, module
+        assert own_imports(module) <= {"parakit.errors", "parakit.strategies.base", "parakit.collectives.base"}, module
 
 
 def test_only_the_dask_workers_import_distributed() -> None:
@@ -195,17 +139,17 @@ def test_only_the_dask_workers_import_distributed() -> None:
 
 
 def test_only_the_group_imports_torch_distributed() -> None:
-    assert importers_of("torch.distributed") == {"parakit.workers.group"}
+    assert importers_of("torch.distributed") == {"parakit.collectives.gloo"}
 
 
 def test_only_the_plots_import_matplotlib() -> None:
     importers = importers_of("matplotlib")
     assert "parakit.plots.live" in importers
-    assert {m for m in importers if not m.startswith("parakit.plots.")} == set()
+    assert {room_of(module) for module in importers} == {"plots"}
 
 
 def test_only_the_controls_import_ipywidgets() -> None:
-    assert importers_of("ipywidgets") == {"parakit.control_room.controls", "parakit.control_room.what_if"}
+    assert importers_of("ipywidgets") == {"parakit.widgets.controls", "parakit.widgets.what_if"}
 
 
 def test_importing_parakit_loads_nothing_that_training_inline_does_not_need() -> None:

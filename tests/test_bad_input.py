@@ -22,7 +22,6 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset  # noqa: F401
 
 import parakit as pk
-from parakit.devices import CPU
 from parakit.errors import (
     CheckpointError,
     ConnectError,
@@ -39,8 +38,9 @@ from parakit.errors import (
     WaitTimeout,
     WorkerCountError,
 )
-from parakit.settings import undisturbed
-from tests.test_exact import wait_for
+from parakit.system.devices import CPU
+from parakit.system.process_settings import undisturbed
+from tests.runs.test_exact import wait_for
 
 TABLE = Path(__file__).with_name("BAD_INPUT.md")
 X, Y = torch.arange(160.0).reshape(40, 4) / 160, torch.arange(40) % 3

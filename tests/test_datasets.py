@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from parakit.data import Samples
+from parakit.data.samples import Samples
 from parakit.datasets import Digits, LabelledImages, digits
 
 

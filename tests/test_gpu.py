@@ -1,6 +1,6 @@
-"""Workers on GPUs: what differs from cores. What does not is `tests/test_exact.py`, which runs there too.
+"""Workers on GPUs: what differs from cores. What does not is `tests/runs/test_exact.py`, which runs there too.
 
-python -m pytest --device cuda tests/test_exact.py tests/test_gpu.py
+python -m pytest --device cuda tests/runs/test_exact.py tests/test_gpu.py
 """
 
 from __future__ import annotations
@@ -19,10 +19,9 @@ import torch
 from torch import nn
 
 import parakit as pk
-from parakit.devices import gpus_here
-from parakit.events import Baseline, Recovered, RunStart
-from tests.serial import batches, train_serially
-from tests.test_exact import (
+from parakit.events.records import Baseline, Recovered, RunStart
+from parakit.system.devices import gpus_here
+from tests.runs.test_exact import (
     BATCH,
     CHUNKS,
     LIMIT,
@@ -35,6 +34,7 @@ from tests.test_exact import (
     trained,
     wait_for,
 )
+from tests.serial import batches, train_serially
 
 pytestmark = [
     pytest.mark.gpu,

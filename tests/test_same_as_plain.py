@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import parakit as pk
 import tests.more_plain_cases  # noqa: F401  # which adds to CASES
-from parakit.chunks import chunk_count
+from parakit.data.chunks import chunk_count
 from parakit.errors import ParakitError
 from tests.plain_cases import CASES, ROWS, Case, Made, default_dtype
 from tests.serial import batches

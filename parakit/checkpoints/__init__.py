@@ -9,10 +9,10 @@ Owns the file format, the folder, and the thread that writes while training goes
 - `saver`: when to write, in a thread of its own.
 """
 
-from parakit.checkpoints.fitting import check_fits, differences
+from parakit.checkpoints.compatibility import check_fits, differences
 from parakit.checkpoints.folder import Checkpoints, load
 from parakit.checkpoints.format import Checkpoint, check_plain
-from parakit.checkpoints.saver import Saver
+from parakit.checkpoints.writer import Saver
 from parakit.errors import CheckpointError
 
 __all__ = ["Checkpoint", "CheckpointError", "Checkpoints", "Saver", "check_fits", "check_plain", "differences", "load"]

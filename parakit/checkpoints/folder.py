@@ -5,7 +5,7 @@ was damaged since it was written is passed over for the next older one. What is 
 folder has of later steps: they are of a run that was abandoned, and must not be taken for the newest. Other files are
 left alone.
 
-Reference: that of `parakit.checkpoints.places`.
+Reference: that of `parakit.checkpoints.storage`.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from pathlib import Path
 
 import psutil
 
-from parakit.checkpoints.fitting import Identity
+from parakit.checkpoints.compatibility import Identity
 from parakit.checkpoints.format import Bytes, Checkpoint, Damaged, packed, unpacked
-from parakit.checkpoints.places import Place, Store, store_at
-from parakit.commits import State
+from parakit.checkpoints.state import State
+from parakit.checkpoints.storage import Place, Store, store_at
 from parakit.errors import CheckpointError, InputError
 from parakit.validation import check_whole
 

@@ -25,7 +25,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from parakit.commits import State
+from parakit.checkpoints.state import State
 from parakit.errors import CheckpointError
 
 __all__ = ["Bytes", "Checkpoint", "Damaged", "check_plain", "packed", "unpacked"]

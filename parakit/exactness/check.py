@@ -21,14 +21,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from parakit.data import Samples
+from parakit.data.samples import Samples
 from parakit.errors import BatchDependent, ModelError
-from parakit.exactness.late import Late
 from parakit.exactness.outputs import replaced, tensors_in
 from parakit.exactness.separation import Separation, cut_of, difference
 from parakit.exactness.turns import Purse, Turns
-from parakit.gradients import call_model
-from parakit.losses import ShareLoss, SummedLoss, form_of_known, is_same, together
+from parakit.gradients.forward import call_model
+from parakit.losses.summed import ShareLoss, SummedLoss, form_of_known, is_same, together
+from parakit.model_state.late_attributes import Late
 
 __all__ = ["Check"]
 

@@ -14,13 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from parakit.data import Samples
+from parakit.data.samples import Samples
 from parakit.errors import ModelError, ParakitError
 from parakit.exactness.outputs import tensors_in
-from parakit.exactness.still import Still
-from parakit.gradients import call_model
-from parakit.losses import ShareLoss, SummedLoss
-from parakit.places import listing, places_of, told
+from parakit.failures.source_lines import listing, places_of, told
+from parakit.gradients.forward import call_model
+from parakit.losses.summed import ShareLoss, SummedLoss
+from parakit.model_state.undisturbed import Still
 from parakit.serialization import freeze
 
 __all__ = ["Difference", "Separation", "cut_of", "difference", "outputs_alone", "part_fails"]

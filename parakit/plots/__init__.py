@@ -9,13 +9,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from parakit.course import Course
+from parakit.costs.model import CostModel
 from parakit.errors import InputError
-from parakit.plots import costs as _costs
-from parakit.plots import curves, phases, scaling, speedups
+from parakit.events.summary import Course
+from parakit.plots import cost_model as _costs
+from parakit.plots import curves, phases, speedups
+from parakit.plots import study as _studies
 from parakit.plots.style import axes_or_new
-from parakit.scaling.costs import CostModel
-from parakit.scaling.study import Scaling
+from parakit.scaling.study.study import Scaling
 from parakit.validation import check_choice, check_whole
 
 if TYPE_CHECKING:
@@ -84,7 +85,7 @@ def speedup(data: Any, ax: Axes | None = None, *, most: int | None = None) -> Ax
     """
     check_whole("most", most, 1, none=True)
     if isinstance(data, Scaling):
-        return scaling.scaling_speedup(data, ax, most=most)
+        return _studies.scaling_speedup(data, ax, most=most)
     return speedups.draw(Course.of(data), axes_or_new(ax), most)
 
 
@@ -103,7 +104,7 @@ def efficiency(study: Scaling, ax: Axes | None = None, *, most: int | None = Non
     -------
     Axes
     """
-    return scaling.scaling_efficiency(study, ax, most=most)
+    return _studies.scaling_efficiency(study, ax, most=most)
 
 
 def breakdown(data: Any, ax: Axes | None = None) -> Axes:

@@ -9,9 +9,10 @@ import numpy as np
 import numpy.typing as npt
 from matplotlib.ticker import FuncFormatter
 
-from parakit.course import Course, Curve, Floats, Point
+from parakit.events.curve import Curve, Floats, Point
+from parakit.events.summary import Course
+from parakit.formatting import many
 from parakit.plots.style import INK, colour_of, legend_above, line_style_of, log_axis, nice_above, note, plain_number
-from parakit.progress import many
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

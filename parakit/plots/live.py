@@ -15,7 +15,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 
-from parakit.course import Course
+from parakit.events.summary import Course
 from parakit.plots.curves import CurvePlot
 from parakit.plots.phases import BreakdownPlot
 from parakit.plots.speedups import SpeedupPlot

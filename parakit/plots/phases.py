@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from matplotlib.patches import Patch, Rectangle
 
-from parakit.course import Course, Floats
-from parakit.events import PHASES, StepDone
+from parakit.events.curve import Floats
+from parakit.events.records import PHASES, StepDone
+from parakit.events.summary import Course
 from parakit.plots.style import INK, PHASE_COLOURS, legend_above, nice_above, note
 
 if TYPE_CHECKING:

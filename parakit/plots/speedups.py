@@ -9,8 +9,8 @@ import numpy as np
 from matplotlib.collections import LineCollection, PathCollection
 from matplotlib.colors import to_rgba
 
-from parakit.course import Course
-from parakit.events import PLAIN
+from parakit.events.records import PLAIN
+from parakit.events.summary import Course
 from parakit.plots.style import GREY, INK, SHADE, colour_of, legend_above, nice_above
 
 if TYPE_CHECKING:

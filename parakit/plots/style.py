@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from matplotlib.ticker import FuncFormatter, LogLocator
 
-from parakit.events import PHASES
+from parakit.events.records import PHASES
 
 if TYPE_CHECKING:
     from matplotlib.artist import Artist

@@ -11,23 +11,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from parakit.data import Samples, leaves
-from parakit.devices import CPU
+from parakit.data.samples import Samples
+from parakit.engines.recipe import Traits
 from parakit.errors import LossError, ModelError, ParakitError
-from parakit.exactness.attributes import ABSENT, Attributes, same
-from parakit.exactness.buffers import buffers_of
-from parakit.exactness.hooks import ParameterHooks
-from parakit.exactness.structure import Structure
-from parakit.exactness.sync_norm import has_synchronised
-from parakit.losses import SummedLoss, check_scalar
+from parakit.losses.summed import SummedLoss, check_scalar
+from parakit.model_state.attributes import ABSENT, Attributes, same
+from parakit.model_state.buffers import buffers_of
+from parakit.model_state.hooks import ParameterHooks
+from parakit.model_state.structure import Structure
+from parakit.model_state.sync_batch_norm import has_synchronised
 from parakit.preflight.changes import Changed, Changes, no_steps_of_own
 from parakit.preflight.evaluating import evaluation_of
 from parakit.preflight.labels import check_kind_of_labels, check_labels, check_shapes
 from parakit.preflight.reach import backward_once, check_reach, computed_attributes
 from parakit.preflight.shares import Shares
 from parakit.preflight.trial import Trial
-from parakit.recipe import Traits
-from parakit.settings import Draws, drawing, undisturbed
+from parakit.system.devices import CPU
+from parakit.system.process_settings import Draws, drawing, undisturbed
+from parakit.trees import leaves
 
 __all__ = ["Wanted", "traits_for_evaluation", "traits_of"]
 

@@ -18,18 +18,18 @@ from typing import Any
 import torch
 from torch import Tensor, optim
 
-from parakit.data import Samples
-from parakit.devices import CPU, seed
+from parakit.data.samples import Samples
 from parakit.errors import LossError, ModelError
-from parakit.exactness.attributes import ABSENT, Attributes, Kept, same, too_large
-from parakit.exactness.buffers import Rule, buffers_of, rules_for
-from parakit.exactness.still import Still
-from parakit.exactness.variables import variables_of
-from parakit.gradients import call_model
-from parakit.losses import check_scalar
-from parakit.places import listing, places_of, told
+from parakit.failures.source_lines import listing, places_of, told
+from parakit.gradients.forward import call_model
+from parakit.losses.summed import check_scalar
+from parakit.model_state.attributes import ABSENT, Attributes, Kept, same, too_large
+from parakit.model_state.buffers import Rule, buffers_of, rules_for
+from parakit.model_state.undisturbed import Still
+from parakit.model_state.variables import variables_of
 from parakit.preflight.trial import Trial
-from parakit.settings import Draws
+from parakit.system.devices import CPU, seed
+from parakit.system.process_settings import Draws
 
 __all__ = ["Changed", "Changes", "no_steps_of_own"]
 

@@ -6,9 +6,9 @@ from typing import Any
 
 from torch import nn
 
+from parakit.engines.recipe import Parts
 from parakit.errors import ModelError
-from parakit.places import told
-from parakit.recipe import Parts
+from parakit.failures.source_lines import told
 from parakit.serialization import Frozen, freeze
 from parakit.validation import brief
 

@@ -7,14 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from parakit.data import Samples, leaves
+from parakit.data.samples import Samples
 from parakit.errors import DataError
-from parakit.exactness.loss_calls import CallsOfLosses
 from parakit.exactness.outputs import tensors_in
-from parakit.gradients import call_model
-from parakit.losses import SummedLoss
-from parakit.places import listing, places_of, told
+from parakit.failures.source_lines import listing, places_of, told
+from parakit.gradients.forward import call_model
+from parakit.losses.calls import CallsOfLosses
+from parakit.losses.summed import SummedLoss
 from parakit.preflight.trial import Trial
+from parakit.trees import leaves
 
 __all__ = ["evaluation_of"]
 

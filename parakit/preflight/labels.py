@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from parakit.data import Tree
 from parakit.errors import DataError, LossError
-from parakit.losses import ELEMENTWISE, WEIGHTED, as_object
+from parakit.losses.summed import ELEMENTWISE, WEIGHTED, as_object
+from parakit.trees import Tree
 
 __all__ = ["check_kind_of_labels", "check_labels", "check_shapes"]
 

@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 
+from parakit.engines.memory_needs import states_of
+from parakit.engines.optimizers import AtRate, learning_rate
 from parakit.errors import ModelError
-from parakit.memory_needs import states_of
-from parakit.places import listing, places_of, told
+from parakit.failures.source_lines import listing, places_of, told
 from parakit.preflight.trial import Trial
-from parakit.rates import AtRate, learning_rate
 from parakit.validation import brief
 
 __all__ = ["Optimizing", "check_optimizer", "check_rate_of_schedule", "lengths_of"]

@@ -8,8 +8,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from parakit.errors import LossError, ModelError
-from parakit.exactness.hooks import ParameterHooks
-from parakit.places import listing, places_of, told
+from parakit.failures.source_lines import listing, places_of, told
+from parakit.model_state.hooks import ParameterHooks
 
 __all__ = ["backward_once", "check_reach", "computed_attributes"]
 

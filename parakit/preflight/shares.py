@@ -12,9 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from parakit.data import Samples
+from parakit.data.samples import Samples
 from parakit.errors import LossError, ModelError, ParakitError
-from parakit.exactness.loss_calls import Divide
 from parakit.exactness.outputs import rows_checked, tensors_in
 from parakit.exactness.separation import (
     Difference,
@@ -24,10 +23,11 @@ from parakit.exactness.separation import (
     outputs_alone,
     part_fails,
 )  # fmt: skip
-from parakit.exactness.still import Still
-from parakit.gradients import call_model
-from parakit.loss_forms import Draw, cuts_of, find_form, holds_label, summed
-from parakit.losses import ShareLoss, SummedLoss
+from parakit.gradients.forward import call_model
+from parakit.losses.calls import Divide
+from parakit.losses.forms import Draw, cuts_of, find_form, holds_label, summed
+from parakit.losses.summed import ShareLoss, SummedLoss
+from parakit.model_state.undisturbed import Still
 from parakit.preflight.changes import Changes
 from parakit.preflight.trial import Trial
 

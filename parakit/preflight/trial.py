@@ -9,17 +9,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from parakit.data import Samples, leaves
-from parakit.devices import CPU
+from parakit.data.samples import Samples
+from parakit.engines.recipe import Parts
 from parakit.errors import LossError, ModelError
-from parakit.exactness.attributes import Attributes, same
-from parakit.gradients import call_model
-from parakit.losses import check_loss, describe
-from parakit.places import listing, places_of, told
+from parakit.failures.source_lines import listing, places_of, told
+from parakit.gradients.forward import call_model
+from parakit.losses.summed import check_loss, describe
+from parakit.model_state.attributes import Attributes, same
 from parakit.preflight.copies import frozen_parts, is_lazy
-from parakit.recipe import Parts
 from parakit.serialization import Frozen
-from parakit.settings import undisturbed
+from parakit.system.devices import CPU
+from parakit.system.process_settings import undisturbed
+from parakit.trees import leaves
 
 __all__ = ["Trial", "forms_of"]
 

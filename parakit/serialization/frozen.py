@@ -45,7 +45,7 @@ from parakit.serialization.arrays import ArrayPlace, make_array, place_of
 from parakit.serialization.local_code import by_value
 from parakit.serialization.ties import Ties
 from parakit.serialization.wrappers import is_own_cache, reduced_wrapper
-from parakit.shared_memory import LINE, CannotShare, Segment, SegmentKey
+from parakit.system.shared_memory import LINE, CannotShare, Segment, SegmentKey
 
 __all__ = ["Frozen", "Memory", "TooLarge", "freeze"]
 

@@ -1,6 +1,6 @@
 """Strategies of data-parallel training, one algorithm a file.
 
-A strategy is a short plain text over the verbs of a team (`parakit.workers.base.Team`). It does not know whether the
+A strategy is a short plain text over the verbs of a team (`parakit.strategies.base.Team`). It does not know whether the
 team is one process, Dask workers or a simulation.
 """
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from parakit.collectives.base import EXCHANGES, Exchange
 from parakit.errors import InputError
-from parakit.workers.base import EXCHANGES, Exchange, Part, RunsOn, Team
+from parakit.strategies.base import Part, RunsOn, Team
 
 __all__ = ["AllReduce"]
 

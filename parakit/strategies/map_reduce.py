@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from parakit.errors import InputError
-from parakit.workers.base import Part, RunsOn, Team
+from parakit.strategies.base import Part, RunsOn, Team
 
 __all__ = ["MapReduce"]
 

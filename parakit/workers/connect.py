@@ -6,12 +6,12 @@ from typing import Any
 
 import psutil
 
-from parakit.devices import DEVICES
 from parakit.errors import InputError, WorkerCountError
-from parakit.machine import usable_cores
+from parakit.system.cores import usable_cores
+from parakit.system.devices import DEVICES
 from parakit.validation import brief, check_choice, plain
-from parakit.workers.base import Workers
 from parakit.workers.inline import InlineWorkers
+from parakit.workers.pool import Workers
 
 __all__ = ["connect"]
 
@@ -90,7 +90,7 @@ def connect(
             remedy='connect("tcp://host:8786") for a scheduler, connect("inline") for this process, or connect(2)',
         )
     # Dask is imported when it is needed: "inline" starts without it.
-    from parakit.workers.dask.reaching import Terms, connect_client, connect_cluster, connect_local, what_is
+    from parakit.workers.dask.connect import Terms, connect_client, connect_cluster, connect_local, what_is
 
     kind = what_is(target)
     how = Terms(threads or 1, most, device, timeout)

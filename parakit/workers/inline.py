@@ -14,20 +14,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from parakit.chunks import DEFAULT_CHUNKS
-from parakit.commits import State, copy_state
-from parakit.devices import CPU, device_here, give_back, use
+from parakit.checkpoints.state import State, copy_state
+from parakit.data.chunks import DEFAULT_CHUNKS
+from parakit.data.local_chunks import Holding
+from parakit.engines.base import StepRecord
+from parakit.engines.evaluation import Tally
+from parakit.engines.replicated import EXCHANGE, UPDATE, Replica
+from parakit.engines.share_gradient import BACKWARD
 from parakit.errors import RunFailed
-from parakit.evaluation import Tally
-from parakit.failures import code_failed
-from parakit.gradients import GradientSum
-from parakit.holding import Holding
-from parakit.machine import usable_cores
-from parakit.replica import EXCHANGE, UPDATE, Replica, StepRecord
-from parakit.settings import undisturbed
-from parakit.share_gradient import BACKWARD
-from parakit.workers.base import Job, Remnant, Report, Roster, Strategy, Workers
-from parakit.workers.messages import Failure
+from parakit.failures.run_failed import code_failed
+from parakit.gradients.gradient_sum import GradientSum
+from parakit.strategies.base import Strategy
+from parakit.system.cores import usable_cores
+from parakit.system.devices import CPU, device_here, give_back, use
+from parakit.system.process_settings import undisturbed
+from parakit.workers.assignment import Remnant, Roster
+from parakit.workers.commands import Failure
+from parakit.workers.pool import Workers
+from parakit.workers.session import Job, Report
 
 __all__ = ["InlineWorkers"]
 

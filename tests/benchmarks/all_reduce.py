@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from parakit.workers.group import Group
-from parakit.workers.shared import SharedGroup
+from parakit.collectives.gloo import Group
+from parakit.collectives.shared_memory import SharedGroup
 from tests.benchmarks.reports import Pace, Report, median, run, significant, spread
 from tests.members import FolderBoard, Member, ask, members
 

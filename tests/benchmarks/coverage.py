@@ -18,9 +18,9 @@ from pathlib import Path
 
 import numpy as np
 
-from parakit.scaling.choosing import Prediction, compare
-from parakit.scaling.fitting import fit
-from parakit.scaling.laws import law_named, usl
+from parakit.scaling.laws.fit import fit
+from parakit.scaling.laws.laws import law_named, usl
+from parakit.scaling.laws.selection import Prediction, compare
 
 NOISE = 0.02
 DATA = Path(__file__).parents[1] / "data" / "scaling"

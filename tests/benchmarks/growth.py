@@ -20,9 +20,9 @@ import torch
 from torch import nn
 
 import parakit as pk
-from parakit.events import SegmentDone
-from parakit.scaling.visits import Elastic, end
-from parakit.training import plan
+from parakit.events.records import SegmentDone
+from parakit.runs.planning import plan
+from parakit.scaling.experiments.visits import Elastic, end
 from tests.benchmarks.reports import Pace, Report, bytes_in_words, median, run, significant, spread, until
 
 COUNTS, QUICK_COUNTS = (1, 2, 4, 8, 16), (1, 2, 4)

@@ -14,9 +14,9 @@ import numpy as np
 from torch.nn import functional as F
 
 import parakit as pk
-from parakit.events import StepDone
-from parakit.scaling.visits import Elastic, end
-from parakit.training import plan
+from parakit.events.records import StepDone
+from parakit.runs.planning import plan
+from parakit.scaling.experiments.visits import Elastic, end
 from tests.benchmarks.reports import Pace, Report, run, significant, spread
 from tests.benchmarks.workloads import WORKLOADS, Workload, optimizer
 

@@ -12,7 +12,8 @@ from collections.abc import Iterator
 import numpy as np
 
 import parakit as pk
-from parakit.events import History, SegmentDone, StepDone
+from parakit.events.history import History
+from parakit.events.records import SegmentDone, StepDone
 from tests.benchmarks import panel_overhead
 from tests.benchmarks.reports import Pace, Report, run, significant, spread, until
 from tests.benchmarks.workloads import WORKLOADS, optimizer

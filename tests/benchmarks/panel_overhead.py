@@ -17,7 +17,7 @@ SETUP = """
 import json, time, torch, warnings, parakit as pk
 warnings.simplefilter("ignore")
 from torch import nn
-from parakit.events import SegmentDone
+from parakit.events.records import SegmentDone
 
 def convolutional():
     torch.manual_seed(0)

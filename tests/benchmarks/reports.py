@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from parakit.scaling.hosts import name_here
+from parakit.system.this_host import name_here
 
 REPEATS, QUICK_REPEATS = 5, 3
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import parakit as pk
-from parakit.events import Asked, Resized
+from parakit.events.records import Asked, Resized
 from tests.benchmarks.reports import Pace, Report, run, spread, until
 
 CHANGES, QUICK_CHANGES = 20, 8

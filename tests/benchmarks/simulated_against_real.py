@@ -6,7 +6,7 @@ workload is calibrated from
 
 - two runs with one worker, over the whole batch and over half of it: seconds of a sample, of a step and of the update,
   which two workers would divide;
-- a probe of contention: the plain loop on one worker alone, and on both at once (`parakit.scaling.probing`);
+- a probe of contention: the plain loop on one worker alone, and on both at once (`parakit.scaling.experiments.probes`);
 - a probe of the exchange: two workers that train as many parameters but compute next to nothing.
 
 All of these and the run with two real workers take turns within each repeat, so that a noisy neighbour hits all of
@@ -26,11 +26,11 @@ import torch
 from torch import nn
 
 import parakit as pk
-from parakit.events import SegmentDone
-from parakit.scaling.breakdown import TERMS
-from parakit.scaling.costs import CostModel
-from parakit.scaling.hosts import name_here
-from parakit.scaling.probing import probe_contention, probe_exchange
+from parakit.costs.breakdown import TERMS
+from parakit.costs.model import CostModel
+from parakit.events.records import SegmentDone
+from parakit.scaling.experiments.probes import probe_contention, probe_exchange
+from parakit.system.this_host import name_here
 from tests.benchmarks.workloads import WORKLOADS, Workload, optimizer
 
 WORKERS = 2

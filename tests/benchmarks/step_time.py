@@ -17,9 +17,9 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 import parakit as pk
-from parakit.machine import usable_cores
-from parakit.scaling.visits import Elastic, end
-from parakit.training import plan
+from parakit.runs.planning import plan
+from parakit.scaling.experiments.visits import Elastic, end
+from parakit.system.cores import usable_cores
 from tests.benchmarks.reports import Pace, Report, median, run, spread
 from tests.benchmarks.rivals import rival
 from tests.benchmarks.workloads import WORKLOADS, Workload, optimizer

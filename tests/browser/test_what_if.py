@@ -15,7 +15,7 @@ pytestmark = [pytest.mark.browser, pytest.mark.slow, pytest.mark.timeout(180)]
 
 CELL = """
 import parakit as pk
-from parakit.scaling.costs import CostModel
+from parakit.costs.model import CostModel
 
 sliders = pk.what_if(CostModel(sample_seconds=1e-3, batch_size=256, nbytes=4e6, network="10GbE"), workers=64)
 """

@@ -17,15 +17,16 @@ from typing import Any
 from distributed import Client, wait
 from distributed.deploy import Cluster
 
-from parakit.devices import WHY_NO_GPU, gpus_here, share_out
 from parakit.errors import ConnectError, WorkerLost
-from parakit.machine import in_thread
-from parakit.workers.base import Job, Workers
-from parakit.workers.dask import rendezvous
-from parakit.workers.dask.addresses import Lives, address_of, host_of
-from parakit.workers.dask.crew import DaskCrew
-from parakit.workers.dask.mapping import map_on
-from parakit.workers.messages import Pulse
+from parakit.system.devices import WHY_NO_GPU, gpus_here, share_out
+from parakit.system.threads import in_thread
+from parakit.workers.commands import Pulse
+from parakit.workers.dask import store
+from parakit.workers.dask.map import map_on
+from parakit.workers.dask.session import DaskCrew
+from parakit.workers.dask.worker_ids import Lives, address_of, host_of
+from parakit.workers.pool import Workers
+from parakit.workers.session import Job
 
 __all__ = ["DaskWorkers"]
 
@@ -93,7 +94,7 @@ class DaskWorkers(Workers):
     def names(self) -> tuple[str, ...]:
         """The workers that can work now, in the order of Dask's names; here they are known by their addresses.
 
-        A process at an address where another one died has a name of its own; `parakit.workers.dask.addresses` says how
+        A process at an address where another one died has a name of its own; `parakit.workers.dask.worker_ids` says how
         to read it.
         """
         # A worker that is paused or about to leave takes no orders any more.
@@ -198,7 +199,7 @@ class DaskWorkers(Workers):
         assert loop is not None
 
         async def ask() -> Pulse:
-            message = {"op": rendezvous.PULSE, "run_id": run_id}
+            message = {"op": store.PULSE, "run_id": run_id}
             told = await scheduler.broadcast(msg=message, workers=[address], on_error="ignore")
             if address not in told:
                 raise WorkerLost(f"{address} cannot be asked.")
@@ -225,7 +226,7 @@ class DaskWorkers(Workers):
         fresh = [name for name in names if name not in self._ready]
         if fresh:
             self._survey(fresh)
-            self._run(rendezvous.install, fresh)
+            self._run(store.install, fresh)
             self._ready.update(fresh)
 
     def _run(self, function: Callable[..., Any], names: Sequence[str], *args: Any) -> dict[str, Any]:
@@ -310,7 +311,7 @@ class DaskWorkers(Workers):
         there = self._workers()
         self._gpus = {name: gpu for name, gpu in self._gpus.items() if name in there}
         given = share_out(seen, self._gpus)
-        self._run(rendezvous.take_gpu, names, {address_of(name): gpu for name, gpu in given.items()})
+        self._run(store.take_gpu, names, {address_of(name): gpu for name, gpu in given.items()})
         self._gpus.update(given)
         self._cores_of.update({gpu: 1 for gpus in seen.values() for gpu in gpus})
 

@@ -6,9 +6,9 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from parakit.errors import WorkerLost
-from parakit.machine import in_thread
-from parakit.workers.dask.addresses import address_of
-from parakit.workers.dask.watching import Pulses
+from parakit.system.threads import in_thread
+from parakit.workers.dask.liveness import Pulses
+from parakit.workers.dask.worker_ids import address_of
 
 if TYPE_CHECKING:
     from parakit.workers.dask.pool import DaskWorkers

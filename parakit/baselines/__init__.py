@@ -1,0 +1,1 @@
+"""Plain PyTorch, timed on the same model and rows: what speedups are measured against."""

@@ -1,0 +1,1 @@
+"""What a step costs on any number of workers, by causes: computing, waiting, exchange, update, control."""

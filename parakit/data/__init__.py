@@ -1,0 +1,1 @@
+"""Data: samples, the chunks that they are cut into, and who owns which."""

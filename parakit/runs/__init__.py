@@ -1,0 +1,1 @@
+"""Runs: what is planned, what happens next, and what a user sees of it."""

@@ -1,0 +1,330 @@
+"""A run as its user sees it: wishes go in at any moment, events come out."""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Callable
+from copy import copy
+from typing import Any
+
+from torch import nn
+
+from parakit.checkpoints.state import State
+from parakit.data.chunks import check_chunks
+from parakit.errors import InputError, RunEnded, RunError, WaitTimeout
+from parakit.events.history import History
+from parakit.events.noise_scale import NoiseEstimator, NoiseScale
+from parakit.events.progress import progress_line, show_progress
+from parakit.events.records import Asked, GradientNorms, StepDone
+from parakit.formatting import in_a_notebook
+from parakit.runs.loop import Conductor
+from parakit.runs.plan import Plan
+from parakit.runs.requests import Wishes
+from parakit.system.threads import quick_thread_switches
+from parakit.validation import check_positive, check_rate, plain
+from parakit.workers.pool import Workers
+
+__all__ = ["Run"]
+
+_LET_GO_SECONDS = 10.0
+
+
+class Run:
+    """A training run that is going on in the background; `parakit.train` makes one.
+
+    A wish (`resize`, `set_learning_rate`, `measure_baseline`, `pause`, `resume`, `stop`) returns at once and takes
+    effect after the present step. The run's course is in `history`; the trained model is `model`.
+    """
+
+    def __init__(self, plan: Plan, pool: Workers, history: History) -> None:
+        self._plan = plan
+        self._pool = pool
+        self._history = history
+        self._wishes = Wishes(plan.workers, pool.clock)
+        self._conductor = Conductor(plan, pool, history, self._wishes)
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._conduct, name=f"parakit-run-{plan.job.run_id}", daemon=True)
+        pool.hold(plan.job.run_id, self._let_go)
+        self._thread.start()
+
+    def _conduct(self) -> None:
+        try:
+            with quick_thread_switches():
+                self._conductor.conduct()
+        finally:
+            self._pool.free(self._plan.job.run_id)
+            self._ended.set()
+
+    @property
+    def status(self) -> str:
+        """What the run is doing: "running", "paused", "finished" or "failed".
+
+        A run that was stopped is finished; `stopped_early` tells the difference. Once it is over, its pool is free.
+        """
+        status = self._conductor.status
+        if status in ("finished", "failed") and threading.current_thread() is not self._thread:
+            self._ended.wait(_LET_GO_SECONDS)  # an instant
+        return status
+
+    @property
+    def stopped_early(self) -> bool:
+        """Whether the run finished because `stop` was called before its last step."""
+        return self.status == "finished" and self._conductor.step < self._plan.steps
+
+    @property
+    def history(self) -> History:
+        """The events so far."""
+        return self._history
+
+    @property
+    def step(self) -> int:
+        """Committed steps."""
+        return self._conductor.step
+
+    @property
+    def steps(self) -> int:
+        """Steps of the whole run."""
+        return self._plan.steps
+
+    @property
+    def world_size(self) -> int:
+        """Active workers."""
+        return self._conductor.world_size
+
+    @property
+    def target(self) -> int:
+        """Workers asked for: the newest wish, or `world_size` once that is granted or given up."""
+        return self._wishes.target
+
+    @property
+    def plan(self) -> Plan:
+        """What is trained, and how."""
+        return self._plan
+
+    @property
+    def measuring(self) -> bool:
+        """Whether plain PyTorch is being timed, or will be next: training waits for it."""
+        return self._wishes.measuring and not self._ended.is_set()
+
+    @property
+    def elapsed_seconds(self) -> float:
+        """Since the start of the run."""
+        return self._conductor.now()
+
+    @property
+    def pool(self) -> Workers:
+        """The workers that it trains on."""
+        return self._pool
+
+    @property
+    def model(self) -> nn.Module:
+        """The model on the notebook's side: trained when the run has ended, the newest state fetched until then.
+
+        Each newer state comes as a new object, in evaluation mode; the model given to `train` is never changed.
+        """
+        return self._conductor.model
+
+    @property
+    def model_step(self) -> int:
+        """Steps that `model` was trained for."""
+        return self._conductor.model_step
+
+    def kept_state(self) -> State:
+        """What another run goes on from: the newest state on the notebook's side.
+
+        Raises
+        ------
+        RunError
+            If the run is going on, or ended before it had any.
+        """
+        state = self._conductor.kept
+        if state is None or not self._ended.is_set():
+            raise RunError(
+                f"The run is {self.status} at step {self.step}; there is nothing to go on from"
+                f"{' yet' if not self._ended.is_set() else ''}.",
+                remedy="run.stop() and run.wait() first" if not self._ended.is_set() else "train anew",
+            )
+        return state
+
+    @property
+    def noise(self) -> NoiseScale:
+        """The gradient noise scale, as the run's gradients tell it so far: how large a batch still pays.
+
+        Estimated in one step of each segment with several workers; `NoiseScale.words` says when it is not known.
+        """
+        estimator = NoiseEstimator()
+        for norms in self._history.of(GradientNorms):
+            estimator.update(norms.step, norms.norms_squared, norms.samples, norms.global_norm_squared)
+        return estimator.latest
+
+    @property
+    def error(self) -> RunError | None:
+        """Why the run failed, or None."""
+        return self._conductor.error
+
+    def resize(self, workers: int) -> None:
+        """Ask for another number of workers.
+
+        Parameters
+        ----------
+        workers : int
+            From 1 to what the pool has or can grow to, and at most the number of chunks.
+
+        Raises
+        ------
+        WorkerCountError
+            If that many can never be had.
+        RunEnded
+            If the run is over.
+        """
+        self._check_going("resize")
+        count = self._pool.check_count(plain(workers), most=self._pool.most)
+        check_chunks(count, len(self._plan.roster.training.sizes))
+        self._wish("resize", count, lambda wishes: wishes.aim(count))
+
+    def set_learning_rate(self, value: float) -> None:
+        """Ask to go on at another learning rate.
+
+        All parameter groups and the schedule scale by one factor, which takes the first group's present rate to the
+        value: groups keep their proportions, and a schedule goes on along its own curve. Where the present rate is
+        0, every group gets the value itself.
+
+        Parameters
+        ----------
+        value : float
+            Above 0.
+
+        Raises
+        ------
+        InputError
+            If it is no such number, or the optimizer has no learning rate.
+        RunEnded
+            If the run is over.
+        """
+        self._check_going("set_learning_rate")
+        check_rate("the learning rate", value, self._plan.rate)
+        rate = float(value)
+        self._wish("learning rate", rate, lambda wishes: setattr(wishes, "rate", rate))
+
+    def measure_baseline(self) -> None:
+        """Ask for the speed of plain PyTorch: the same model and batches, in one process with all its cores.
+
+        The run stands still for it, about a second and a half, while one worker of the pool times the loop; what
+        comes of it is a `Baseline` event in the history. If it fails, the history says why, and the run goes on.
+
+        Raises
+        ------
+        RunEnded
+            If the run is over.
+        """
+        self._check_going("measure_baseline")
+        self._wish("measure", None, lambda wishes: setattr(wishes, "measuring", True))
+
+    def want_news(self, seconds: float | None) -> None:
+        """Say how old news may be, as a panel does while it is open; has no effect on a run that is over.
+
+        Steps come into the history when their segment ends. Segments of large models last up to 0.8 s, because each
+        costs time beside its steps; whoever watches can have shorter ones.
+
+        Parameters
+        ----------
+        seconds : float or None
+            Segments are no longer than this, down to 0.25 s. None: as long as the run likes.
+
+        Raises
+        ------
+        InputError
+            If it is no number above 0.
+        """
+        seconds = plain(seconds)
+        check_positive("seconds", seconds, none=True)
+        self._wishes.news_seconds = math.inf if seconds is None else float(seconds)
+
+    def pause(self) -> None:
+        """Ask the run to stand still after its present step, holding its workers."""
+        self._check_going("pause")
+        self._wish("pause", None, lambda wishes: setattr(wishes, "paused", True))
+
+    def resume(self) -> None:
+        """Ask a paused run to go on."""
+        self._check_going("resume")
+        self._wish("resume", None, lambda wishes: setattr(wishes, "paused", False))
+
+    def stop(self) -> None:
+        """Ask the run to finish after its present step; does nothing once it has ended."""
+        if not self._ended.is_set():
+            self._wish("stop", None, lambda wishes: setattr(wishes, "stopping", True))
+
+    def wait(self, timeout: float | None = None, *, progress: bool | None = None) -> Run:
+        """Wait until the run has ended.
+
+        Parameters
+        ----------
+        timeout : float, optional
+            Seconds; None waits as long as the run goes on.
+        progress : bool, optional
+            Whether to show a line of progress meanwhile. Default: in scripts and terminals, not in notebooks.
+
+        Returns
+        -------
+        Run
+            This run.
+
+        Raises
+        ------
+        RunFailed
+            If the run failed.
+        WaitTimeout
+            If it has not ended in time; it goes on.
+        RunError
+            If it is paused and no timeout was given, as nothing would ever end the wait.
+        """
+        timeout = plain(timeout)
+        if timeout is not None and (isinstance(timeout, bool) or not isinstance(timeout, int | float) or timeout < 0):
+            raise InputError(f"timeout is {timeout!r}; it must be a number of seconds, or None.")
+        wishes = self._wishes
+        if timeout is None and wishes.paused and not wishes.stopping and not self._ended.is_set():
+            raise RunError(
+                f"The run is paused at step {self.step} of {self.steps}, so waiting for its end would never end.",
+                remedy="run.resume() first, or wait(timeout=...)",
+            )
+        show = not in_a_notebook() if progress is None else progress
+        if show:
+            show_progress(self, self._ended, timeout)
+        else:
+            self._ended.wait(timeout)
+        if not self._ended.is_set():
+            raise WaitTimeout(
+                f"The run has not ended within {timeout:g} s: it is {self.status} at step {self.step} of {self.steps}.",
+                remedy="wait longer, or run.stop()",
+            )
+        if self.error is not None:
+            raise copy(self.error) from self.error.__cause__  # without the traceback that it has already
+        return self
+
+    def _check_going(self, wish: str) -> None:
+        if self._ended.is_set():
+            raise RunEnded(
+                f"The run is {self.status} at step {self.step} of {self.steps}; {wish} has no effect any more.",
+                remedy="start another run with parakit.train(run.model, ...)",
+            )
+
+    def _wish(self, name: str, value: int | float | None, change: Callable[[Wishes], Any]) -> None:
+        with self._wishes.changed:  # wishes of several threads are kept in the order of their times
+            self._history.append(Asked(self._conductor.now(), name, value))
+        self._wishes.express(change)
+
+    def _let_go(self) -> None:
+        """End the run because its pool closes."""
+        self.stop()
+        self._thread.join(_LET_GO_SECONDS)
+
+    def __repr__(self) -> str:
+        latest = self._history.latest(StepDone)
+        loss = f", loss {latest.loss:.4g}" if latest else ""
+        early = ", stopped early" if self.stopped_early else ""
+        failed = f"\n{self.error}" if self.error else ""
+        many = "1 worker" if self.world_size == 1 else f"{self.world_size} workers"
+        rest = f", {progress_line(self)}" if self.status == "running" and latest else f", {many}"
+        return f"<Run {self.status}{early}: step {self.step:,} of {self.steps:,}{loss}{rest}>{failed}"

@@ -1,0 +1,1 @@
+"""Experiments that measure scaling: a sweep over worker counts, advice for a machine."""

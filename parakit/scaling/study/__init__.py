@@ -1,0 +1,1 @@
+"""Studies: what an experiment measured, as records, tables, sentences and files."""

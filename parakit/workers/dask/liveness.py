@@ -1,0 +1,203 @@
+"""Watching over orders: who is done, who is gone, and who hangs.
+
+A member that died is missing from the scheduler's list. One that hangs is still on it: it is found by its pulse, which
+it gives beside its work. Without a pulse, the whole process stands still; with a pulse but without progress, the code
+that it runs does. Whoever waits for partners in an exchange holds nobody up and is never blamed.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from distributed import Future
+
+from parakit.workers.commands import Pulse
+
+if TYPE_CHECKING:
+    from parakit.workers.dask.pool import DaskWorkers
+
+__all__ = ["Limits", "Outcome", "watch"]
+
+_LOOK_SECONDS = 0.5  # how often a wait looks whether everybody is still there
+_CLOSE_LOOK_SECONDS = 0.05  # once some are done and others are not: a partner may just have died
+_GRACE_SECONDS = 3.0  # survivors raise well within this after a partner died
+_PULSES_IN_LIMIT = 8
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How long members may say nothing.
+
+    Parameters
+    ----------
+    pulse_seconds : float
+        Without a pulse.
+    progress_seconds : float
+        With a pulse, but without progress.
+    whole_seconds : float
+        For the whole order, whatever the pulses say.
+    """
+
+    pulse_seconds: float
+    progress_seconds: float
+    whole_seconds: float
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of a wait.
+
+    Attributes
+    ----------
+    waiting : tuple of Future
+        Orders that are not done.
+    gone : frozenset of str
+        Members that the scheduler does not know any more.
+    hung : mapping of str to str
+        Members that hang, and what was seen.
+    late : mapping of str to str
+        Members that have not carried out their order in the whole time that it may take, whatever they do.
+    """
+
+    waiting: tuple[Future[Any], ...] = ()
+    gone: frozenset[str] = frozenset()
+    hung: Mapping[str, str] = field(default_factory=dict)
+    late: Mapping[str, str] = field(default_factory=dict)
+
+
+def watch(
+    pool: DaskWorkers, run_id: str, futures: Sequence[Future[Any]], members: Sequence[str], limits: Limits
+) -> Outcome:
+    """Wait until orders are done, as long as those who work on them are there and give signs of life.
+
+    Parameters
+    ----------
+    pool : DaskWorkers
+    run_id : str
+    futures : sequence of Future
+    members : sequence of str
+        Who works on them: one each, if there are as many, or all on any.
+    limits : Limits
+    """
+    return _Watch(pool, run_id, futures, members, limits).outcome()
+
+
+class _Watch:
+    def __init__(
+        self, pool: DaskWorkers, run_id: str, futures: Sequence[Future[Any]], members: Sequence[str], limits: Limits
+    ) -> None:
+        self._pool = pool
+        self._waiting = list(futures)
+        self._owners = dict(zip(futures, members, strict=True)) if len(futures) == len(members) else {}
+        self._members = tuple(members)
+        self._limits = limits
+        self._began = time.monotonic()
+        self._lost_at: float | None = None
+        self._pulses = Pulses(pool, run_id, self._began)
+        self._next_pulse = self._began + limits.pulse_seconds / 4
+
+    def outcome(self) -> Outcome:
+        look = _LOOK_SECONDS
+        every = len(self._waiting)
+        while True:
+            began, before = time.monotonic(), len(self._waiting)
+            self._waiting = self._pool.wait_for_one(self._waiting, look)
+            self._excuse(time.monotonic() - began - look)
+            if not self._waiting:
+                return Outcome()
+            if len(self._waiting) < before:  # the others come in a moment; to ask who is there would take longer
+                look = _CLOSE_LOOK_SECONDS
+                continue
+            gone = frozenset(self._members) - set(self._pool.names)
+            if gone and self._is_settled(gone):
+                return Outcome(tuple(self._waiting), gone=gone)
+            late, hung = ({}, {}) if gone else (self._late(), self._hung())
+            if late or hung:
+                return Outcome(tuple(self._waiting), hung=hung, late=late)
+            look = _CLOSE_LOOK_SECONDS if gone or len(self._waiting) < every else _LOOK_SECONDS
+
+    def _excuse(self, late_seconds: float) -> None:
+        """Where this process itself stood still, as a stopped or suspended one does, nobody else is to blame."""
+        if late_seconds > self._limits.pulse_seconds / 4:
+            self._began += late_seconds
+            self._pulses.excuse(late_seconds)
+
+    def _is_settled(self, gone: Collection[str]) -> bool:
+        """Whether nothing more can come: all others have answered, or had time enough to notice the loss."""
+        now = time.monotonic()
+        self._lost_at = self._lost_at or now
+        return (
+            not self._owners  # what any of them may work on needs what all of them did
+            or now > self._lost_at + _GRACE_SECONDS
+            or self._workers_on(self._waiting) <= set(gone)
+        )
+
+    def _workers_on(self, futures: Sequence[Future[Any]]) -> set[str]:
+        return {self._owners[future] for future in futures} if self._owners else set(self._members)
+
+    def _late(self) -> dict[str, str]:
+        whole = self._limits.whole_seconds
+        if time.monotonic() < self._began + whole:
+            return {}
+        suspects = sorted(self._workers_on(self._waiting))
+        blamed = [m for m in suspects if not self._pulses.waits(m)] or suspects
+        return dict.fromkeys(blamed, f"did not carry out an order within {whole:.1f} s")
+
+    def _hung(self) -> dict[str, str]:
+        now, limits = time.monotonic(), self._limits
+        suspects = sorted(self._workers_on(self._waiting))
+        if now < self._next_pulse:
+            return {}
+        self._next_pulse = now + limits.pulse_seconds / _PULSES_IN_LIMIT
+        self._pulses.take(suspects, now)
+        hung = {}
+        for member in suspects:
+            silent, still = now - self._pulses.heard_at(member), self._pulses.still_seconds(member)
+            if silent > limits.pulse_seconds:
+                hung[member] = f"gave no sign of life for {silent:.1f} s"
+            elif still > limits.progress_seconds:
+                hung[member] = f"made no progress in {still:.1f} s, though its process answers"
+        return hung
+
+
+class Pulses:
+    """Pulses of the members of a run: asked for without waiting, and never more than one at a time of each."""
+
+    def __init__(self, pool: DaskWorkers, run_id: str, began: float) -> None:
+        self._pool = pool
+        self._run_id = run_id
+        self._began = began
+        self._asked: dict[str, Any] = {}
+        self._heard: dict[str, tuple[float, Pulse]] = {}
+
+    def take(self, members: Sequence[str], now: float) -> None:
+        """Read the pulses that have come, and ask for the next ones."""
+        for member in members:
+            asked = self._asked.get(member)
+            if asked is not None and asked.done():
+                pulse = None if asked.cancelled() or asked.exception() else asked.result()
+                if pulse is not None:
+                    self._heard[member] = now, pulse
+                asked = None
+            self._asked[member] = asked or self._pool.ask_pulse(member, self._run_id)
+
+    def excuse(self, seconds: float) -> None:
+        """Let all that was heard be so much younger."""
+        self._began += seconds
+        self._heard = {member: (at + seconds, pulse) for member, (at, pulse) in self._heard.items()}
+
+    def heard_at(self, member: str) -> float:
+        """When a member gave its last sign of life, or the wait began."""
+        return self._heard[member][0] if member in self._heard else self._began
+
+    def still_seconds(self, member: str) -> float:
+        """How long a member has made no progress, as far as is known; 0 for one that waits for partners."""
+        _, pulse = self._heard.get(member, (0.0, Pulse(0.0, False)))
+        return 0.0 if pulse.waiting else pulse.still_seconds
+
+    def waits(self, member: str) -> bool:
+        """Whether a member waits for partners."""
+        return member in self._heard and self._heard[member][1].waiting
