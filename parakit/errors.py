@@ -18,7 +18,7 @@ also a `ValueError`; what went wrong while running is also a `RuntimeError`, so 
     │   ├── RunFailed                    the run stopped by itself; its last committed state is kept
     │   │   ├── Diverged                 the loss or a parameter is no finite number any more
     │   │   └── BatchDependent           what a share comes to depends on the rest of its batch
-    │   ├── RunEnded                     a wish came after the run's end
+    │   ├── RunEnded                     a request came after the run's end
     │   ├── WorkerLost                   a worker died, or was silent for too long
     │   └── StaleGeneration              an order of an older process group was refused
     └── WaitTimeout (TimeoutError)       a wait reached its limit; what was waited for goes on
@@ -142,7 +142,7 @@ class BatchDependent(RunFailed):
 
 
 class RunEnded(RunError):
-    """The run has ended, so the wish cannot take effect."""
+    """The run has ended, so the request cannot take effect."""
 
 
 class WorkerLost(RunError):

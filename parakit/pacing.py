@@ -20,7 +20,7 @@ def segment_seconds(control_seconds: float, news_seconds: float = _LONGEST_SECON
 
     A segment is longer than usual where they would take more than 0.6 % of the time. Besides, each costs those who
     compute about twice as much by the messages that go with it, on a machine whose cores are all in use; so what is
-    lost stays below 2 %. A wish does not wait for the end of a segment, and a loss costs one.
+    lost stays below 2 %. A request does not wait for the end of a segment, and a loss costs one.
 
     Parameters
     ----------
@@ -36,7 +36,7 @@ _CONTROLS = 9
 _GROWTH = 4  # a segment is at most this many times longer than the one before
 
 
-class _Pace:
+class Pace:
     """How many steps make a segment."""
 
     def __init__(self) -> None:

@@ -31,19 +31,19 @@ class Answer(NamedTuple):
         return self.value
 
 
-class FolderBoard:
-    """A board whose notes are files of a folder."""
+class FolderStore:
+    """A store whose notes are files of a folder."""
 
     def __init__(self, folder: str) -> None:
         self._folder = folder
 
-    def put(self, key: str, value: bytes) -> None:
+    def set(self, key: str, value: bytes) -> None:
         note = self._path(key)
         unfinished = note.with_suffix(f".{os.getpid()}")
         unfinished.write_bytes(value)
         unfinished.rename(note)
 
-    def take(self, key: str, limit_seconds: float) -> bytes:
+    def get(self, key: str, limit_seconds: float) -> bytes:
         deadline = time.monotonic() + limit_seconds
         while time.monotonic() < deadline:
             with contextlib.suppress(FileNotFoundError):

@@ -34,7 +34,7 @@ def _candidates() -> Iterator[str]:
         path = Path(f"/Applications/{name}.app/Contents/MacOS/{name}")
         if path.exists():
             yield str(path)
-    # Asked in a process of its own: playwright's API may not be started twice in one.
+    # Requested in a process of its own: playwright's API may not be started twice in one.
     code = "from playwright.sync_api import sync_playwright as s\nwith s() as p: print(p.chromium.executable_path)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     if done.returncode == 0 and Path(done.stdout.strip()).exists():

@@ -13,14 +13,14 @@ from parakit.baselines import plain_loop
 from parakit.baselines.plain_loop import PlainRates, PlainTrial
 from parakit.data.samples import Samples
 from parakit.errors import ParakitError, PoolError, Unreachable, WorkerCountError
-from parakit.events.records import PLAIN, Baseline, rival_name
+from parakit.events.records import PLAIN, Baseline, baseline_name
 from parakit.serialization import dumps
 from parakit.system.threads import in_thread
 from parakit.workers.pool import Workers
 from parakit.workers.session import Job
 
 __all__ = [
-    "Rivals",
+    "PlainArm",
     "measure_plain",
     "plain_trial",
     "try_plain",
@@ -119,7 +119,7 @@ def _baseline(found: PlainRates, at_seconds: float, device: str) -> Baseline:
     return Baseline(at_seconds, PLAIN, found.cores, median, low, high, len(found.rates), device)
 
 
-class Rivals:
+class PlainArm:
     """Plain PyTorch in one process, timed on one worker of the pool while all of them stand still.
 
     Parameters
@@ -149,7 +149,7 @@ class Rivals:
         trial = replace(self._trial, name=uuid.uuid4().hex, cores=threads)
         found = self._found(trial)
         if not found.rates:
-            raise Unreachable(f"{rival_name(threads)}, could not be measured: {found.error}")
+            raise Unreachable(f"{baseline_name(threads)}, could not be measured: {found.error}")
         return found
 
     def _found(self, trial: PlainTrial) -> PlainRates:

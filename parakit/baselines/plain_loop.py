@@ -48,7 +48,7 @@ class PlainTrial:
         Unique; ends the trial early, by `halt`.
     blob : bytes
         The pickled recipe.
-    memory : SegmentKey or array
+    memory : SharedMemoryKey or array
         Where the recipe's tensors are, or they themselves.
     samples : Samples
         Packed.

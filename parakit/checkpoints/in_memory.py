@@ -1,4 +1,4 @@
-"""Commits: the states that a process can go back to.
+"""Snapshots: the states that a process can go back to.
 
 Owns copies of states; refuses to know what is trained.
 """
@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from parakit.checkpoints.state import State, copy_state
 
-__all__ = ["PrivateCommits"]
+__all__ = ["InMemorySnapshots"]
 
 
-class PrivateCommits:
+class InMemorySnapshots:
     """The newest states, in this process's own memory.
 
     Parameters

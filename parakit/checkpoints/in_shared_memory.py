@@ -1,8 +1,8 @@
-"""A vault: commits in shared memory, which outlive the process that makes them.
+"""Snapshots in shared memory: commits that outlive the process that makes them.
 
 The memory has no name: it is a file that nothing but open descriptors keeps (memfd_create(2)). So nothing of it is left
 when the last process that holds it has gone, and nothing in it is lost while one is left. The owner alone writes.
-Linux only: elsewhere `Vault` raises, and commits are private.
+Linux only: elsewhere `SharedMemorySnapshots` raises, and commits are private.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from torch import Tensor
 
 from parakit.checkpoints.state import State, copy_state
 
-__all__ = ["OpenVault", "Room", "Vault", "VaultKey", "open_vault"]
+__all__ = ["Room", "SharedMemorySnapshots", "SnapshotsKey", "SnapshotsReader", "open_snapshots"]
 
 _LINE = 64  # bytes; tensors begin at a multiple
 _PLAIN_BYTES = 1 << 16  # room for what is not tensors, beyond what there is of it at first
-_TITLE = struct.Struct("16sqqq")  # the vault's name; places, bytes of one, and of its room for plain values
+_TITLE = struct.Struct("16sqqq")  # the name of the snapshots; places, bytes of one, and of its room for plain values
 _HEAD = struct.Struct("qqq")  # of a place: number of the state in it (0 while it is written), its step, plain bytes
 _MACHINE = Path("/proc/sys/kernel/random/boot_id")
 _TRIES = 5  # to read a state that is written over meanwhile
@@ -70,11 +70,11 @@ class Room(NamedTuple):
         return Room(self.plain + _PLAIN_BYTES, self.tensors)
 
 
-class VaultKey(NamedTuple):
-    """By what another process of the same machine and user opens a vault.
+class SnapshotsKey(NamedTuple):
+    """By what another process of the same machine and user opens these snapshots.
 
-    The name is unique and stands in the vault too: the numbers of a process and of a descriptor may have been given to
-    another one since.
+    The name is unique and stands in their memory too: the numbers of a process and of a descriptor may have been given
+    to another one since.
     """
 
     machine: str
@@ -84,7 +84,7 @@ class VaultKey(NamedTuple):
     nbytes: int
 
 
-class Vault:
+class SharedMemorySnapshots:
     """The newest states of this process, in memory that others can hold on to.
 
     A state is written in place of the oldest, and counts from the moment when its number is set: whoever dies in
@@ -118,9 +118,9 @@ class Vault:
         self.keep(state)
 
     @property
-    def key(self) -> VaultKey:
+    def key(self) -> SnapshotsKey:
         """Changes when a state needs more room than there was."""
-        return VaultKey(self._machine, os.getpid(), self._descriptor, self._name, len(self._memory))
+        return SnapshotsKey(self._machine, os.getpid(), self._descriptor, self._name, len(self._memory))
 
     @property
     def step(self) -> int:
@@ -153,7 +153,7 @@ class Vault:
         self._room = room
         nbytes = _LINE + self.places * _place_size(*room)
         self._name = uuid.uuid4().bytes
-        self._descriptor = os.memfd_create("parakit-vault", os.MFD_CLOEXEC)
+        self._descriptor = os.memfd_create("parakit-snapshots", os.MFD_CLOEXEC)
         os.ftruncate(self._descriptor, nbytes)
         self._memory = mmap.mmap(self._descriptor, nbytes)
         _TITLE.pack_into(self._memory, 0, self._name, self.places, _place_size(*room), room.plain)
@@ -169,12 +169,12 @@ class Vault:
             self._descriptor = -1
 
 
-class OpenVault:
-    """Another process's vault; what is in it stays when that process has gone.
+class SnapshotsReader:
+    """Another process's snapshots, which stay when that process has gone.
 
     Parameters
     ----------
-    key : VaultKey
+    key : SnapshotsKey
 
     Raises
     ------
@@ -182,18 +182,18 @@ class OpenVault:
         If it is on another machine, or gone.
     """
 
-    def __init__(self, key: VaultKey) -> None:
+    def __init__(self, key: SnapshotsKey) -> None:
         if _MACHINE.read_text() != key.machine:
-            raise OSError("This vault is on another machine.")
+            raise OSError("These snapshots are on another machine.")
         descriptor = os.open(f"/proc/{key.pid}/fd/{key.descriptor}", os.O_RDWR | os.O_CLOEXEC)
         try:
             if os.fstat(descriptor).st_size != key.nbytes:
-                raise OSError("This vault is gone.")
+                raise OSError("These snapshots are gone.")
             self._memory = mmap.mmap(descriptor, key.nbytes)
         finally:
             os.close(descriptor)
         if _TITLE.unpack_from(self._memory)[0] != key.name:
-            raise OSError("This vault is gone.")
+            raise OSError("These snapshots are gone.")
         self.key = key
 
     def newest(self, step: int) -> State | None:
@@ -242,12 +242,12 @@ class OpenVault:
                     self._memory.madvise(mmap.MADV_REMOVE, first, last - first)
 
 
-def open_vault(key: VaultKey | None, known: OpenVault | None) -> OpenVault | None:
-    """The vault of a key: the one that is known, if it is that; None where it cannot be reached."""
+def open_snapshots(key: SnapshotsKey | None, known: SnapshotsReader | None) -> SnapshotsReader | None:
+    """The snapshots of a key: the one that is known, if it is that; None where it cannot be reached."""
     if known is not None and known.key == key:
         return known
     with suppress(OSError):
-        return None if key is None else OpenVault(key)
+        return None if key is None else SnapshotsReader(key)
     return None
 
 
@@ -285,7 +285,7 @@ def _filled(tree: Any, tensor_of: Callable[[_Hole], Tensor]) -> Any:
 
 
 class _Found(NamedTuple):
-    """A state in a vault's memory.
+    """A state in the memory of shared snapshots.
 
     Attributes
     ----------

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 __all__ = [
-    "Commits",
+    "Snapshots",
     "State",
     "copy_state",
     "nbytes_of",
@@ -19,7 +19,7 @@ __all__ = [
 State = dict[str, Any]
 
 
-class Commits(Protocol):
+class Snapshots(Protocol):
     """Where a process keeps the states that it can go back to."""
 
     @property

@@ -13,11 +13,11 @@ from parakit.errors import RunError
 
 __all__ = [
     "EXCHANGES",
-    "Adders",
-    "Board",
     "Exchange",
     "GroupBroken",
-    "Slicing",
+    "ProcessGroup",
+    "ReduceScatterGroup",
+    "Store",
     "Summed",
 ]
 
@@ -26,17 +26,17 @@ class GroupBroken(RunError):
     """A member of the group died, or was silent for too long."""
 
 
-class Board(Protocol):
+class Store(Protocol):
     """Where the members of a generation leave notes for each other."""
 
-    def put(self, key: str, value: bytes) -> None:
+    def set(self, key: str, value: bytes) -> None:
         """Leave a note."""
 
-    def take(self, key: str, limit_seconds: float) -> bytes:
+    def get(self, key: str, limit_seconds: float) -> bytes:
         """Read a note, waiting until it is there; raises TimeoutError at the limit."""
 
 
-class Adders(ABC):
+class ProcessGroup(ABC):
     """Members that add vectors together."""
 
     size: int
@@ -66,7 +66,7 @@ EXCHANGES: tuple[Exchange, ...] = ("auto", "shared memory", "gloo")
 
 
 class Summed(NamedTuple):
-    """The part of a sum that `Slicing.sum_slice` leaves with one member.
+    """The part of a sum that `ReduceScatterGroup.reduce_scatter` leaves with one member.
 
     Attributes
     ----------
@@ -83,7 +83,7 @@ class Summed(NamedTuple):
     tail: Tensor
 
 
-class Slicing(Adders):
+class ReduceScatterGroup(ProcessGroup):
     """Members that can divide a vector among those who have memory in common."""
 
     rank: int
@@ -97,7 +97,7 @@ class Slicing(Adders):
 
     @abstractmethod
     def buffer(self, numel: int, dtype: torch.dtype) -> Tensor:
-        """A vector that `sum_slice` can sum."""
+        """A vector that `reduce_scatter` can sum."""
 
     @abstractmethod
     def common(self, numel: int, dtype: torch.dtype) -> Tensor:
@@ -108,7 +108,7 @@ class Slicing(Adders):
         """The part of each of those in a vector, by their places."""
 
     @abstractmethod
-    def sum_slice(self, vector: Tensor, *, tail: int = 0, own: Sequence[Tensor] | None = None) -> Summed:
+    def reduce_scatter(self, vector: Tensor, *, tail: int = 0, own: Sequence[Tensor] | None = None) -> Summed:
         """Replace this member's slice of its vector by the sum of every member's; the rest stays as it is."""
 
     @abstractmethod

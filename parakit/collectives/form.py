@@ -7,18 +7,18 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from parakit.collectives.base import Adders, Board, Exchange, Slicing
-from parakit.collectives.gloo import Group
-from parakit.collectives.hierarchical import HostsGroup
-from parakit.collectives.shared_memory import CannotShare, SharedGroup
+from parakit.collectives.base import Exchange, ProcessGroup, ReduceScatterGroup, Store
+from parakit.collectives.gloo import GlooGroup
+from parakit.collectives.hierarchical import HierarchicalGroup
+from parakit.collectives.shared_memory import CannotShare, SharedMemoryGroup
 from parakit.collectives.topology import hierarchical
 from parakit.system.devices import CPU
 
-__all__ = ["meet"]
+__all__ = ["form_group"]
 
 
-def meet(
-    board: Board,
+def form_group(
+    store: Store,
     rank: int,
     hosts: Sequence[str],
     limit_seconds: float,
@@ -28,12 +28,12 @@ def meet(
     dtype: torch.dtype,
     common: int,
     device: torch.device = CPU,
-) -> tuple[Adders, Tensor | None]:
+) -> tuple[ProcessGroup, Tensor | None]:
     """Form a group.
 
     Parameters
     ----------
-    board : Board
+    store : Store
         Of this generation alone.
     rank : int
     hosts : sequence of str
@@ -52,7 +52,7 @@ def meet(
 
     Returns
     -------
-    Adders
+    ProcessGroup
         The group.
     tensor or None
         A vector, zero, from which the group adds without a copy; None if any place is as good.
@@ -67,13 +67,17 @@ def meet(
     size, capacity = len(hosts), numel * dtype.itemsize
     if exchange != "gloo" and size > 1 and device.type == "cpu":
         try:
-            group: Slicing
+            group: ReduceScatterGroup
             if exchange == "auto" and hierarchical(hosts):
-                group = HostsGroup(board, rank, hosts, limit_seconds=limit_seconds, capacity=capacity, common=common)
+                group = HierarchicalGroup(
+                    store, rank, hosts, limit_seconds=limit_seconds, capacity=capacity, common=common
+                )
             else:
-                group = SharedGroup(board, rank, size, limit_seconds=limit_seconds, capacity=capacity, common=common)
+                group = SharedMemoryGroup(
+                    store, rank, size, limit_seconds=limit_seconds, capacity=capacity, common=common
+                )
             return group, group.buffer(numel, dtype)
         except CannotShare:
             if exchange == "shared memory":
                 raise
-    return Group(board, rank, size, hosts[rank], limit_seconds), None
+    return GlooGroup(store, rank, size, hosts[rank], limit_seconds), None

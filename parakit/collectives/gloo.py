@@ -2,7 +2,7 @@
 
 A group belongs to one generation of one run and is never reused: when membership changes, a new one is formed in the
 living processes. Groups are objects of their own and leave torch's global default group alone, which may be the
-user's. Workers find each other through a *board*, a small key-value store that the caller provides, so that no store
+user's. Workers find each other through a *store*, a small key-value store that the caller provides, so that no store
 of torch's has to listen on a port.
 """
 
@@ -15,37 +15,37 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
-from parakit.collectives.base import Adders, Board, GroupBroken
+from parakit.collectives.base import GroupBroken, ProcessGroup, Store
 
-__all__ = ["Group"]
+__all__ = ["GlooGroup"]
 
 
-class _BoardStore(dist.Store):  # type: ignore[name-defined,misc]  # torch exports it without saying so
-    """A board, in the form in which torch asks for it."""
+class _TorchStore(dist.Store):  # type: ignore[name-defined,misc]  # torch exports it without saying so
+    """A store, in the form in which torch asks for it."""
 
-    def __init__(self, board: Board, limit_seconds: float) -> None:
+    def __init__(self, store: Store, limit_seconds: float) -> None:
         super().__init__()
-        self._board = board
+        self._store = store
         self._limit = limit_seconds
 
     def set(self, key: str, value: Any) -> None:
-        self._board.put(key, bytes(value))
+        self._store.set(key, bytes(value))
 
     def get(self, key: str) -> bytes:
-        return self._board.take(key, self._limit)
+        return self._store.get(key, self._limit)
 
     def wait(self, keys: Sequence[str], timeout: timedelta | None = None) -> None:
         limit = self._limit if timeout is None else timeout.total_seconds()
         for key in keys:
-            self._board.take(key, limit)
+            self._store.get(key, limit)
 
 
-class Group(Adders):
+class GlooGroup(ProcessGroup):
     """Members that add vectors over connections; a single member needs no partners.
 
     Parameters
     ----------
-    board : Board
+    store : Store
         Of this generation alone.
     rank, size : int
         The place of this member, and how many there are.
@@ -60,7 +60,7 @@ class Group(Adders):
         If the others do not come in time.
     """
 
-    def __init__(self, board: Board, rank: int, size: int, host: str, limit_seconds: float) -> None:
+    def __init__(self, store: Store, rank: int, size: int, host: str, limit_seconds: float) -> None:
         self.rank, self.size = rank, size
         self._gloo: Any = None
         if size == 1:
@@ -69,7 +69,7 @@ class Group(Adders):
         options._devices = [dist.ProcessGroupGloo.create_device(hostname=host)]
         options._timeout = timedelta(seconds=limit_seconds)
         try:
-            self._gloo = dist.ProcessGroupGloo(_BoardStore(board, limit_seconds), rank, size, options)
+            self._gloo = dist.ProcessGroupGloo(_TorchStore(store, limit_seconds), rank, size, options)
         except (RuntimeError, TimeoutError) as error:
             raise GroupBroken(
                 f"The process group of {size} workers was not formed within {limit_seconds:g} s: {_first_line(error)}",

@@ -16,22 +16,22 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from parakit.collectives.base import Board, GroupBroken, Slicing, Summed
-from parakit.collectives.gloo import Group
-from parakit.collectives.shared_memory import CannotShare, SharedGroup
+from parakit.collectives.base import GroupBroken, ReduceScatterGroup, Store, Summed
+from parakit.collectives.gloo import GlooGroup
+from parakit.collectives.shared_memory import CannotShare, SharedMemoryGroup
 from parakit.collectives.topology import equal_counts
 
-__all__ = ["HostsGroup"]
+__all__ = ["HierarchicalGroup"]
 
 _GOOD, _BAD = b"+", b"-"
 
 
-class HostsGroup(Slicing):
+class HierarchicalGroup(ReduceScatterGroup):
     """Members on several hosts that add vectors together.
 
     Parameters
     ----------
-    board : Board
+    store : Store
         Of this generation alone.
     rank : int
         The place of this member.
@@ -40,7 +40,7 @@ class HostsGroup(Slicing):
     limit_seconds : float
         The longest that any operation may wait for a member.
     capacity, common : int
-        As of `SharedGroup`.
+        As of `SharedMemoryGroup`.
 
     Attributes
     ----------
@@ -56,7 +56,7 @@ class HostsGroup(Slicing):
     """
 
     def __init__(
-        self, board: Board, rank: int, hosts: Sequence[str], *, limit_seconds: float, capacity: int, common: int
+        self, store: Store, rank: int, hosts: Sequence[str], *, limit_seconds: float, capacity: int, common: int
     ) -> None:
         places = list(dict.fromkeys(hosts))
         neighbours = [other for other, host in enumerate(hosts) if host == hosts[rank]]
@@ -65,18 +65,20 @@ class HostsGroup(Slicing):
         self.rank, self.size = rank, len(hosts)
         self.divides = equal_counts(hosts)
         self._local = _of_host(
-            board, here, within, counts, limit_seconds=limit_seconds, capacity=capacity, common=common
+            store, here, within, counts, limit_seconds=limit_seconds, capacity=capacity, common=common
         )
-        self._across: Group | None = None
+        self._across: GlooGroup | None = None
         try:
             if self.divides or within == 0:
-                self._across = Group(_Part(board, f"across-{within}"), here, len(places), hosts[rank], limit_seconds)
+                self._across = GlooGroup(
+                    _Part(store, f"across-{within}"), here, len(places), hosts[rank], limit_seconds
+                )
         except BaseException:
             self.close()
             raise
 
     def buffer(self, numel: int, dtype: torch.dtype) -> Tensor:
-        """A vector in this member's own part of the memory of its host; see `SharedGroup.buffer`."""
+        """A vector in this member's own part of the memory of its host; see `SharedMemoryGroup.buffer`."""
         return self._local.buffer(numel, dtype)
 
     def common(self, numel: int, dtype: torch.dtype) -> Tensor:
@@ -109,8 +111,8 @@ class HostsGroup(Slicing):
         if flat.data_ptr() != vector.data_ptr():
             vector.detach().copy_(flat.view_as(vector))
 
-    def sum_slice(self, vector: Tensor, *, tail: int = 0, own: Sequence[Tensor] | None = None) -> Summed:
-        """As `SharedGroup.sum_slice`, over the members of all hosts; only where `divides`.
+    def reduce_scatter(self, vector: Tensor, *, tail: int = 0, own: Sequence[Tensor] | None = None) -> Summed:
+        """As `SharedMemoryGroup.reduce_scatter`, over the members of all hosts; only where `divides`.
 
         Raises
         ------
@@ -118,7 +120,7 @@ class HostsGroup(Slicing):
             If a member leaves, dies, or does not come within the limit.
         """
         with self._together():
-            summed = self._local.sum_slice(vector, tail=tail, own=own)
+            summed = self._local.reduce_scatter(vector, tail=tail, own=own)
             part = vector[summed.where]  # all in one, because each piece that travels takes its time
             for place, piece in zip(part.split([p.numel() for p in summed.pieces]), summed.pieces, strict=True):
                 if place.data_ptr() != piece.data_ptr():
@@ -143,7 +145,7 @@ class HostsGroup(Slicing):
             self._across.close()
 
     @property
-    def _connected(self) -> Group:
+    def _connected(self) -> GlooGroup:
         if self._across is None:
             raise GroupBroken("This member has no connection to other hosts.")
         return self._across
@@ -159,42 +161,42 @@ class HostsGroup(Slicing):
 
 
 class _Part:
-    """A board within a board, for a few of its members."""
+    """A store within a store, for a few of its members."""
 
-    def __init__(self, board: Board, name: str) -> None:
-        self._board, self._name = board, name
+    def __init__(self, store: Store, name: str) -> None:
+        self._store, self._name = store, name
 
-    def put(self, key: str, value: bytes) -> None:
-        self._board.put(f"{self._name}/{key}", value)
+    def set(self, key: str, value: bytes) -> None:
+        self._store.set(f"{self._name}/{key}", value)
 
-    def take(self, key: str, limit_seconds: float) -> bytes:
-        return self._board.take(f"{self._name}/{key}", limit_seconds)
+    def get(self, key: str, limit_seconds: float) -> bytes:
+        return self._store.get(f"{self._name}/{key}", limit_seconds)
 
 
 def _of_host(
-    board: Board, here: int, within: int, counts: Sequence[int], *, limit_seconds: float, capacity: int, common: int
-) -> SharedGroup:
+    store: Store, here: int, within: int, counts: Sequence[int], *, limit_seconds: float, capacity: int, common: int
+) -> SharedMemoryGroup:
     """The group of one host; if any host has none, nobody has."""
-    group: SharedGroup | None = None
+    group: SharedMemoryGroup | None = None
     verdict = _GOOD
     try:
-        group = SharedGroup(
-            _Part(board, f"host-{here}"), within, counts[here],
+        group = SharedMemoryGroup(
+            _Part(store, f"host-{here}"), within, counts[here],
             limit_seconds=limit_seconds, capacity=capacity, common=common,
         )  # fmt: skip
     except CannotShare as error:
         verdict = _BAD + str(error).encode()
     try:
         if within == 0:
-            board.put(f"host-{here}-verdict", verdict)
+            store.set(f"host-{here}-verdict", verdict)
         for host in range(len(counts)):
-            told = board.take(f"host-{host}-verdict", limit_seconds)
+            told = store.get(f"host-{host}-verdict", limit_seconds)
             if not told.startswith(_GOOD):
                 raise CannotShare(told[len(_BAD) :].decode())
     except BaseException as error:
         if group is not None:
             group.close()
-        if isinstance(error, OSError):  # TimeoutError included: of the board
+        if isinstance(error, OSError):  # TimeoutError included: of the store
             raise GroupBroken(
                 f"The group of {sum(counts)} workers on {len(counts)} hosts was not formed within {limit_seconds:g} s: "
                 f"{error}",

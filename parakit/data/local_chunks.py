@@ -12,10 +12,10 @@ from parakit.data.chunks import EpochOrder
 from parakit.data.samples import Samples
 from parakit.system.devices import CPU
 
-__all__ = ["Holding"]
+__all__ = ["LocalChunks"]
 
 
-class Holding:
+class LocalChunks:
     """The chunks that one worker holds, laid end to end in one piece of memory.
 
     Parameters

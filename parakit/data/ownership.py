@@ -10,11 +10,11 @@ from parakit.data.chunks import (
 )
 from parakit.errors import WorkerCountError
 
-__all__ = ["Ownership"]
+__all__ = ["ChunkAssignment"]
 
 
 @dataclass(frozen=True)
-class Ownership:
+class ChunkAssignment:
     """Which worker holds which chunks.
 
     Parameters
@@ -29,7 +29,7 @@ class Ownership:
     chunks_of: Mapping[str, tuple[int, ...]]
 
     @classmethod
-    def share_out(cls, sizes: Sequence[int], workers: Iterable[str]) -> Ownership:
+    def share_out(cls, sizes: Sequence[int], workers: Iterable[str]) -> ChunkAssignment:
         """Share the chunks out among workers that hold none yet."""
         return cls(tuple(sizes), {}).reshard(workers)
 
@@ -38,7 +38,7 @@ class Ownership:
         """The owners, in the order of their ranks."""
         return tuple(self.chunks_of)
 
-    def reshard(self, workers: Iterable[str]) -> Ownership:
+    def reshard(self, workers: Iterable[str]) -> ChunkAssignment:
         """The ownership for another set of workers, moving only the chunks that must move.
 
         Chunks of workers that left go to whoever holds least; then chunks move from the fullest to the emptiest as
@@ -51,7 +51,7 @@ class Ownership:
 
         Returns
         -------
-        Ownership
+        ChunkAssignment
 
         Raises
         ------
@@ -74,9 +74,9 @@ class Ownership:
             chunk, giver, taker = move
             giver.remove(chunk)
             taker.append(chunk)
-        return Ownership(self.sizes, {name: tuple(sorted(chunks)) for name, chunks in held.items()})
+        return ChunkAssignment(self.sizes, {name: tuple(sorted(chunks)) for name, chunks in held.items()})
 
-    def gains(self, after: Ownership) -> dict[str, tuple[int, ...]]:
+    def gains(self, after: ChunkAssignment) -> dict[str, tuple[int, ...]]:
         """The chunks each worker of `after` must load, compared with this ownership."""
         return {
             name: tuple(c for c in chunks if c not in set(self.chunks_of.get(name, ())))

@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from parakit.checkpoints.in_memory import PrivateCommits
+from parakit.checkpoints.in_memory import InMemorySnapshots
 from parakit.checkpoints.in_shared_memory import Room
-from parakit.checkpoints.state import Commits, State, copy_state
-from parakit.data.local_chunks import Holding
+from parakit.checkpoints.state import Snapshots, State, copy_state
+from parakit.data.local_chunks import LocalChunks
 from parakit.engines.base import StepRecord
 from parakit.engines.evaluation import ROWS_AT_ONCE, Tally, tally
 from parakit.engines.fused_updates import prefer_fused
@@ -81,16 +81,16 @@ class Replica:
         )
         self.step = 0
         self.records: list[StepRecord] = []
-        self.spent = [0.0] * (len(PHASES) - 1)
-        self.share_rows = 0
+        self.phase_seconds = [0.0] * (len(PHASES) - 1)
+        self.local_rows = 0
         #: Squared norm of the share's mean gradient; None in a step that does not measure it.
         self.share_norm: float | None = None
         self._measuring = False
         self._shard: Shard | None = None
-        self._commits: Commits = PrivateCommits()
-        self._changed = True  # since the last commit
+        self._commits: Snapshots = InMemorySnapshots()
+        self._dirty = True  # since the last commit
         #: Whether an update has begun and not come to its end: then the state is of no step.
-        self._torn = False
+        self._mid_update = False
         self.go_on()
 
     @property
@@ -107,13 +107,13 @@ class Replica:
         """Belong to a group, whose workers may speak to each other in the middle of a step."""
         self.computation.peers = peers
 
-    def gradient(self, step: int, holding: Holding, rank: int) -> GradientSum:
+    def gradient(self, step: int, holding: LocalChunks, rank: int) -> GradientSum:
         """The summed gradient of this worker's share of a step.
 
         Parameters
         ----------
         step : int
-        holding : Holding
+        holding : LocalChunks
         rank : int
             Seeds, with the step, the random numbers that the model draws.
 
@@ -127,9 +127,9 @@ class Replica:
         if self.recipe.traits.gather:
             self.computation.places = holding.places(step)
         finish(self.device)
-        self.spent[DATA] += perf_counter() - start
-        self.computation.compute(step, share, holding.spare, _mix(self.recipe.seed, step, rank), self.spent)
-        self.share_rows = len(share) if share is not None else 0
+        self.phase_seconds[DATA] += perf_counter() - start
+        self.computation.compute(step, share, holding.spare, _mix(self.recipe.seed, step, rank), self.phase_seconds)
+        self.local_rows = len(share) if share is not None else 0
         self.share_norm = self.buffer.sum.mean_squared_norm if self._measuring else None
         return self.buffer.sum
 
@@ -147,10 +147,10 @@ class Replica:
             optimizer that evaluates its step several times, such as LBFGS.
         """
         began = perf_counter()
-        before = sum(self.spent)
+        before = sum(self.phase_seconds)
         rate = learning_rate(self.optimizer)
         # From when this worker's gradient can be summed, others may update their slices of the memory in common.
-        self._changed = self._torn = True
+        self._dirty = self._mid_update = True
         if self._shard is None:
             loss, norms = self._update_whole(summed, rate)
         else:
@@ -158,11 +158,11 @@ class Replica:
         self._schedule()
         finish(self.device)
         wall = perf_counter() - began
-        self.spent[UPDATE] += wall - (sum(self.spent) - before)
-        self.records.append(StepRecord(self.step, loss, rate, self.spent, wall, self.share_rows, norms))
-        self.spent = [0.0] * len(self.spent)
+        self.phase_seconds[UPDATE] += wall - (sum(self.phase_seconds) - before)
+        self.records.append(StepRecord(self.step, loss, rate, self.phase_seconds, wall, self.local_rows, norms))
+        self.phase_seconds = [0.0] * len(self.phase_seconds)
         self.step += 1
-        self._torn = self._measuring = False
+        self._mid_update = self._measuring = False
 
     def _update_whole(self, summed: Callable[[], GradientSum], rate: float) -> tuple[float, tuple[float, float] | None]:
         """Update all parameters; returns the loss, and the norms if they are measured."""
@@ -203,7 +203,7 @@ class Replica:
             squared = shard.squared_norm()
         if self.recipe.clip_norm is not None:
             shard.divide(max(1.0, (math.sqrt(squared) + _CLIP_EPSILON) / self.recipe.clip_norm))
-        shard.step(total.reached)
+        shard.step(total.used)
         return loss, None if self.share_norm is None else (self.share_norm, squared)
 
     def _loss_of(self, total: GradientSum) -> float:
@@ -233,8 +233,8 @@ class Replica:
         self._shard = Shard(self.optimizer, self.buffer.parameters, common)
         where = self._shard.where
         if (where.stop - where.start) * self.buffer.dtype.itemsize >= _LARGE_SLICE:
-            self.buffer.keep_apart(where)
-        self.spent = [0.0] * len(self.spent)  # no step has begun
+            self.buffer.leave_slice(where)
+        self.phase_seconds = [0.0] * len(self.phase_seconds)  # no step has begun
 
     def unshare(self) -> None:
         """Hold everything in this process's own memory again."""
@@ -242,7 +242,7 @@ class Replica:
         if shard is not None:
             shard.leave()
 
-    def settle_down(self) -> None:
+    def own_memory(self) -> None:
         """Hold what changes in memory of this process's own, rather than in a copy that is made page by page."""
         if self.recipe.frozen.ties or self.device.type != "cpu":
             return
@@ -286,7 +286,7 @@ class Replica:
     def set_learning_rate(self, value: float) -> None:
         """Go on at another learning rate; the next commit keeps it."""
         set_learning_rate(self.optimizer, value, self.scheduler)
-        self._changed = True
+        self._dirty = True
 
     def take_records(self) -> list[StepRecord]:
         """The accounts of the steps since the last call."""
@@ -310,7 +310,7 @@ class Replica:
         buffers = buffers_of(self.model, self.loss.function).values()
         return Room.foreseen([*self.model.parameters(), *buffers], self.buffer.parameters)
 
-    def tally(self, holding: Holding) -> Tally:
+    def tally(self, holding: LocalChunks) -> Tally:
         """Evaluate the present model on the rows held; where a loss looks at a whole piece, chunk by chunk."""
         traits, total = self.recipe.traits, Tally()
         pieces = holding.each.values() if traits.gather else [held] if (held := holding.samples) is not None else []
@@ -329,11 +329,11 @@ class Replica:
     def commit(self) -> float:
         """Keep the present state, to which a roll-back returns; says how many seconds that took."""
         began = perf_counter()
-        if self._changed:
+        if self._dirty:
             self.go_on()
             self.agreement.count_late()
             self._commits.keep(self.live_state())
-            self._changed = False
+            self._dirty = False
         return perf_counter() - began
 
     def go_on(self) -> None:
@@ -341,9 +341,9 @@ class Replica:
         prefer_fused(self.optimizer)
         self.computation.look_closely()
 
-    def commit_to(self, commits: Commits) -> None:
+    def commit_to(self, commits: Snapshots) -> None:
         """Keep commits elsewhere from now on."""
-        self._commits, self._changed = commits, commits.step != self.step
+        self._commits, self._dirty = commits, commits.step != self.step
 
     @property
     def committed_step(self) -> int:
@@ -356,7 +356,7 @@ class Replica:
 
     def state_of(self, step: int) -> State | None:
         """The present state or a commit, if one of them is of this step; not to be changed."""
-        return self.live_state() if self.step == step and not self._torn else self._commits.of_step(step)
+        return self.live_state() if self.step == step and not self._mid_update else self._commits.of_step(step)
 
     def _return_to(self, step: int) -> bool:
         """Return to the commit of a step; says whether there is one."""
@@ -373,14 +373,14 @@ class Replica:
         """
         if self._return_to(step):
             return True
-        if self.step != step or self._torn:
+        if self.step != step or self._mid_update:
             return False
         self._forget_accounts()
         self.commit()
         return True
 
     def _forget_accounts(self) -> None:
-        self.records, self.spent = [], [0.0] * len(self.spent)
+        self.records, self.phase_seconds = [], [0.0] * len(self.phase_seconds)
 
     def load(self, state: State) -> None:
         """Go to a state, and commit it."""
@@ -396,9 +396,9 @@ class Replica:
         if self.scheduler and state["scheduler"] is not None:
             self.scheduler.load_state_dict(copy_state(state["scheduler"]))
         self.step = int(state["step"])
-        self._torn = False
+        self._mid_update = False
         self._forget_accounts()
-        self._changed = True
+        self._dirty = True
         self.commit()
 
 

@@ -218,17 +218,17 @@ class Shard:
         self._common.add(total)
         return float(total)
 
-    def step(self, reached: Sequence[float]) -> None:
+    def step(self, used: Sequence[float]) -> None:
         """Update this member's slice by its gradient, and wait until the others have updated theirs.
 
         Parameters
         ----------
-        reached : sequence of float
+        used : sequence of float
             For each parameter; 0 if no gradient reached it.
         """
         for ours, theirs in zip(self._inner.param_groups, self._optimizer.param_groups, strict=True):
             ours.update({name: value for name, value in theirs.items() if name != "params"})
-        for piece, gradient, by in zip(self._pieces, self._gradients, reached, strict=True):
+        for piece, gradient, by in zip(self._pieces, self._gradients, used, strict=True):
             piece.values.grad = gradient if by else None
         self._inner.step()
         self._optimizer._opt_called = True  # type: ignore[attr-defined]  # as schedules want to see

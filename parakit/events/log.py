@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from parakit.events.records import (
-    Asked,
     Baseline,
     EpochEnded,
     Event,
     Recovered,
+    Requested,
     Resized,
     RunEnd,
     RunStart,
@@ -39,8 +39,8 @@ def sentence(event: Event, *, steps: int | None = None) -> str:
         case RunStart():
             active = many(len(event.workers), "worker")
             return f"Started with {active}: {event.strategy}, batch of {event.batch_size}, {many(event.steps, 'step')}"
-        case Asked():
-            return _about_a_wish(event)
+        case Requested():
+            return _about_a_request(event)
         case Resized():
             return _about_a_resize(event)
         case WorkersLost():
@@ -60,13 +60,13 @@ def sentence(event: Event, *, steps: int | None = None) -> str:
     return ""
 
 
-def _about_a_wish(event: Asked) -> str:
-    if event.wish == "resize" and isinstance(event.value, int):
+def _about_a_request(event: Requested) -> str:
+    if event.request == "resize" and isinstance(event.value, int):
         return f"{many(event.value, 'worker')} asked for"
-    if event.wish == "measure":
+    if event.request == "measure":
         return "A measurement of plain PyTorch asked for"
     value = "" if event.value is None else f" {event.value:g}"
-    return f"{event.wish.capitalize()}{value} asked for"
+    return f"{event.request.capitalize()}{value} asked for"
 
 
 def _about_a_loss(event: WorkersLost) -> str:
@@ -92,7 +92,7 @@ def _about_a_resize(event: Resized) -> str:
     if event.generation == 0:
         return f"{active} ready"
     moved = f"{many(event.chunks_moved, 'chunk')} moved"
-    if not event.waited_seconds:  # nobody wished for it: a worker came back, or was lost, which has its own sentence
+    if not event.waited_seconds:  # nobody requested for it: a worker came back, or was lost, which has its own sentence
         return f"{active} again since step {event.step:,} ({moved})" if event.chunks_moved else ""
     return f"{active} since step {event.step:,} ({event.waited_seconds:.2f} s after the wish, {moved})"
 

@@ -23,12 +23,12 @@ __all__ = [
     "KINDS",
     "PHASES",
     "PLAIN",
-    "Asked",
     "Baseline",
     "EpochEnded",
     "Event",
     "GradientNorms",
     "Recovered",
+    "Requested",
     "Resized",
     "RunEnd",
     "RunStart",
@@ -38,9 +38,9 @@ __all__ = [
     "StepDone",
     "WorkerStep",
     "WorkersLost",
+    "baseline_name",
     "data_frame",
     "event_from_dict",
-    "rival_name",
 ]
 
 #: What a baseline of plain PyTorch is called.
@@ -197,13 +197,13 @@ class SegmentDone(Event):
 
 
 @dataclass(frozen=True, slots=True)
-class Asked(Event):
-    """A wish was expressed: "resize", "pause", "resume", "stop", "learning rate" or "measure".
+class Requested(Event):
+    """A request was submitted: "resize", "pause", "resume", "stop", "learning rate" or "measure".
 
-    ``value`` is the number of workers, or the learning rate, and None for the other wishes.
+    ``value`` is the number of workers, or the learning rate, and None for the other requests.
     """
 
-    wish: str
+    request: str
     value: int | float | None
 
 
@@ -212,7 +212,7 @@ class Resized(Event):
     """The group was formed: at the start, and whenever membership changed.
 
     ``seconds`` is the time the run stood still for it; ``chunks_moved`` counts chunks that a worker had to load;
-    ``waited_seconds`` is the time from the wish to the moment the new group was ready (0 without a wish).
+    ``waited_seconds`` is the time from the request to the moment the new group was ready (0 without a request).
     """
 
     step: int
@@ -310,7 +310,7 @@ class Baseline(Event):
 
 @dataclass(frozen=True, slots=True)
 class Said(Event):
-    """A sentence for people, such as why a wish could not be granted."""
+    """A sentence for people, such as why a request could not be granted."""
 
     text: str
 
@@ -331,7 +331,7 @@ _KINDS: dict[str, type[Event]] = {
         StepDone,
         GradientNorms,
         SegmentDone,
-        Asked,
+        Requested,
         Resized,
         WorkersLost,
         Recovered,
@@ -344,6 +344,8 @@ _KINDS: dict[str, type[Event]] = {
 }
 #: Every kind of event.
 KINDS = tuple(_KINDS.values())
+#: Kinds as older files call them: the present name, and the present names of fields.
+_FORMER = {"Asked": ("Requested", {"wish": "request"})}
 _E = TypeVar("_E", bound=Event)
 # The plain types whose values may stand in an event, and what a file may hold in their place.
 _ACCEPTS: dict[type, tuple[type, ...]] = {
@@ -360,7 +362,11 @@ def event_from_dict(record: dict[str, Any]) -> Event:
         If the record is of no known kind, lacks a field, or holds a value of another type.
     """
     values = dict(record)
-    kind = _KINDS.get(str(values.pop("kind", None)))
+    name = str(values.pop("kind", None))
+    if name in _FORMER:
+        name, fields_then = _FORMER[name]
+        values = {fields_then.get(field, field): value for field, value in values.items()}
+    kind = _KINDS.get(name)
     if kind is None:
         raise _no_event(record)
     event: Event = _build(kind, values)
@@ -396,7 +402,7 @@ def _revive(name: str, hint: Any, value: Any) -> Any:
     return value
 
 
-def rival_name(cores: int, device: str = "cpu") -> str:
+def baseline_name(cores: int, device: str = "cpu") -> str:
     """What plain PyTorch in one process with so many threads, or on one GPU, is called."""
     return f"{PLAIN}, {many(cores, unit_of(device))}"
 

@@ -1,6 +1,6 @@
 """The course of a run in few numbers: what pictures and panels show, however long the run was.
 
-A `Course` follows a history event by event and keeps a bounded summary: two curves against time, the rate at each
+A `RunSummary` follows a history event by event and keeps a bounded summary: two curves against time, the rate at each
 worker count that was visited, where the time of the last steps went, the baselines, and the sentences of a log. It
 draws nothing.
 
@@ -26,22 +26,22 @@ from parakit.events.records import (
     KINDS,
     PHASES,
     PLAIN,
-    Asked,
     Baseline,
     Event,
+    Requested,
     RunEnd,
     RunStart,
     SegmentDone,
     StepDone,
-    rival_name,
+    baseline_name,
 )
 from parakit.formatting import unit_of
 
 __all__ = [
     "PLAIN",
     "UNCERTAIN_SPREAD",
-    "Course",
     "Rate",
+    "RunSummary",
 ]
 
 #: A rival whose quartiles lie further apart than so many times is uncertain.
@@ -73,7 +73,7 @@ class Rate:
     segments: int
 
 
-class Course:
+class RunSummary:
     """A bounded summary of a run, kept up to date from its history."""
 
     def __init__(self) -> None:
@@ -96,11 +96,11 @@ class Course:
         self._generation: int | None = None
         self._seen: dict[type[Event], float] = {}
         self._trained_until: float | None = None  # by what segments say
-        #: Wishes, each by its name and value, that are about to be expressed although no person has them.
+        #: Requests, each by its name and value, that are about to be submitted although no person has them.
         self.unasked: list[tuple[str, float | None]] = []
 
     @classmethod
-    def of(cls, data: Any) -> Course:
+    def of(cls, data: Any) -> RunSummary:
         """The course of a run, of a history, or a course itself.
 
         Raises
@@ -108,7 +108,7 @@ class Course:
         InputError
             If it is something else.
         """
-        if isinstance(data, Course):
+        if isinstance(data, RunSummary):
             return data
         history = getattr(data, "history", data)
         if not isinstance(history, History):
@@ -116,9 +116,9 @@ class Course:
                 f"{type(data).__name__} {str(data)[:60]!r} has no course of a run to draw.",
                 remedy="give a run, run.history, or a history from History.from_json(text)",
             )
-        course = cls()
-        course.follow(history)
-        return course
+        summary = cls()
+        summary.follow(history)
+        return summary
 
     def follow(self, history: History) -> bool:
         """Take in what a history has more than before; says whether there was anything."""
@@ -151,10 +151,10 @@ class Course:
             self.log.append((event.at_seconds, told + self._whose(event)))
 
     def _whose(self, event: Event) -> str:
-        """Tell a wish that no person expressed."""
-        if not isinstance(event, Asked) or (event.wish, event.value) not in self.unasked:
+        """Tell a request that no person submitted."""
+        if not isinstance(event, Requested) or (event.request, event.value) not in self.unasked:
             return ""
-        self.unasked.remove((event.wish, event.value))
+        self.unasked.remove((event.request, event.value))
         return " by the panel"
 
     def _gap_before(self, step: StepDone) -> float:
@@ -221,7 +221,9 @@ class Course:
     @property
     def rival(self) -> str:
         """What plain PyTorch is called in a legend or a table, with a mark if it is uncertain; "" if not measured."""
-        return rival_name(self.plain.cores, self.plain.device) + " (uncertain)" * self.uncertain if self.plain else ""
+        return (
+            baseline_name(self.plain.cores, self.plain.device) + " (uncertain)" * self.uncertain if self.plain else ""
+        )
 
     def speedup(self, count: int) -> float:
         """Rate at a worker count over the rate with one; NaN while one of them is not measured."""

@@ -26,7 +26,7 @@ class _Arrival:
 
     def __init__(self) -> None:
         self._told: RemovableHandle | None = None
-        self.reached = False
+        self.used = False
 
     def write_to(self, view: Tensor, parameter: nn.Parameter, *, stays: bool, waits: bool) -> None:
         """Bring it there from now on; it may stay there, to be the gradient of the parameter, or wait until asked."""
@@ -50,13 +50,13 @@ class _Arrival:
     def look(self, parameter: Tensor) -> None:
         """Note whether there is a gradient, and make it dense."""
         grad = parameter.grad
-        self.reached = grad is not None
+        self.used = grad is not None
         if grad is not None and grad.is_sparse:
             parameter.grad = grad.to_dense()
 
     def bring(self, parameter: Tensor, *, all_of_it: bool = False) -> None:
         """Copy it to its place, unless it is there: what a model accumulates in several goes is added in place."""
-        if not self.reached:
+        if not self.used:
             self._view.zero_()
             return
         grad = parameter.grad
@@ -75,7 +75,7 @@ class _Arrival:
     def piece(self, parameter: Tensor) -> Tensor:
         """The part that is kept, wherever it lies."""
         grad = parameter.grad
-        found = self._view if not self.reached or grad is None else grad.detach()
+        found = self._view if not self.used or grad is None else grad.detach()
         return in_order_of(found, self._view)[self._kept]
 
 
@@ -89,7 +89,7 @@ class GradientBuffer:
     Parameters in half precision keep gradients of their own beside: sums are in float32, because a count beyond 256
     does not fit into bfloat16.
 
-    A parameter that no share of a batch reached (a branch not taken) has no gradient after `load`, as in a plain loop,
+    A parameter that no share of a batch used (a branch not taken) has no gradient after `load`, as in a plain loop,
     so that an optimizer leaves it alone; whether any share did is summed with the gradient.
 
     Parameters
@@ -139,7 +139,7 @@ class GradientBuffer:
             arrival.write_to(view, parameter, stays=self.direct, waits=self._waits)
         self._set_all()
 
-    def keep_apart(self, where: slice) -> None:
+    def leave_slice(self, where: slice) -> None:
         """Leave a slice of the gradient where torch makes it, for whoever sums it reads it there.
 
         Parameters
@@ -163,14 +163,14 @@ class GradientBuffer:
 
     def clear(self, unit: float = 1.0) -> None:
         """Set the sum to nothing."""
-        self.sum.come_late(None)
+        self.sum.defer(None)
         self.sum.unit = unit
         self.sum.vector.zero_()
 
     def begin(self) -> None:
         """Make ready for a backward pass: parameters have no gradient then."""
         for parameter, arrival in zip(self.parameters, self._arrivals, strict=True):
-            parameter.grad, arrival.reached = None, False
+            parameter.grad, arrival.used = None, False
 
     def backward(self, share: ShareLoss, unit: float = 1.0) -> None:
         """Make the gradient of the loss of a share, in a unit, the sum; after `begin`, and forward.
@@ -192,13 +192,13 @@ class GradientBuffer:
         for parameter, arrival in zip(self.parameters, self._arrivals, strict=True):
             if self._waits:
                 arrival.look(parameter)
-            elif not arrival.reached:
+            elif not arrival.used:
                 arrival.bring(parameter)
-        self.sum.note_reached([float(arrival.reached) for arrival in self._arrivals])
+        self.sum.note_used([float(arrival.used) for arrival in self._arrivals])
         if self._waits:
-            self.sum.come_late(self._gather)
+            self.sum.defer(self._gather)
         elif self._apart:
-            self.sum.come_late(self._gather, self._kept_pieces)
+            self.sum.defer(self._gather, self._kept_pieces)
 
     def _root_of(self, root: float, value: Tensor) -> Tensor:
         """What a backward pass begins with; nearly always the same as last time."""
@@ -230,9 +230,9 @@ class GradientBuffer:
         """
         divisor = total.divisor
         if total is self.sum and total.is_late:
-            reached = [p.grad for p in self.parameters if p.grad is not None]
-            if reached and divisor != 1.0:
-                torch._foreach_div_(reached, divisor)
+            used = [p.grad for p in self.parameters if p.grad is not None]
+            if used and divisor != 1.0:
+                torch._foreach_div_(used, divisor)
             return total.mean_loss
         if total is not self.sum:
             self.sum.vector.copy_(total.vector)
@@ -246,8 +246,8 @@ class GradientBuffer:
         return total.mean_loss
 
     def _unset_unreached(self) -> None:
-        reached = self.sum.reached
-        if not all(reached):
-            for parameter, by in zip(self.parameters, reached, strict=True):
+        used = self.sum.used
+        if not all(used):
+            for parameter, by in zip(self.parameters, used, strict=True):
                 if not by:
                     parameter.grad = None

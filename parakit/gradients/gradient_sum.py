@@ -57,7 +57,7 @@ class GradientSum:
         # What is behind the gradient, in the same memory; numpy reads and writes single numbers far faster than torch.
         self._numbers: Any = behind.numpy() if behind.device.type == "cpu" else behind
         self.pieces: list[Tensor] = []
-        self.come_late(None)
+        self.defer(None)
 
     @classmethod
     def around(cls, vector: Tensor, flags: int = 0, unit: float = 1.0) -> GradientSum:
@@ -71,11 +71,11 @@ class GradientSum:
         """All parts, flat."""
         if self._late is not None:
             late = self._late
-            self.come_late(None)
+            self.defer(None)
             late()
         return self._vector
 
-    def come_late(self, gather: Callable[[], None] | None, apart: Callable[[], list[Tensor]] | None = None) -> None:
+    def defer(self, gather: Callable[[], None] | None, apart: Callable[[], list[Tensor]] | None = None) -> None:
         """Have the gradient brought into the vector when somebody first asks for it; count and loss are there.
 
         Parameters
@@ -87,12 +87,12 @@ class GradientSum:
         """
         self._late, self._apart = gather, apart
 
-    def take_apart(self) -> tuple[Tensor, list[Tensor] | None]:
+    def detach_slice(self) -> tuple[Tensor, list[Tensor] | None]:
         """The vector, and the pieces of a slice that is not in it; from now on nobody brings them there."""
         apart = self._apart
         if apart is None:
             return self.vector, None
-        self.come_late(None)
+        self.defer(None)
         return self._vector, apart()
 
     @property
@@ -106,14 +106,14 @@ class GradientSum:
         return self.vector[: -_TAIL - self._flags]
 
     @property
-    def reached(self) -> list[float]:
+    def used(self) -> list[float]:
         """For each parameter, how many shares it had a gradient from; empty if nobody counted."""
         return self._numbers[: self._flags].tolist()  # type: ignore[no-any-return]
 
-    def note_reached(self, reached: list[float]) -> None:
+    def note_used(self, used: list[float]) -> None:
         """Note the same of one share: 1 or 0."""
         on_cpu = isinstance(self._numbers, np.ndarray)
-        self._numbers[: self._flags] = reached if on_cpu else self._vector.new_tensor(reached)
+        self._numbers[: self._flags] = used if on_cpu else self._vector.new_tensor(used)
 
     def note(self, share: ShareLoss) -> None:
         """Note what the sum is of, and no vote."""
@@ -158,7 +158,7 @@ class GradientSum:
         """How many numbers ride behind the gradient."""
         return _TAIL + self._flags
 
-    def beside(self, tail: Tensor, pieces: list[Tensor]) -> GradientSum:
+    def with_tail(self, tail: Tensor, pieces: list[Tensor]) -> GradientSum:
         """The sum whose last numbers these are, and whose gradient lies elsewhere: of a slice of it, the pieces."""
         new = self._like(tail)
         new.pieces = pieces

@@ -114,15 +114,15 @@ def rules_for(
     changed, by_rows, unknown = set(changed), set(by_rows), []
     rules: dict[str, Rule] = {}
     for name in names:
-        wished = next((rule for pattern, rule in chosen.items() if fnmatchcase(name, pattern)), None)
+        wanted = next((rule for pattern, rule in chosen.items() if fnmatchcase(name, pattern)), None)
         known = _rule_by_type(model, name) if name in changed else None
-        if wished in ("max", "min") and there[name].is_complex():
+        if wanted in ("max", "min") and there[name].is_complex():
             raise InputError(
-                f"buffers has the rule {wished!r} for {name}, whose numbers are complex: none of them is the largest.",
+                f"buffers has the rule {wanted!r} for {name}, whose numbers are complex: none of them is the largest.",
                 remedy="choose mean, sum, first or own; or keep real and imaginary parts in buffers of their own",
             )
-        if wished is not None:
-            rules[name] = wished  # type: ignore[assignment]  # one of RULES
+        if wanted is not None:
+            rules[name] = wanted  # type: ignore[assignment]  # one of RULES
         elif known is not None:
             rules[name] = known
         elif name in by_rows:

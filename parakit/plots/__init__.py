@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from parakit.costs.model import CostModel
 from parakit.errors import InputError
-from parakit.events.summary import Course
+from parakit.events.summary import RunSummary
 from parakit.plots import cost_model as _costs
 from parakit.plots import curves, phases, speedups
 from parakit.plots import study as _studies
@@ -45,7 +45,7 @@ def loss(data: Any, ax: Axes | None = None, *, against: str = "seconds") -> Axes
         mean of neighbouring steps. Against seconds, the curve is broken where nothing was trained.
     """
     check_choice("against", against, tuple(curves.AXES))
-    return curves.draw(Course.of(data), axes_or_new(ax), "loss", against)
+    return curves.draw(RunSummary.of(data), axes_or_new(ax), "loss", against)
 
 
 def throughput(data: Any, ax: Axes | None = None) -> Axes:
@@ -62,7 +62,7 @@ def throughput(data: Any, ax: Axes | None = None) -> Axes:
         A point is a segment of about a quarter of a second, the time to order and commit it included. Pauses,
         resizes and evaluations do not count. Plain PyTorch on all cores is a line, if it was measured.
     """
-    return curves.draw(Course.of(data), axes_or_new(ax), "rate")
+    return curves.draw(RunSummary.of(data), axes_or_new(ax), "rate")
 
 
 def speedup(data: Any, ax: Axes | None = None, *, most: int | None = None) -> Axes:
@@ -86,7 +86,7 @@ def speedup(data: Any, ax: Axes | None = None, *, most: int | None = None) -> Ax
     check_whole("most", most, 1, none=True)
     if isinstance(data, Scaling):
         return _studies.scaling_speedup(data, ax, most=most)
-    return speedups.draw(Course.of(data), axes_or_new(ax), most)
+    return speedups.draw(RunSummary.of(data), axes_or_new(ax), most)
 
 
 def efficiency(study: Scaling, ax: Axes | None = None, *, most: int | None = None) -> Axes:
@@ -120,7 +120,7 @@ def breakdown(data: Any, ax: Axes | None = None) -> Axes:
     Axes
         Means over the last three seconds of steps with the present workers, in milliseconds a step.
     """
-    return phases.draw_breakdown(Course.of(data), axes_or_new(ax))
+    return phases.draw_breakdown(RunSummary.of(data), axes_or_new(ax))
 
 
 def timeline(data: Any, ax: Axes | None = None, *, steps: int = 6) -> Axes:
@@ -140,7 +140,7 @@ def timeline(data: Any, ax: Axes | None = None, *, steps: int = 6) -> Axes:
         a phase takes, not when. What is left blank before the end of the step was spent outside of the phases.
     """
     check_whole("steps", steps, 1)
-    return phases.draw_timeline(Course.of(data), axes_or_new(ax, height=3.0), steps)
+    return phases.draw_timeline(RunSummary.of(data), axes_or_new(ax, height=3.0), steps)
 
 
 def costs(model: Any, ax: Axes | None = None, *, workers: Sequence[int] = _COUNTS) -> Axes:

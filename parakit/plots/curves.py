@@ -10,7 +10,7 @@ import numpy.typing as npt
 from matplotlib.ticker import FuncFormatter
 
 from parakit.events.curve import Curve, Floats, Point
-from parakit.events.summary import Course
+from parakit.events.summary import RunSummary
 from parakit.formatting import many
 from parakit.plots.style import INK, colour_of, legend_above, line_style_of, log_axis, nice_above, note, plain_number
 
@@ -61,16 +61,16 @@ class CurvePlot:
         """What changes from frame to frame."""
         return [*self._lines.values(), *([self._plain] if self._plain else [])]
 
-    def update(self, course: Course, *, snug: bool = False) -> bool:
+    def update(self, summary: RunSummary, *, snug: bool = False) -> bool:
         """Show what a course has by now; says whether more than the artists changed.
 
         Where `snug`, the limits fit the data, although they were to grow.
         """
-        curve = course.loss if self._what == "loss" else course.rate
-        points, plain = curve.points, course.plain if self._what == "rate" else None
+        curve = summary.loss if self._what == "loss" else summary.rate
+        points, plain = curve.points, summary.plain if self._what == "rate" else None
         changed = self._draw_lines(points, self._together(curve, points))
         if plain is not None:
-            changed |= self._draw_plain(plain.samples_per_second, course.rival)
+            changed |= self._draw_plain(plain.samples_per_second, summary.rival)
         if changed:
             self._explain()
         growing = self._growing and not snug
@@ -170,9 +170,9 @@ def _set_broken(line: Line2D, at: Floats, values: Floats, together: npt.NDArray[
     line.set(marker="." if lone else "", markevery=lone)
 
 
-def draw(course: Course, ax: Axes, what: Literal["loss", "rate"], against: str = "seconds") -> Axes:
+def draw(summary: RunSummary, ax: Axes, what: Literal["loss", "rate"], against: str = "seconds") -> Axes:
     """One of the two curves of a course on axes."""
-    CurvePlot(ax, what, against=against).update(course)
-    if course.last is None:
+    CurvePlot(ax, what, against=against).update(summary)
+    if summary.last is None:
         note(ax, "no step yet")
     return ax

@@ -15,7 +15,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 
-from parakit.events.summary import Course
+from parakit.events.summary import RunSummary
 from parakit.plots.curves import CurvePlot
 from parakit.plots.phases import BreakdownPlot
 from parakit.plots.speedups import SpeedupPlot
@@ -35,7 +35,7 @@ class Plot(Protocol):
     def artists(self) -> list[Any]:
         """What changes from frame to frame."""
 
-    def update(self, course: Course, *, snug: bool = False) -> bool:
+    def update(self, summary: RunSummary, *, snug: bool = False) -> bool:
         """Show what a course has by now, in limits that fit it if `snug`; whether more than the artists changed."""
 
 
@@ -68,9 +68,9 @@ class LivePicture:
             plot.ax.yaxis.label.set_size(9)
         self._background: Any = None
 
-    def frame(self, course: Course) -> bytes:
+    def frame(self, summary: RunSummary) -> bytes:
         """The picture now, as a PNG of few colours."""
-        moved = [plot.update(course) for plot in self._plots]
+        moved = [plot.update(summary) for plot in self._plots]
         if any(moved) or self._background is None:
             self._draw_background()
         self._canvas.restore_region(self._background)
@@ -79,11 +79,11 @@ class LivePicture:
                 plot.ax.draw_artist(artist)
         return _png(self._pixels().quantize(palette=_palette(), dither=Image.Dither.NONE))
 
-    def still(self, course: Course) -> bytes:
+    def still(self, summary: RunSummary) -> bytes:
         """The picture now, as a PNG in all colours."""
         self._animate(False)
         for plot in self._plots:
-            plot.update(course, snug=True)
+            plot.update(summary, snug=True)
         self._canvas.draw()
         self._background = None  # limits may have moved: a later frame begins anew
         return _png(self._pixels(), level=9)

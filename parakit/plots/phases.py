@@ -9,7 +9,7 @@ from matplotlib.patches import Patch, Rectangle
 
 from parakit.events.curve import Floats
 from parakit.events.records import PHASES, StepDone
-from parakit.events.summary import Course
+from parakit.events.summary import RunSummary
 from parakit.plots.style import INK, PHASE_COLOURS, legend_above, nice_above, note
 
 if TYPE_CHECKING:
@@ -41,13 +41,13 @@ class BreakdownPlot:
         """What changes from frame to frame."""
         return list(self._bars)
 
-    def update(self, course: Course, *, snug: bool = False) -> bool:
+    def update(self, summary: RunSummary, *, snug: bool = False) -> bool:
         """Show what a course has by now; says whether more than the artists changed.
 
         Where `snug`, the limits fit the data, although they were to stand still.
         """
         self._right *= not snug
-        workers, seconds = course.shares()
+        workers, seconds = summary.shares()
         changed = workers != self._workers
         if changed:
             self._seat(workers)
@@ -90,17 +90,17 @@ def phase_legend(ax: Axes) -> None:
     legend_above(ax, handles, columns=len(handles), gap=0.9, length=1.3, text_gap=0.4)
 
 
-def draw_breakdown(course: Course, ax: Axes) -> Axes:
+def draw_breakdown(summary: RunSummary, ax: Axes) -> Axes:
     """The breakdown of a course on axes."""
-    BreakdownPlot(ax).update(course)
-    if course.last is None:
+    BreakdownPlot(ax).update(summary)
+    if summary.last is None:
         note(ax, "no step yet")
     return ax
 
 
-def draw_timeline(course: Course, ax: Axes, steps: int) -> Axes:
+def draw_timeline(summary: RunSummary, ax: Axes, steps: int) -> Axes:
     """Each worker's phases of the last steps, as a Gantt chart."""
-    shown = course.recent(steps)
+    shown = summary.recent(steps)
     ax.set_xlabel("milliseconds")
     phase_legend(ax)
     if not shown:

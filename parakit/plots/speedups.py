@@ -10,7 +10,7 @@ from matplotlib.collections import LineCollection, PathCollection
 from matplotlib.colors import to_rgba
 
 from parakit.events.records import PLAIN
-from parakit.events.summary import Course
+from parakit.events.summary import RunSummary
 from parakit.plots.style import GREY, INK, SHADE, colour_of, legend_above, nice_above
 
 if TYPE_CHECKING:
@@ -55,14 +55,14 @@ class SpeedupPlot:
         """What changes from frame to frame."""
         return [self._spread, self._points, self._here, *self._labels.values()]
 
-    def update(self, course: Course, *, snug: bool = False) -> bool:  # noqa: ARG002 - its limits fit at any time
+    def update(self, summary: RunSummary, *, snug: bool = False) -> bool:  # noqa: ARG002 - its limits fit at any time
         """Show what a course has by now; says whether more than the artists changed."""
-        rates, one = course.rates, course.one
+        rates, one = summary.rates, summary.one
         unit = one.median if one else float("nan")
         values = {n: (r.median / unit, r.low / unit, r.high / unit) for n, r in rates.items()} if one else {}
-        self._draw_points(values, course.last.world_size if course.last else 0)
-        plain = course.plain.samples_per_second / unit if course.plain and one else float("nan")
-        return self._furnish(course, values, plain)
+        self._draw_points(values, summary.last.world_size if summary.last else 0)
+        plain = summary.plain.samples_per_second / unit if summary.plain and one else float("nan")
+        return self._furnish(summary, values, plain)
 
     def _draw_points(self, values: dict[int, tuple[float, float, float]], here: int) -> None:
         colours = [to_rgba(colour_of(n)) for n in values]
@@ -87,26 +87,26 @@ class SpeedupPlot:
 
     # --- what stands still between news
 
-    def _furnish(self, course: Course, values: dict[int, tuple[float, float, float]], plain: float) -> bool:
+    def _furnish(self, summary: RunSummary, values: dict[int, tuple[float, float, float]], plain: float) -> bool:
         """Limits, the ideal, the rival and the shade over crowded counts, drawn again only if they changed."""
-        cores = course.crowded_above
+        cores = summary.crowded_above
         right = max(2, self._most or cores or 1, *values)
         reached = max([1.0, *(high for _, _, high in values.values()), *([plain] if math.isfinite(plain) else [])])
         top = max(nice_above(1.15 * reached, (1, 1.5, 2, 2.5, 3, 4, 5, 6, 8)), min(right, cores or right) + 0.25)
-        missing = _missing(course)
+        missing = _missing(summary)
         # A rival's line moves only by what the eye can see, since each move redraws everything.
         rival = round(plain, 2) if math.isfinite(plain) else None
-        furniture = (right, round(top, 3), cores, rival, course.rival, missing)
+        furniture = (right, round(top, 3), cores, rival, summary.rival, missing)
         if furniture == self._furniture:
             return False
         self._furniture = furniture
         for thing in self._fixed:
             thing.remove()
-        self._fixed = self._draw_fixed(right, top, cores, rival, course, missing)
+        self._fixed = self._draw_fixed(right, top, cores, rival, summary, missing)
         return True
 
     def _draw_fixed(
-        self, right: int, top: float, cores: int | None, rival: float | None, course: Course, missing: str
+        self, right: int, top: float, cores: int | None, rival: float | None, summary: RunSummary, missing: str
     ) -> list[Any]:
         ax = self.ax
         ax.set(xlim=(0.5, right + 0.6), ylim=(0, top))
@@ -114,11 +114,11 @@ class SpeedupPlot:
         lines: list[Line2D | Any] = ax.plot([0.5, right + 1], [0.5, right + 1], color=GREY, ls="--", lw=1.1,
                                             label="ideal")  # fmt: skip
         if rival is not None:
-            lines.append(ax.axhline(rival, color=INK, ls=":", lw=1.4, label=course.rival))
+            lines.append(ax.axhline(rival, color=INK, ls=":", lw=1.4, label=summary.rival))
         if cores is not None and right > cores:
             lines.append(
                 ax.axvspan(cores + 0.5, right + 1, facecolor=SHADE, edgecolor="none", zorder=0,
-                           label=f"more than {course.unit}s")
+                           label=f"more than {summary.unit}s")
             )  # fmt: skip
         legend_above(ax, lines, columns=3, gap=1.0, length=1.8)
         if missing:
@@ -128,14 +128,14 @@ class SpeedupPlot:
         return lines
 
 
-def _missing(course: Course) -> str:
+def _missing(summary: RunSummary) -> str:
     """Which baselines were not measured, in words."""
-    lacking = [] if course.one else ["1 worker"]
-    lacking += [] if course.plain else [PLAIN]
+    lacking = [] if summary.one else ["1 worker"]
+    lacking += [] if summary.plain else [PLAIN]
     return f"not measured yet: {' and '.join(lacking)}" if lacking else ""
 
 
-def draw(course: Course, ax: Axes, most: int | None) -> Axes:
+def draw(summary: RunSummary, ax: Axes, most: int | None) -> Axes:
     """The speedups of a course on axes."""
-    SpeedupPlot(ax, most=most).update(course)
+    SpeedupPlot(ax, most=most).update(summary)
     return ax

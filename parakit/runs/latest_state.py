@@ -13,13 +13,13 @@ from collections.abc import Callable
 from torch import nn
 
 from parakit.checkpoints import Saver
-from parakit.checkpoints.in_shared_memory import OpenVault
+from parakit.checkpoints.in_shared_memory import SnapshotsReader
 from parakit.checkpoints.state import State, copy_state
 from parakit.engines.recipe import Recipe
 from parakit.engines.replicated import load_parts, set_mode
-from parakit.workers.session import Crew
+from parakit.workers.session import Session
 
-__all__ = ["Keeper"]
+__all__ = ["LatestState"]
 
 _FETCH_SHARE = 0.02  # of the time may go into fetching the state from a worker, with whom it could be lost
 _LEAST_SECONDS = 1.0  # from one to the next: workers wait for orders meanwhile, or share the memory's bandwidth
@@ -27,7 +27,7 @@ _TRIES = 20
 _SAVING_SECONDS = 30.0  # that the last checkpoint may take
 
 
-class Keeper:
+class LatestState:
     """The newest state on the notebook's side.
 
     Parameters
@@ -46,7 +46,7 @@ class Keeper:
         self._saved = -1
         self._lock = threading.Lock()
         self._recipe = recipe
-        self._vault: OpenVault | None = None  # in which the newest state is, if it is set
+        self._snapshots: SnapshotsReader | None = None  # in which the newest state is, if it is set
         self._state: State | None = None  # a copy, otherwise
         self._older: State | None = None
         self._model: nn.Module | None = None
@@ -58,7 +58,7 @@ class Keeper:
         """Whether it is time for a newer state."""
         return now >= self._not_before or (self._saver is not None and self._saver.due(now))
 
-    def keep(self, crew: Crew, step: int, now: float, *, busy: bool = False, final: bool = False) -> None:
+    def keep(self, session: Session, step: int, now: float, *, busy: bool = False, final: bool = False) -> None:
         """Have a newer state if it is time to, or the one of this step at the end; hand it on if that is due.
 
         One that lies where this process can read it may be a segment older. While workers are busy with a segment that
@@ -69,26 +69,26 @@ class Keeper:
         if (final or self.due(now)) and (step != self.step or not self._some):
             began = time.perf_counter()
             if final:
-                crew.settle()
-            if not self._found_in(crew.vault, step, final=final):
+                session.settle()
+            if not self._found_in(session.snapshots, step, final=final):
                 if busy:
                     return
-                self.take(crew.state(step))
+                self.take(session.state(step))
             self._not_before = now + max(_LEAST_SECONDS, (time.perf_counter() - began) / _FETCH_SHARE)
         if saving:
             self._save(now)
 
     @property
     def _some(self) -> bool:
-        return self._vault is not None or self._state is not None
+        return self._snapshots is not None or self._state is not None
 
-    def _found_in(self, vault: OpenVault | None, step: int, *, final: bool) -> bool:
-        """Take the newest state of a vault for the present one, uncopied; says whether that is a newer one."""
-        found = -1 if vault is None else vault.newest_step(step)
+    def _found_in(self, snapshots: SnapshotsReader | None, step: int, *, final: bool) -> bool:
+        """Take the newest state of shared snapshots for the present one, uncopied; says whether that is a newer one."""
+        found = -1 if snapshots is None else snapshots.newest_step(step)
         if found < (step if final else 0) or (self._some and found <= self.step and not final):
             return False
         with self._lock:
-            self._vault, self._state, self._older = vault, None, None
+            self._snapshots, self._state, self._older = snapshots, None, None
             if found != self.step:
                 self._model = None
             self.step = found
@@ -117,8 +117,8 @@ class Keeper:
     def settle(self) -> None:
         """Nobody writes any more: give the memory of older states back."""
         with self._lock:
-            if self._vault is not None:
-                self._vault.keep_only(self.step)
+            if self._snapshots is not None:
+                self._snapshots.keep_only(self.step)
 
     def take(self, state: State) -> None:
         """Keep a state."""
@@ -126,14 +126,14 @@ class Keeper:
         with self._lock:
             if self._state is not None and self.step < int(state["step"]):
                 self._older = self._state
-            self._vault = None
+            self._snapshots = None
             self._state, self._model, self.step = state, None, int(state["step"])
 
     def older_than(self, step: int) -> State | None:
         """The newest state of an earlier step, of those that can be read."""
         with self._lock:
-            if self._vault is not None:
-                return self._vault.newest(step - 1)
+            if self._snapshots is not None:
+                return self._snapshots.newest(step - 1)
             known = [state for state in (self._state, self._older) if state is not None and int(state["step"]) < step]
             return known[0] if known else None
 
@@ -141,7 +141,7 @@ class Keeper:
     def state(self) -> State | None:
         """The newest state, or None before the first; not to be changed."""
         with self._lock:
-            return self._state if self._vault is None else self._vault.newest(self._counted)
+            return self._state if self._snapshots is None else self._snapshots.newest(self._counted)
 
     @property
     def model(self) -> nn.Module:
@@ -155,9 +155,9 @@ class Keeper:
         def of(state: State) -> tuple[nn.Module, int]:
             return _model_of(self._recipe, state), int(state["step"])
 
-        for _ in range(_TRIES if self._vault is not None else 0):  # which state counts may just have changed
-            assert self._vault is not None
-            if (made := self._vault.visit(self._counted, of)) is not None:
+        for _ in range(_TRIES if self._snapshots is not None else 0):  # which state counts may just have changed
+            assert self._snapshots is not None
+            if (made := self._snapshots.visit(self._counted, of)) is not None:
                 model, self.step = made
                 return model
         return _model_of(self._recipe, self._state)

@@ -1,4 +1,4 @@
-"""Conducting a run: a chain of committed segments, between which wishes take effect.
+"""Conducting a run: a chain of committed segments, between which requests take effect.
 
 Runs in a thread of its own. A segment is a few steps, a quarter of a second of them or somewhat more; the state is kept
 when a segment begins, by every member, or once where this process can hold on to it. As long as nobody wants anything,
@@ -6,9 +6,9 @@ a segment is ordered while the one before it goes on, so that members go from on
 driver. A segment counts when all members have reported it. Two states are kept, so that all can go back to where the
 driver is, even if some have begun the next.
 
-A wish is a mark in `Wishes` and a vote that ends the segment early, and with it any that was ordered ahead; only this
-thread acts on it, and only when no segment is left to be reported. A rival is measured between two segments, in time
-that no segment counts. When members are lost, whatever was going on is given up, and the run goes on from its last
+A request is a mark in `Requests` and a vote that ends the segment early, and with it any that was ordered ahead; only
+this thread acts on it, and only when no segment is left to be reported. A rival is measured between two segments, in
+time that no segment counts. When members are lost, whatever was going on is given up, and the run goes on from its last
 commit with the group that `Membership` makes of the others.
 """
 
@@ -29,38 +29,38 @@ from parakit.events.history import History
 from parakit.events.records import EpochEnded, RunEnd, Said, SegmentDone, StepDone
 from parakit.events.stragglers import Stragglers
 from parakit.failures.run_failed import code_failed
-from parakit.pacing import _Pace
-from parakit.runs.latest_state import Keeper
+from parakit.pacing import Pace
+from parakit.runs.latest_state import LatestState
 from parakit.runs.membership import Membership
 from parakit.runs.plan import Plan, Resumption
-from parakit.runs.requests import Wishes
+from parakit.runs.requests import Requests
 from parakit.runs.step_metrics import gradient_norms, steps_done
 from parakit.workers.commands import Failure
 from parakit.workers.pool import Workers
 from parakit.workers.session import Report
 
-__all__ = ["Conductor"]
+__all__ = ["RunLoop"]
 
 _POLL_SECONDS = 0.25
 
 
-class Conductor:
+class RunLoop:
     """Takes a run from its plan to its end."""
 
-    def __init__(self, plan: Plan, pool: Workers, history: History, wishes: Wishes) -> None:
+    def __init__(self, plan: Plan, pool: Workers, history: History, requests: Requests) -> None:
         self._plan = plan
         self._pool = pool
         self._history = history
-        self._wishes = wishes
-        self._membership = Membership(plan, pool, history, wishes, self.now)
-        self._pace = _Pace()
+        self._requests = requests
+        self._membership = Membership(plan, pool, history, requests, self.now)
+        self._pace = Pace()
         self._stragglers = Stragglers()
         self._ordered: deque[_Segment] = deque()  # segments without a report yet
         self._ended = 0.0  # when the last segment did
         self._epochs = 0  # that were closed
         saving = plan.saving
         saver = Saver(saving.checkpoints, saving.every_seconds, plan.identity) if saving else None
-        self._keeper = Keeper(plan.job.recipe, saver, self._say)
+        self._latest = LatestState(plan.job.recipe, saver, self._say)
         self._began = pool.clock()
         self.status = "running"
         self.step = 0
@@ -71,8 +71,8 @@ class Conductor:
     def _resume(self, resumption: Resumption) -> None:
         self.step = resumption.step
         self._epochs = self.step // self._plan.job.recipe.order.steps_per_epoch
-        self._keeper.take(resumption.state)
-        self._wishes.rate = resumption.rate
+        self._latest.take(resumption.state)
+        self._requests.rate = resumption.rate
 
     def now(self) -> float:
         """Seconds since the start of the run."""
@@ -86,24 +86,24 @@ class Conductor:
     @property
     def members(self) -> tuple[str, ...]:
         """The active workers, in the order of their ranks."""
-        return self._membership.roster.members
+        return self._membership.assignment.members
 
     @property
     def model(self) -> nn.Module:
         """The newest model on the notebook's side."""
-        return self._keeper.model
+        return self._latest.model
 
     @property
     def model_step(self) -> int:
         """Steps that it was trained for."""
-        return self._keeper.step
+        return self._latest.step
 
     @property
     def kept(self) -> State | None:
         """The newest state on the notebook's side; not to be changed."""
-        return self._keeper.state
+        return self._latest.state
 
-    def conduct(self) -> None:
+    def run(self) -> None:
         """Do the whole run; never raises. It has let go of the workers before its status says that it is over."""
         error: RunFailed | None = None
         try:
@@ -113,15 +113,15 @@ class Conductor:
             self._membership.open()
             while not self._train():
                 pass
-            self._keeper.close()
+            self._latest.close()
         except BaseException as raised:  # an inline worker's code may even ask for the end of the process
             done = self.step
             self._rescue(raised)
-            error = _explained(raised, done, self._keeper.step)
-            self._keeper.close()
+            error = _explained(raised, done, self._latest.step)
+            self._latest.close()
         try:
             self._membership.release()
-            self._keeper.settle()
+            self._latest.settle()
         finally:
             self.error = error
             self._end("failed" if error else "finished")
@@ -156,10 +156,10 @@ class Conductor:
 
     def _newest_left(self) -> State:
         """The newest state that is left although nobody is who has it: lost workers', or the copy on this side."""
-        state = self._membership.salvage(self.step)
-        if state is not None and int(state["step"]) >= self._keeper.step:
-            self._keeper.take(state)
-        return self._keeper.state or self._first()
+        state = self._membership.read_surviving_snapshot(self.step)
+        if state is not None and int(state["step"]) >= self._latest.step:
+            self._latest.take(state)
+        return self._latest.state or self._first()
 
     def _first(self) -> State:
         """What the run began with."""
@@ -186,7 +186,7 @@ class Conductor:
         if self._may_order_ahead():
             self._order(self._ordered[0].end)
         segment = self._ordered.popleft()
-        report = self._membership.crew.report()
+        report = self._membership.session.report()
         if report.steps:
             self._take(report, segment.ordered, self.now())
         self._keep()
@@ -194,22 +194,22 @@ class Conductor:
     def _order(self, first: int) -> None:
         order = self._plan.job.recipe.order
         count = min(self._pace.steps, self._plan.steps - first)
-        if self._membership.roster.validation is not None:
+        if self._membership.assignment.validation is not None:
             count = min(count, order.steps_per_epoch - first % order.steps_per_epoch)
         self._ordered.append(_Segment(first, count, self.now()))
-        self._membership.crew.order(first, count, self._number, self._pace.seconds(count))
+        self._membership.session.order(first, count, self._number, self._pace.seconds(count))
 
     def _may_order_ahead(self) -> bool:
         """Whether nothing is to happen between the segment going on and the next."""
         group, (segment,) = self._membership, self._ordered
         epoch_ends = segment.end % self._plan.job.recipe.order.steps_per_epoch == 0
         return (
-            group.crew.orders_ahead
+            group.session.orders_ahead
             and segment.end < self._plan.steps
-            and not (epoch_ends and group.roster.validation is not None)
-            and self._wishes.number == self._number
+            and not (epoch_ends and group.assignment.validation is not None)
+            and self._requests.number == self._number
             and group.settled
-            and not self._keeper.due(self.now())
+            and not self._latest.due(self.now())
         )
 
     def _take(self, report: Report, ordered: float, reported: float) -> None:
@@ -222,10 +222,10 @@ class Conductor:
         began = max(ordered, self._ended) if report.seconds is None else self._ended
         seconds = reported - began if report.seconds is None else report.seconds
         self._ended = ended = min(reported, began + seconds)
-        steps = steps_done(report, group.labels, order, group.roster.generation, began, ended)
+        steps = steps_done(report, group.labels, order, group.assignment.generation, began, ended)
         done = self._finished(steps, ended, seconds, report)
         stepping = sum(step.seconds for step in steps)
-        self._pace.learn(report.steps, stepping, done.control_seconds, self._wishes.news_seconds)
+        self._pace.learn(report.steps, stepping, done.control_seconds, self._requests.news_seconds)
         self._history.append(*steps, *gradient_norms(report, ended), done)
         self._history.append(*self._stragglers.look(steps))
         self.step += report.steps
@@ -236,7 +236,7 @@ class Conductor:
         busy = max(sum(record.wall_seconds for record in records) for records in report.records)
         return SegmentDone(
             ended, self.step, len(steps), seconds, max(0.0, seconds - busy), report.commit_seconds,
-            sum(step.samples for step in steps), self.world_size, self._membership.roster.generation,
+            sum(step.samples for step in steps), self.world_size, self._membership.assignment.generation,
         )  # fmt: skip
 
     def _close_epochs(self) -> None:
@@ -245,24 +245,24 @@ class Conductor:
         while self._epochs < self.step // per_epoch:
             began = self.now()
             loss, accuracy = None, None
-            if self._membership.roster.validation is not None:
-                result = self._membership.crew.evaluate().result()
+            if self._membership.assignment.validation is not None:
+                result = self._membership.session.evaluate().result()
                 loss, accuracy = result.loss, result.accuracy
             ended = self.now()
             end = (self._epochs + 1) * per_epoch
             self._history.append(EpochEnded(ended, self._epochs, end, loss, accuracy, ended - began))
             self._epochs += 1
 
-    # --- wishes
+    # --- requests
 
     def _grant(self) -> bool:
         """Grant what is wanted; says whether the run is to go on."""
-        wishes = self._wishes
+        requests = self._requests
         while True:
-            with wishes.changed:
-                self._number, paused, stopping = wishes.number, wishes.paused, wishes.stopping
-                rate, wishes.rate = wishes.rate, None
-                measuring = wishes.measuring
+            with requests.changed:
+                self._number, paused, stopping = requests.number, requests.paused, requests.stopping
+                rate, requests.rate = requests.rate, None
+                measuring = requests.measuring
             if stopping:
                 return False
             if rate is not None:
@@ -275,16 +275,16 @@ class Conductor:
                 return True
             else:
                 self._membership.look_round()
-                with wishes.changed:
-                    wishes.changed.wait_for(lambda seen=self._number: wishes.number != seen, _POLL_SECONDS)  # type: ignore[misc]
+                with requests.changed:
+                    requests.changed.wait_for(lambda seen=self._number: requests.number != seen, _POLL_SECONDS)  # type: ignore[misc]
 
     def _set_learning_rate(self, rate: float) -> None:
         try:
-            self._membership.crew.set_learning_rate(rate)
+            self._membership.session.set_learning_rate(rate)
         except WorkerLost:  # those that are left go back, also to the older rate
-            with self._wishes.changed:
-                if self._wishes.rate is None:
-                    self._wishes.rate = rate
+            with self._requests.changed:
+                if self._requests.rate is None:
+                    self._requests.rate = rate
             raise
 
     def _stand(self, paused: bool) -> None:
@@ -298,33 +298,33 @@ class Conductor:
         try:
             if self._pool.simulated:
                 raise ParakitError("these workers are simulated, and a real time beside theirs would mean nothing.")
-            found = measure_plain(self._pool, self._plan.job, self.now, lambda: self._wishes.stopping)
+            found = measure_plain(self._pool, self._plan.job, self.now, lambda: self._requests.stopping)
             if found is not None:
                 self._history.append(found)
         except Exception as error:
             self._say(f"Plain PyTorch could not be measured: {error}")
         finally:
-            with self._wishes.changed:
-                self._wishes.measuring = False
+            with self._requests.changed:
+                self._requests.measuring = False
 
     # --- the notebook's copy
 
     def _keep(self, *, final: bool = False) -> None:
         busy = bool(self._ordered)
-        self._keeper.keep(self._membership.crew, self.step, self.now(), busy=busy, final=final)
+        self._latest.keep(self._membership.session, self.step, self.now(), busy=busy, final=final)
 
     def _rescue(self, error: BaseException) -> None:
         """After a failure: fetch the last commit, or what is left of it; a state that diverged is none."""
         try:
-            self._keeper.keep(self._membership.crew, self.step, self.now(), final=True)
+            self._latest.keep(self._membership.session, self.step, self.now(), final=True)
         except Exception:
             self._newest_left()
-            if self._keeper.step < self.step:
-                kept = self._keeper.step
+            if self._latest.step < self.step:
+                kept = self._latest.step
                 self._say(f"With the workers, the state of step {self.step} is lost; that of step {kept} is kept.")
-        if isinstance(error, Diverged) and self._keeper.step >= error.step:
-            self._keeper.take(self._keeper.older_than(error.step) or self._first())
-        self.step = self._keeper.step
+        if isinstance(error, Diverged) and self._latest.step >= error.step:
+            self._latest.take(self._latest.older_than(error.step) or self._first())
+        self.step = self._latest.step
         self._history.retract(self.step)
 
 

@@ -1,6 +1,6 @@
-"""Membership: who is in the group of a run, and how that changes, by wish or by loss.
+"""Membership: who is in the group of a run, and how that changes, by request or by loss.
 
-Owns the roster and its generations. A change that is wished for is prepared while the run goes on, and takes place
+Owns the assignment and its generations. A change that is requested for is staged while the run goes on, and takes place
 between two segments. After a loss, those that are left go back to the last commit, the chunks of the others are loaded
 again from their source, and a new group goes on; as soon as others come in their place, they are taken in as in a
 resize. Nobody else speaks of generations, so that orders of an older group can be refused.
@@ -19,10 +19,10 @@ from parakit.errors import WorkerLost
 from parakit.events.history import History
 from parakit.events.records import Recovered, Resized, Said, WorkersLost
 from parakit.runs.plan import Plan
-from parakit.runs.requests import Wishes
-from parakit.workers.assignment import Remnant, Roster
+from parakit.runs.requests import Requests
+from parakit.workers.assignment import GroupAssignment, Survivors
 from parakit.workers.pool import Workers
-from parakit.workers.session import Crew
+from parakit.workers.session import Session
 
 __all__ = ["Membership"]
 
@@ -36,9 +36,9 @@ _FRUITLESS = 6  # so many losses in a row without a segment between them end a r
 
 @dataclass
 class _Change:
-    """A roster that is being prepared."""
+    """An assignment that is being staged."""
 
-    roster: Roster
+    assignment: GroupAssignment
     target: int
     since: float
     ready: Future[None]
@@ -52,22 +52,24 @@ class Membership:
     plan : Plan
     pool : Workers
     history : History
-    wishes : Wishes
+    requests : Requests
     now : callable
         Seconds since the start of the run.
     """
 
-    def __init__(self, plan: Plan, pool: Workers, history: History, wishes: Wishes, now: Callable[[], float]) -> None:
+    def __init__(
+        self, plan: Plan, pool: Workers, history: History, requests: Requests, now: Callable[[], float]
+    ) -> None:
         self._plan = plan
         self._pool = pool
         self._history = history
-        self._wishes = wishes
+        self._requests = requests
         self._now = now
-        self._opened: Crew | None = None
-        self.roster = plan.roster
+        self._opened: Session | None = None
+        self.assignment = plan.assignment
         #: Whether there was a group yet.
         self.formed = False
-        self._generation = plan.roster.generation  # the newest that any worker may know of
+        self._generation = plan.assignment.generation  # the newest that any worker may know of
         self._change: _Change | None = None
         self._growing: tuple[int, float] | None = None  # how many were asked for, and when
         self._lost_at = float("-inf")
@@ -76,7 +78,7 @@ class Membership:
         self._there: set[str] = set()  # workers of the pool, active or not, when somebody last looked
 
     @property
-    def crew(self) -> Crew:
+    def session(self) -> Session:
         """The run's hold on the pool, once it is open."""
         assert self._opened is not None
         return self._opened
@@ -84,39 +86,39 @@ class Membership:
     @property
     def world_size(self) -> int:
         """Active workers."""
-        return len(self.roster.members)
+        return len(self.assignment.members)
 
     @property
     def labels(self) -> tuple[str, ...]:
         """Short names of the active workers, in the order of their ranks."""
-        return tuple(self.crew.label(member) for member in self.roster.members)
+        return tuple(self.session.label(member) for member in self.assignment.members)
 
     @property
     def settled(self) -> bool:
         """Whether the group is as it is wanted."""
-        return self._change is None and self._wishes.target == self.world_size
+        return self._change is None and self._requests.target == self.world_size
 
     def open(self) -> None:
         """Take hold of the pool."""
         self._opened = self._pool.open(self._plan.job)
-        self._wishes.interrupt = self._opened.halt
+        self._requests.interrupt = self._opened.halt
 
     def release(self) -> None:
         """Let go of the pool."""
         if self._opened is not None:
             self._opened.release()
 
-    def salvage(self, step: int) -> State | None:
+    def read_surviving_snapshot(self, step: int) -> State | None:
         """The newest state, of at most a step, that is left although its workers are not; None if there is none."""
-        return None if self._opened is None else self._opened.salvage(step)
+        return None if self._opened is None else self._opened.read_surviving_snapshot(step)
 
     def form(self, step: int, state: State | None) -> bool:
         """Form the first group, from a state or the beginning; says whether the run was not stopped before that."""
         self._there = set(self._pool.names)  # who may go on, if somebody is lost before there is a group
-        if not self._await(self.crew.prepare(self.roster), self.roster, lambda: self._wishes.stopping):
+        if not self._await(self.session.stage(self.assignment), self.assignment, lambda: self._requests.stopping):
             return False
         self._there = set(self._pool.names)
-        self._muster(self.roster, step, state, len(self.roster.training.sizes), wished=False)
+        self._form(self.assignment, step, state, len(self.assignment.training.sizes), requested=False)
         return True
 
     @property
@@ -124,8 +126,8 @@ class Membership:
         """How long chunks and recipe may take to reach the workers."""
         return _PREPARE_LIMITS * self._plan.job.limit_seconds
 
-    def _await(self, ready: Future[None], roster: Roster, stopping: Callable[[], bool]) -> bool:
-        """Wait for a roster; a stop, a loss or the limit ends the wait. Says whether the roster is ready."""
+    def _await(self, ready: Future[None], assignment: GroupAssignment, stopping: Callable[[], bool]) -> bool:
+        """Wait for an assignment; a stop, a loss or the limit ends the wait. Says whether the assignment is ready."""
         deadline = self._now() + self._prepare_seconds
         while not ready.done() and not stopping():
             if self._now() > deadline:
@@ -136,8 +138,8 @@ class Membership:
                 )
             with suppress(TimeoutError):
                 ready.exception(_POLL_SECONDS)
-            if not ready.done() and (gone := set(roster.members) - set(self._pool.names)):
-                raise WorkerLost(f"{len(gone)} of {len(roster.members)} workers died before the group was ready.")
+            if not ready.done() and (gone := set(assignment.members) - set(self._pool.names)):
+                raise WorkerLost(f"{len(gone)} of {len(assignment.members)} workers died before the group was ready.")
         if ready.done():
             ready.result()
         return ready.done()
@@ -152,7 +154,7 @@ class Membership:
         """Notice a loss although no order is being carried out."""
         if self._now() - self._looked > _LOOK_ROUND_SECONDS:
             self._looked = self._now()
-            self.crew.check()
+            self.session.check()
 
     def recover(self, loss: WorkerLost, step: int, kept: Callable[[], State]) -> int:
         """Go back to the last commit with those who are left; others may be lost on the way.
@@ -188,28 +190,28 @@ class Membership:
                 loss = another
 
     def _go_back(self, loss: WorkerLost, step: int, kept: Callable[[], State], began: float) -> int:
-        before = self.roster
+        before = self.assignment
         self._change = None
         self._generation += 2  # one to refuse older orders by, and one for the group
-        remnant = self.crew.regroup(self._generation - 1, step)
-        lost = tuple(self.crew.label(m) for m in before.members if m not in remnant.training)
+        remnant = self.session.regroup(self._generation - 1, step)
+        lost = tuple(self.session.label(m) for m in before.members if m not in remnant.training)
         self._history.append(WorkersLost(self._now(), lost, step, str(loss).splitlines()[0]))
         state = None if remnant.intact else kept()
         members = self._those_left(remnant)
         if not members:
             raise loss
         goes_on = step if state is None else int(state["step"])
-        roster = before.rally(members, remnant, self._generation)
+        assignment = before.rebalance_after_loss(members, remnant, self._generation)
         self._history.retract(goes_on)
-        self._await(self.crew.prepare(roster), roster, lambda: False)
-        self._muster(roster, goes_on, state, 0, wished=False)
-        loaded = len(roster.training.sizes) - len({c for chunks in remnant.training.values() for c in chunks})
+        self._await(self.session.stage(assignment), assignment, lambda: False)
+        self._form(assignment, goes_on, state, 0, requested=False)
+        loaded = len(assignment.training.sizes) - len({c for chunks in remnant.training.values() for c in chunks})
         self._history.append(
             Recovered(self._now(), self.labels, goes_on, self._now() - began, loaded, step - goes_on)
         )  # fmt: skip
         return goes_on
 
-    def _those_left(self, remnant: Remnant) -> list[str]:
+    def _those_left(self, remnant: Survivors) -> list[str]:
         members = [*remnant.intact, *(m for m in remnant.training if m not in remnant.intact)]
         there = self._pool.names
         # If no active worker is left, idle ones go on; whoever came in place of the lost is as good as they are. But
@@ -220,7 +222,7 @@ class Membership:
             self._there = set(there)
         return members
 
-    # --- wishes
+    # --- requests
 
     def approach(self, step: int) -> None:
         """Come nearer to the worker count that is wanted, without waiting for anything."""
@@ -232,13 +234,13 @@ class Membership:
             elif self._now() - change.since > self._prepare_seconds:
                 self._change = None
                 self._give_up(change.target, "the workers were not ready in time; one of them may hang.")
-        target = self._wishes.target
+        target = self._requests.target
         if self._change is None and target != self.world_size:
-            self._prepare(target)
+            self._stage(target)
         elif target == self.world_size:
             self._growing = None
 
-    def _prepare(self, target: int) -> None:
+    def _stage(self, target: int) -> None:
         there = self._pool.names
         self._there = set(there)
         if target > len(there):
@@ -246,19 +248,19 @@ class Membership:
                 return
         else:
             self._growing = None
-        members = [m for m in self.roster.members if m in there]
+        members = [m for m in self.assignment.members if m in there]
         members += [name for name in there if name not in members]
         count = min(target, len(members))
         if count == self.world_size:
             return
-        roster = self.roster.succeed(members[:count], self._generation + 1)
-        self._change = _Change(roster, target, self._now(), self.crew.prepare(roster))
-        self._change.ready.add_done_callback(lambda _: self._wishes.nudge())
+        assignment = self.assignment.rebalance(members[:count], self._generation + 1)
+        self._change = _Change(assignment, target, self._now(), self.session.stage(assignment))
+        self._change.ready.add_done_callback(lambda _: self._requests.interrupt_segment())
 
     def _grow(self, target: int, there: int) -> bool:
         """Ask the cluster for more workers, once for each target; says whether there is still hope."""
-        if self._lost_at > self._wishes.asked_at:
-            return True  # whoever comes in place of the lost is welcome, but nobody wished for a larger cluster
+        if self._lost_at > self._requests.asked_at:
+            return True  # whoever comes in place of the lost is welcome, but nobody requested for a larger cluster
         if self._growing is None or self._growing[0] != target:
             self._growing = target, self._now()
             self._history.append(Said(self._now(), f"Asking the cluster for {target} workers; {there} are there."))
@@ -283,23 +285,25 @@ class Membership:
         if error is not None:
             self._give_up(change.target, str(error))
             return
-        moved = sum(len(c) for c in self.roster.training.gains(change.roster.training).values())
-        self._muster(change.roster, step, None, moved, wished=self._wishes.asked_at > self._lost_at)
+        moved = sum(len(c) for c in self.assignment.training.gains(change.assignment.training).values())
+        self._form(change.assignment, step, None, moved, requested=self._requests.asked_at > self._lost_at)
 
     def _give_up(self, target: int, why: str) -> None:
         """Stop trying for a worker count, unless another one is wanted by now."""
         self._history.append(Said(self._now(), f"The run goes on with {self.world_size} workers: {why}"))
-        with self._wishes.changed:
-            if self._wishes.target == target:
-                self._wishes.target = self.world_size
+        with self._requests.changed:
+            if self._requests.target == target:
+                self._requests.target = self.world_size
 
-    def _muster(self, roster: Roster, step: int, state: State | None, moved: int, *, wished: bool) -> None:
+    def _form(
+        self, assignment: GroupAssignment, step: int, state: State | None, moved: int, *, requested: bool
+    ) -> None:
         began = self._pool.clock()
-        self._generation = max(self._generation, roster.generation)
-        self.crew.muster(roster, state)
-        self.roster, self.formed = roster, True
+        self._generation = max(self._generation, assignment.generation)
+        self.session.form(assignment, state)
+        self.assignment, self.formed = assignment, True
         ended = self._pool.clock()
-        waited = ended - self._wishes.asked_at if wished else 0.0
+        waited = ended - self._requests.asked_at if requested else 0.0
         self._history.append(
-            Resized(self._now(), step, roster.generation, self.labels, moved, ended - began, waited)
+            Resized(self._now(), step, assignment.generation, self.labels, moved, ended - began, waited)
         )  # fmt: skip

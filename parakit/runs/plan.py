@@ -8,7 +8,7 @@ from typing import Any
 from parakit.checkpoints import Checkpoints
 from parakit.checkpoints.state import State
 from parakit.events.records import RunStart
-from parakit.workers.assignment import Roster
+from parakit.workers.assignment import GroupAssignment
 from parakit.workers.session import Job
 
 __all__ = ["Plan", "Resumption", "Saving"]
@@ -52,7 +52,7 @@ class Plan:
     Parameters
     ----------
     job : Job
-    roster : Roster
+    assignment : GroupAssignment
         Of the first generation.
     workers, steps : int
         How many to begin with, and how far to go.
@@ -69,7 +69,7 @@ class Plan:
     """
 
     job: Job
-    roster: Roster
+    assignment: GroupAssignment
     workers: int
     steps: int
     start: RunStart

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from parakit.checkpoints import Checkpoint, Checkpoints, check_fits, check_plain, load
 from parakit.data.chunks import DEFAULT_CHUNKS, EpochOrder, check_chunks, chunk_count, cut
-from parakit.data.ownership import Ownership
+from parakit.data.ownership import ChunkAssignment
 from parakit.data.samples import Samples
 from parakit.engines.memory_needs import check_fits_memory, needs_of
 from parakit.engines.optimizers import AtRate
@@ -33,7 +33,7 @@ from parakit.strategies import AllReduce
 from parakit.strategies.base import Strategy
 from parakit.system.process_settings import Settings, foreign_hooks
 from parakit.validation import brief, check_choice, check_positive, check_rate, check_whole, plain
-from parakit.workers.assignment import Roster
+from parakit.workers.assignment import GroupAssignment
 from parakit.workers.pool import Workers
 from parakit.workers.session import Job
 
@@ -147,12 +147,12 @@ def plan(
     if active > pool.size:  # virtual workers, which come into being when they are needed
         pool.grow(active)
     members = pool.names[:active]
-    roster = _roster(members, order, validation_pieces)
+    assignment = _assignment(members, order, validation_pieces)
     start = RunStart(
         0.0, repr(chosen), members, pool.kind, pool.cores, threads or pool.threads, parameters, len(samples),
         len(pieces), batch, total, order.steps_per_epoch, seed, pool.exchange_of(chosen), pool.simulated, pool.device,
     )  # fmt: skip
-    return Plan(job, roster, active, total, start, rate, identity, resumption, saving, optimizing.notes)
+    return Plan(job, assignment, active, total, start, rate, identity, resumption, saving, optimizing.notes)
 
 
 def _warn_of_hooks(level: int) -> None:
@@ -328,9 +328,9 @@ def _nothing() -> Samples:
     raise InputError("This run has no validation data.")
 
 
-def _roster(members: Sequence[str], order: EpochOrder, validation: Sequence[Tensor]) -> Roster:
-    training = Ownership.share_out(order.sizes, members)
+def _assignment(members: Sequence[str], order: EpochOrder, validation: Sequence[Tensor]) -> GroupAssignment:
+    training = ChunkAssignment.share_out(order.sizes, members)
     if not validation:
-        return Roster(0, training, None)
+        return GroupAssignment(0, training, None)
     sizes = [len(piece) for piece in validation]
-    return Roster(0, training, Ownership.share_out(sizes, members[: len(sizes)]))
+    return GroupAssignment(0, training, ChunkAssignment.share_out(sizes, members[: len(sizes)]))

@@ -1,4 +1,4 @@
-"""Wishes: what the user wants of a run, expressed in any thread and granted between segments."""
+"""Requests: what the user wants of a run, submitted in any thread and granted between segments."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-__all__ = ["Wishes"]
+__all__ = ["Requests"]
 
 
-class Wishes:
-    """What the user wants, expressed in any thread and granted by the conductor.
+class Requests:
+    """What the user wants, submitted in any thread and granted by the run loop.
 
     Parameters
     ----------
@@ -34,24 +34,24 @@ class Wishes:
         self.news_seconds = math.inf
         #: Whether plain PyTorch is to be measured, until it is.
         self.measuring = False
-        #: Counts wishes; a segment ordered under a number is ended by a higher one.
+        #: Counts requests; a segment ordered under a number is ended by a higher one.
         self.number = 0
         #: When the target was last asked for, by the clock.
         self.asked_at = clock()
         self.interrupt: Callable[[int], None] = lambda _: None
 
-    def express(self, change: Callable[[Wishes], Any]) -> None:
+    def submit(self, change: Callable[[Requests], Any]) -> None:
         """Change what is wanted, and end the present segment."""
         with self.changed:
             change(self)
-        self.nudge()
+        self.interrupt_segment()
 
     def aim(self, target: int) -> None:
         """Want a number of workers from now on."""
         self.target, self.asked_at = target, self._clock()
 
-    def nudge(self) -> None:
-        """End the present segment, so that the conductor looks here."""
+    def interrupt_segment(self) -> None:
+        """End the present segment, so that the run loop looks here."""
         with self.changed:
             self.number += 1
             number = self.number

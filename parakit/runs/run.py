@@ -1,4 +1,4 @@
-"""A run as its user sees it: wishes go in at any moment, events come out."""
+"""A run as its user sees it: requests go in at any moment, events come out."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from parakit.errors import InputError, RunEnded, RunError, WaitTimeout
 from parakit.events.history import History
 from parakit.events.noise_scale import NoiseEstimator, NoiseScale
 from parakit.events.progress import progress_line, show_progress
-from parakit.events.records import Asked, GradientNorms, StepDone
+from parakit.events.records import GradientNorms, Requested, StepDone
 from parakit.formatting import in_a_notebook
-from parakit.runs.loop import Conductor
+from parakit.runs.loop import RunLoop
 from parakit.runs.plan import Plan
-from parakit.runs.requests import Wishes
+from parakit.runs.requests import Requests
 from parakit.system.threads import quick_thread_switches
 from parakit.validation import check_positive, check_rate, plain
 from parakit.workers.pool import Workers
@@ -33,7 +33,7 @@ _LET_GO_SECONDS = 10.0
 class Run:
     """A training run that is going on in the background; `parakit.train` makes one.
 
-    A wish (`resize`, `set_learning_rate`, `measure_baseline`, `pause`, `resume`, `stop`) returns at once and takes
+    A request (`resize`, `set_learning_rate`, `measure_baseline`, `pause`, `resume`, `stop`) returns at once and takes
     effect after the present step. The run's course is in `history`; the trained model is `model`.
     """
 
@@ -41,17 +41,17 @@ class Run:
         self._plan = plan
         self._pool = pool
         self._history = history
-        self._wishes = Wishes(plan.workers, pool.clock)
-        self._conductor = Conductor(plan, pool, history, self._wishes)
+        self._requests = Requests(plan.workers, pool.clock)
+        self._loop = RunLoop(plan, pool, history, self._requests)
         self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._conduct, name=f"parakit-run-{plan.job.run_id}", daemon=True)
+        self._thread = threading.Thread(target=self._go_through, name=f"parakit-run-{plan.job.run_id}", daemon=True)
         pool.hold(plan.job.run_id, self._let_go)
         self._thread.start()
 
-    def _conduct(self) -> None:
+    def _go_through(self) -> None:
         try:
             with quick_thread_switches():
-                self._conductor.conduct()
+                self._loop.run()
         finally:
             self._pool.free(self._plan.job.run_id)
             self._ended.set()
@@ -62,7 +62,7 @@ class Run:
 
         A run that was stopped is finished; `stopped_early` tells the difference. Once it is over, its pool is free.
         """
-        status = self._conductor.status
+        status = self._loop.status
         if status in ("finished", "failed") and threading.current_thread() is not self._thread:
             self._ended.wait(_LET_GO_SECONDS)  # an instant
         return status
@@ -70,7 +70,7 @@ class Run:
     @property
     def stopped_early(self) -> bool:
         """Whether the run finished because `stop` was called before its last step."""
-        return self.status == "finished" and self._conductor.step < self._plan.steps
+        return self.status == "finished" and self._loop.step < self._plan.steps
 
     @property
     def history(self) -> History:
@@ -80,7 +80,7 @@ class Run:
     @property
     def step(self) -> int:
         """Committed steps."""
-        return self._conductor.step
+        return self._loop.step
 
     @property
     def steps(self) -> int:
@@ -90,12 +90,12 @@ class Run:
     @property
     def world_size(self) -> int:
         """Active workers."""
-        return self._conductor.world_size
+        return self._loop.world_size
 
     @property
     def target(self) -> int:
-        """Workers asked for: the newest wish, or `world_size` once that is granted or given up."""
-        return self._wishes.target
+        """Workers asked for: the newest request, or `world_size` once that is granted or given up."""
+        return self._requests.target
 
     @property
     def plan(self) -> Plan:
@@ -105,12 +105,12 @@ class Run:
     @property
     def measuring(self) -> bool:
         """Whether plain PyTorch is being timed, or will be next: training waits for it."""
-        return self._wishes.measuring and not self._ended.is_set()
+        return self._requests.measuring and not self._ended.is_set()
 
     @property
     def elapsed_seconds(self) -> float:
         """Since the start of the run."""
-        return self._conductor.now()
+        return self._loop.now()
 
     @property
     def pool(self) -> Workers:
@@ -123,12 +123,12 @@ class Run:
 
         Each newer state comes as a new object, in evaluation mode; the model given to `train` is never changed.
         """
-        return self._conductor.model
+        return self._loop.model
 
     @property
     def model_step(self) -> int:
         """Steps that `model` was trained for."""
-        return self._conductor.model_step
+        return self._loop.model_step
 
     def kept_state(self) -> State:
         """What another run goes on from: the newest state on the notebook's side.
@@ -138,7 +138,7 @@ class Run:
         RunError
             If the run is going on, or ended before it had any.
         """
-        state = self._conductor.kept
+        state = self._loop.kept
         if state is None or not self._ended.is_set():
             raise RunError(
                 f"The run is {self.status} at step {self.step}; there is nothing to go on from"
@@ -161,7 +161,7 @@ class Run:
     @property
     def error(self) -> RunError | None:
         """Why the run failed, or None."""
-        return self._conductor.error
+        return self._loop.error
 
     def resize(self, workers: int) -> None:
         """Ask for another number of workers.
@@ -180,8 +180,8 @@ class Run:
         """
         self._check_going("resize")
         count = self._pool.check_count(plain(workers), most=self._pool.most)
-        check_chunks(count, len(self._plan.roster.training.sizes))
-        self._wish("resize", count, lambda wishes: wishes.aim(count))
+        check_chunks(count, len(self._plan.assignment.training.sizes))
+        self._request("resize", count, lambda requests: requests.aim(count))
 
     def set_learning_rate(self, value: float) -> None:
         """Ask to go on at another learning rate.
@@ -205,7 +205,7 @@ class Run:
         self._check_going("set_learning_rate")
         check_rate("the learning rate", value, self._plan.rate)
         rate = float(value)
-        self._wish("learning rate", rate, lambda wishes: setattr(wishes, "rate", rate))
+        self._request("learning rate", rate, lambda requests: setattr(requests, "rate", rate))
 
     def measure_baseline(self) -> None:
         """Ask for the speed of plain PyTorch: the same model and batches, in one process with all its cores.
@@ -219,7 +219,7 @@ class Run:
             If the run is over.
         """
         self._check_going("measure_baseline")
-        self._wish("measure", None, lambda wishes: setattr(wishes, "measuring", True))
+        self._request("measure", None, lambda requests: setattr(requests, "measuring", True))
 
     def want_news(self, seconds: float | None) -> None:
         """Say how old news may be, as a panel does while it is open; has no effect on a run that is over.
@@ -239,22 +239,22 @@ class Run:
         """
         seconds = plain(seconds)
         check_positive("seconds", seconds, none=True)
-        self._wishes.news_seconds = math.inf if seconds is None else float(seconds)
+        self._requests.news_seconds = math.inf if seconds is None else float(seconds)
 
     def pause(self) -> None:
         """Ask the run to stand still after its present step, holding its workers."""
         self._check_going("pause")
-        self._wish("pause", None, lambda wishes: setattr(wishes, "paused", True))
+        self._request("pause", None, lambda requests: setattr(requests, "paused", True))
 
     def resume(self) -> None:
         """Ask a paused run to go on."""
         self._check_going("resume")
-        self._wish("resume", None, lambda wishes: setattr(wishes, "paused", False))
+        self._request("resume", None, lambda requests: setattr(requests, "paused", False))
 
     def stop(self) -> None:
         """Ask the run to finish after its present step; does nothing once it has ended."""
         if not self._ended.is_set():
-            self._wish("stop", None, lambda wishes: setattr(wishes, "stopping", True))
+            self._request("stop", None, lambda requests: setattr(requests, "stopping", True))
 
     def wait(self, timeout: float | None = None, *, progress: bool | None = None) -> Run:
         """Wait until the run has ended.
@@ -283,8 +283,8 @@ class Run:
         timeout = plain(timeout)
         if timeout is not None and (isinstance(timeout, bool) or not isinstance(timeout, int | float) or timeout < 0):
             raise InputError(f"timeout is {timeout!r}; it must be a number of seconds, or None.")
-        wishes = self._wishes
-        if timeout is None and wishes.paused and not wishes.stopping and not self._ended.is_set():
+        requests = self._requests
+        if timeout is None and requests.paused and not requests.stopping and not self._ended.is_set():
             raise RunError(
                 f"The run is paused at step {self.step} of {self.steps}, so waiting for its end would never end.",
                 remedy="run.resume() first, or wait(timeout=...)",
@@ -303,17 +303,17 @@ class Run:
             raise copy(self.error) from self.error.__cause__  # without the traceback that it has already
         return self
 
-    def _check_going(self, wish: str) -> None:
+    def _check_going(self, request: str) -> None:
         if self._ended.is_set():
             raise RunEnded(
-                f"The run is {self.status} at step {self.step} of {self.steps}; {wish} has no effect any more.",
+                f"The run is {self.status} at step {self.step} of {self.steps}; {request} has no effect any more.",
                 remedy="start another run with parakit.train(run.model, ...)",
             )
 
-    def _wish(self, name: str, value: int | float | None, change: Callable[[Wishes], Any]) -> None:
-        with self._wishes.changed:  # wishes of several threads are kept in the order of their times
-            self._history.append(Asked(self._conductor.now(), name, value))
-        self._wishes.express(change)
+    def _request(self, name: str, value: int | float | None, change: Callable[[Requests], Any]) -> None:
+        with self._requests.changed:  # requests of several threads are kept in the order of their times
+            self._history.append(Requested(self._loop.now(), name, value))
+        self._requests.submit(change)
 
     def _let_go(self) -> None:
         """End the run because its pool closes."""

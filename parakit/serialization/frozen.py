@@ -45,7 +45,7 @@ from parakit.serialization.arrays import ArrayPlace, make_array, place_of
 from parakit.serialization.local_code import by_value
 from parakit.serialization.ties import Ties
 from parakit.serialization.wrappers import is_own_cache, reduced_wrapper
-from parakit.system.shared_memory import LINE, CannotShare, Segment, SegmentKey
+from parakit.system.shared_memory import LINE, CannotShare, SharedMemory, SharedMemoryKey
 
 __all__ = ["Frozen", "Memory", "TooLarge", "freeze"]
 
@@ -67,7 +67,7 @@ class Memory(Protocol):
     """Where the bytes of a frozen copy's tensors lie."""
 
     @property
-    def key(self) -> SegmentKey | None:
+    def key(self) -> SharedMemoryKey | None:
         """By what other processes of this machine reach it; None where they cannot."""
 
     def open(self) -> Open:
@@ -125,7 +125,7 @@ class Frozen:
             return self
         return Frozen(self.code, self.parts, _settled(self.parts, self.memory), self.ties, self.here)
 
-    def within(self, memory: SegmentKey | npt.NDArray[np.uint8]) -> Frozen:
+    def within(self, memory: SharedMemoryKey | npt.NDArray[np.uint8]) -> Frozen:
         """The same, whose bytes came from elsewhere: by a key, or as what `Memory.array` gave.
 
         Raises
@@ -133,7 +133,7 @@ class Frozen:
         CannotShare
             If memory of that key is out of reach.
         """
-        if isinstance(memory, SegmentKey):
+        if isinstance(memory, SharedMemoryKey):
             return Frozen(self.code, self.parts, _Mapped(memory, self.parts), self.ties)
         return Frozen(self.code, self.parts, _Sent(memory, self.parts), self.ties)
 
@@ -632,20 +632,20 @@ class _Mapped:
 
     Parameters
     ----------
-    key : SegmentKey
+    key : SharedMemoryKey
     parts : sequence of Part
     """
 
-    def __init__(self, key: SegmentKey, parts: Sequence[Part]) -> None:
+    def __init__(self, key: SharedMemoryKey, parts: Sequence[Part]) -> None:
         self.key = key
         self._parts, self._begins = parts, [LINE + begin for begin in _begins(parts)]
 
     def open(self) -> Open:
-        mapping = Segment.attach(self.key, private=True)
+        mapping = SharedMemory.attach(self.key, private=True)
         return lambda number: mapping.storage(self._begins[number], self._parts[number].nbytes)
 
     def array(self) -> npt.NDArray[np.uint8]:
-        whole = Segment.attach(self.key, private=True)
+        whole = SharedMemory.attach(self.key, private=True)
         return whole.storage(LINE, self._begins[-1] - LINE).numpy()
 
 
@@ -655,7 +655,7 @@ def _settled(parts: Sequence[Part], living: _Living) -> Memory:
     if not hasattr(os, "memfd_create") or begins[-1] == 0:
         return _Sent(living.array(), parts)
     try:
-        segment = Segment.create(LINE + begins[-1])
+        segment = SharedMemory.create(LINE + begins[-1])
     except CannotShare:
         return _Sent(living.array(), parts)
     for piece, begin in zip(living.pieces, begins, strict=False):

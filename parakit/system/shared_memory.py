@@ -25,7 +25,7 @@ from torch import Tensor
 
 from parakit.errors import RunError
 
-__all__ = ["LINE", "CannotShare", "Segment", "SegmentKey"]
+__all__ = ["LINE", "CannotShare", "SharedMemory", "SharedMemoryKey"]
 
 #: Bytes. Two cache lines, because processors fetch them in pairs: what two members write is at least so far apart.
 LINE = 128
@@ -41,7 +41,7 @@ class CannotShare(RunError):
     """The members have no memory in common: other hosts, users or containers, or too little of it."""
 
 
-class SegmentKey(NamedTuple):
+class SharedMemoryKey(NamedTuple):
     """By what another process of the same machine and user maps a segment.
 
     The name is random and stands in the segment too: the numbers of a process and of a descriptor may mean another
@@ -58,7 +58,7 @@ class SegmentKey(NamedTuple):
         return json.dumps(self).encode()
 
     @classmethod
-    def of_note(cls, note: bytes) -> SegmentKey:
+    def of_note(cls, note: bytes) -> SharedMemoryKey:
         """What `note` made bytes of."""
         machine, path, name, nbytes = json.loads(note)
         return cls(str(machine), str(path), str(name), int(nbytes))
@@ -69,7 +69,7 @@ class SegmentKey(NamedTuple):
             Path(self.path).unlink(missing_ok=True)
 
 
-class Segment:
+class SharedMemory:
     """A mapping of shared memory, whose first `LINE` bytes are its title.
 
     It is unmapped when the last tensor and the last view of it have gone: never under somebody's feet.
@@ -78,12 +78,12 @@ class Segment:
     ----------
     descriptor : int
         Of a file of the key's length; not closed here.
-    key : SegmentKey
+    key : SharedMemoryKey
     private : bool
         See `attach`.
     """
 
-    def __init__(self, descriptor: int, key: SegmentKey, *, private: bool = False) -> None:
+    def __init__(self, descriptor: int, key: SharedMemoryKey, *, private: bool = False) -> None:
         # A private mapping shows what is there, and keeps what is written to it for this process: page by page.
         self._memory = mmap.mmap(descriptor, key.nbytes, access=mmap.ACCESS_COPY if private else mmap.ACCESS_WRITE)
         self.key = key
@@ -95,7 +95,7 @@ class Segment:
         self._typed: dict[torch.dtype, Tensor] = {}
 
     @classmethod
-    def create(cls, nbytes: int, folder: Path | None = None, *, named: bool | None = None) -> Segment:
+    def create(cls, nbytes: int, folder: Path | None = None, *, named: bool | None = None) -> SharedMemory:
         """New memory, all zero, which others can attach until `hide` is called.
 
         Parameters
@@ -122,12 +122,12 @@ class Segment:
         return segment
 
     @classmethod
-    def attach(cls, key: SegmentKey, *, private: bool = False) -> Segment:
+    def attach(cls, key: SharedMemoryKey, *, private: bool = False) -> SharedMemory:
         """Another process's segment, or one of this process once more.
 
         Parameters
         ----------
-        key : SegmentKey
+        key : SharedMemoryKey
         private : bool
             Whether what is written to it is to be seen by nobody else. Pages that are only read take no more memory.
 
@@ -201,7 +201,7 @@ class Segment:
         return whole[start : start + numel]
 
 
-def _nameless(nbytes: int) -> Segment:
+def _nameless(nbytes: int) -> SharedMemory:
     descriptor = os.memfd_create("parakit-shared", os.MFD_CLOEXEC)
     try:
         os.ftruncate(descriptor, nbytes)
@@ -211,7 +211,7 @@ def _nameless(nbytes: int) -> Segment:
         raise
 
 
-def _named(nbytes: int, folder: Path | None) -> Segment:
+def _named(nbytes: int, folder: Path | None) -> SharedMemory:
     descriptor, path = tempfile.mkstemp(prefix="parakit-shared-", dir=folder)
     try:
         _fill(descriptor, nbytes)
@@ -222,8 +222,8 @@ def _named(nbytes: int, folder: Path | None) -> Segment:
         raise
 
 
-def _announced(descriptor: int, path: str, nbytes: int) -> Segment:
-    segment = Segment(descriptor, SegmentKey(_machine(), path, os.urandom(_NAME_BYTES).hex(), nbytes))
+def _announced(descriptor: int, path: str, nbytes: int) -> SharedMemory:
+    segment = SharedMemory(descriptor, SharedMemoryKey(_machine(), path, os.urandom(_NAME_BYTES).hex(), nbytes))
     segment._descriptor = descriptor
     return segment
 

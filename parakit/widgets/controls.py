@@ -95,7 +95,7 @@ class Controls:
             *([w.HTML(f'<a href="{escape(dashboard)}" {_LINK}>Dask dashboard of these workers</a>')]
               if dashboard else []),
         ])  # fmt: skip
-        self._lock = threading.RLock()  # a wish is recorded while nobody shows an older one
+        self._lock = threading.RLock()  # a request is recorded while nobody shows an older one
         self._listening = True
         self.workers.observe(lambda change: self._both(change["new"]), "value")
         self.workers_box.observe(lambda change: self._both(change["new"]), "value")
@@ -105,22 +105,22 @@ class Controls:
 
     # --- what a person does
 
-    def on_workers(self, wish: Callable[[int], None]) -> None:
+    def on_workers(self, request: Callable[[int], None]) -> None:
         """Call with each number that a person sets."""
-        self._on_workers = wish
+        self._on_workers = request
 
-    def on_learning_rate(self, wish: Callable[[float], None]) -> None:
+    def on_learning_rate(self, request: Callable[[float], None]) -> None:
         """Call with each rate that a person sets."""
 
         def hear(change: Any) -> None:
             with self._lock:
                 if self._listening:
-                    wish(change["new"])
+                    request(change["new"])
 
         self.learning_rate.observe(hear, "value")
 
     def _both(self, count: int) -> None:
-        # One of the two changed; the other follows, and the wish is expressed once.
+        # One of the two changed; the other follows, and the request is submitted once.
         with self._lock:
             if count == self._asked:
                 return
@@ -131,7 +131,7 @@ class Controls:
 
     @contextmanager
     def _unheard(self) -> Iterator[None]:
-        """Let controls move without a wish."""
+        """Let controls move without a request."""
         with self._lock:
             listening, self._listening = self._listening, False
             try:
@@ -142,12 +142,12 @@ class Controls:
     # --- what the run does
 
     def show_workers(self, wanted: Callable[[], int]) -> None:
-        """Move slider and box, without a wish, to what is wanted by the time when nobody expresses one."""
+        """Move slider and box, without a request, to what is wanted by the time when nobody submits one."""
         with self._unheard():
             self._both(min(wanted(), self.workers.max))
 
     def show_rate(self, rate: float) -> None:
-        """Show a learning rate without a wish."""
+        """Show a learning rate without a request."""
         with self._unheard():
             self.learning_rate.value = rate
 

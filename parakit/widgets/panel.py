@@ -1,7 +1,7 @@
 """The life of a panel: ready, live over a run, and settled into a plain picture.
 
-A panel reads events and expresses wishes, as any user could. Its thread looks at the run a few times a second; the
-callbacks of its widgets only record wishes, and never raise: what goes wrong is said in the panel.
+A panel reads events and expresses requests, as any user could. Its thread looks at the run a few times a second; the
+callbacks of its widgets only record requests, and never raise: what goes wrong is said in the panel.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from parakit.errors import ParakitError, RunError
 from parakit.events.history import History
 from parakit.events.progress import progress_line
 from parakit.events.records import StepDone
-from parakit.events.summary import Course
+from parakit.events.summary import RunSummary
 from parakit.formatting import many, unit_of
 from parakit.pacing import NEWS_SECONDS
 from parakit.plots.live import LivePicture
@@ -71,8 +71,8 @@ class Panel:
         self._baselines = baselines
         self._tour_first = tour
         self._owns_run = False
-        self._course = Course()
-        self._course.start = draft.start_planned if draft else None  # the first axes are those of the run
+        self._summary = RunSummary()
+        self._summary.start = draft.start_planned if draft else None  # the first axes are those of the run
         self._picture = LivePicture(settings.most_workers)
         self._places: list[Place] = []
         self._born_in = cell_number()
@@ -269,7 +269,7 @@ class Panel:
     def _go_live(self, wanted: int) -> None:
         assert self.run is not None
         self.run.want_news(NEWS_SECONDS)
-        self._course.follow(self.run.history)
+        self._summary.follow(self.run.history)
         self._steering = Steering(self.run, wanted, lambda count: self._unasked("resize", count))
         self._show_wanted()
         if self._baselines:
@@ -285,9 +285,9 @@ class Panel:
         assert self.run is not None
         assert self._steering is not None
         with suppress(ParakitError):  # the run may end at any moment
-            if self._course.plain is None:
+            if self._summary.plain is None:
                 self._time_plain()
-            if self._course.one is None:
+            if self._summary.one is None:
                 self._steering.travel(Itinerary([1], _BASELINE, yields=False))
                 if self._steering.wanted != 1:
                     self._say_that_it_waits(self._steering.wanted)
@@ -298,13 +298,13 @@ class Panel:
             self.run.measure_baseline()
 
     @contextmanager
-    def _unasked(self, wish: str, value: float | None) -> Iterator[None]:
-        """Express a wish that no person has; the log tells it apart."""
-        self._course.unasked.append((wish, value))
+    def _unasked(self, request: str, value: float | None) -> Iterator[None]:
+        """Submit a request that no person has; the log tells it apart."""
+        self._summary.unasked.append((request, value))
         try:
             yield
         except ParakitError:
-            self._course.unasked.remove((wish, value))
+            self._summary.unasked.remove((request, value))
             raise
 
     def _watch(self) -> None:
@@ -323,9 +323,9 @@ class Panel:
         """Take in the news and steer; says whether there was any."""
         assert self.run is not None
         assert self._steering is not None
-        news = self._course.follow(self.run.history)
+        news = self._summary.follow(self.run.history)
         travelling = self._steering.trip is not None
-        self._steering.look(time.perf_counter(), self._course)
+        self._steering.look(time.perf_counter(), self._summary)
         if self._baselines and self._rival_due(came_home=travelling and self._steering.trip is None):
             self._rival_tries += 1
             with suppress(ParakitError):
@@ -339,16 +339,16 @@ class Panel:
         Its threads wait for each other busily, so whatever else the machine does, such as starting workers, slows it
         down many times over. It is timed again after an itinerary, and while its quartiles lie far apart.
         """
-        if self._course.plain is None or self._rival_tries >= _RIVAL_TRIES:
+        if self._summary.plain is None or self._rival_tries >= _RIVAL_TRIES:
             return False
-        late_enough = self._course.seconds > (1 + self._rival_tries) * _RIVAL_EVERY_SECONDS
-        return came_home or (self._course.uncertain and late_enough)
+        late_enough = self._summary.seconds > (1 + self._rival_tries) * _RIVAL_EVERY_SECONDS
+        return came_home or (self._summary.uncertain and late_enough)
 
     def _show_picture(self) -> float:
         """Draw a frame; returns how long to wait for the next one, so that drawing takes a small share of the time."""
         began = time.thread_time()
         try:
-            self._controls.picture.value = self._picture.frame(self._course)
+            self._controls.picture.value = self._picture.frame(self._summary)
             self.frames += 1
         except Exception as error:
             self._trouble = f"The picture could not be drawn: {type(error).__name__}: {error}"
@@ -371,7 +371,7 @@ class Panel:
             return report.headline(None, 0), "; ".join(self._remarks)
         purpose = steering.trip.purpose if steering.trip else ""
         aside = f" ({purpose})" if purpose else ""
-        known = self._course.efficiency(run.world_size)
+        known = self._summary.efficiency(run.world_size)
         line = progress_line(run, known if known == known else None, workers=False)
         return report.headline(run, steering.wanted, aside, touring=purpose == _TOUR), line
 
@@ -380,13 +380,13 @@ class Panel:
             if not self._settled:
                 rows = 1 + min(len(self._stops()), _RESERVED_ROWS)
                 self._controls.show_report(
-                    report.summary_html(self._course, self._remarks, rows=rows), report.log_html(self._course.log)
+                    report.summary_html(self._summary, self._remarks, rows=rows), report.log_html(self._summary.log)
                 )
 
     def _say(self, text: str) -> None:
-        now = self._course.seconds if self.run is None or self._over else self.run.elapsed_seconds
+        now = self._summary.seconds if self.run is None or self._over else self.run.elapsed_seconds
         with self._lock:  # the thread may be reading the log
-            self._course.log.append((now, text))
+            self._summary.log.append((now, text))
 
     # --- the place in the notebook
 
@@ -399,12 +399,12 @@ class Panel:
             _panels.add(self)
         else:
             self._settled = True
-            self._course.follow(self.history)
+            self._summary.follow(self.history)
             self._controls.shut()
         self._blocking = block and alive
         if not self._blocking:
             if alive:
-                self._course.follow(self.history)
+                self._summary.follow(self.history)
                 self._show_picture()  # empty axes and an empty table: what comes later takes no other place
                 self._show_texts()
                 self._show_report()
@@ -457,7 +457,7 @@ class Panel:
             if self._over:  # its last event follows its status, and then it lets go of the pool
                 with suppress(ParakitError):
                     self.run.wait(_JOIN_SECONDS, progress=False)
-            self._course.follow(self.run.history)
+            self._summary.follow(self.run.history)
         words = self._last_words()
         for place in self._places:
             place.settle(*words)
@@ -472,8 +472,8 @@ class Panel:
         facts += [str(run.error)] if run.error else []
         facts += [_WHAT_IS_LEFT] if self._over else []
         with self._lock:  # a figure is drawn by one thread at a time
-            picture = self._picture.still(self._course)
-        return picture, report.summary_text(self._course, [*facts, *self._remarks])
+            picture = self._picture.still(self._summary)
+        return picture, report.summary_text(self._summary, [*facts, *self._remarks])
 
     def _follow(self) -> None:
         """Follow the run in the calling thread, with plain pictures in place of widgets."""
@@ -484,7 +484,7 @@ class Panel:
             while not self._over:
                 if self._look():
                     text = "\n".join(self._texts())
-                    place.settle(self._picture.frame(self._course), text)
+                    place.settle(self._picture.frame(self._summary), text)
                 time.sleep(_BLOCKING_SECONDS)
         except BaseException:
             self._leave("The cell was interrupted" + self._fate())

@@ -8,8 +8,8 @@ from collections.abc import Iterable, Sequence
 from html import escape
 from operator import itemgetter
 
-from parakit.events.records import PHASES, Resized, StepDone, rival_name
-from parakit.events.summary import UNCERTAIN_SPREAD, Course
+from parakit.events.records import PHASES, Resized, StepDone, baseline_name
+from parakit.events.summary import UNCERTAIN_SPREAD, RunSummary
 from parakit.formatting import many, three_digits
 from parakit.runs.run import Run
 
@@ -36,7 +36,7 @@ _COLUMN_EM = (12.5, 15.5, 5.5, 6.0, 5.5)  # as wide as what comes, so that a fir
 
 
 def headline(run: Run | None, wanted: int, aside: str = "", *, touring: bool = False) -> str:
-    """What the run is doing, and what is wished for but not granted yet."""
+    """What the run is doing, and what is requested for but not granted yet."""
     if run is None:
         return "Ready: press Start."
     if run.status in ("finished", "failed"):
@@ -62,46 +62,46 @@ def last_words(run: Run) -> str:
     return f"{how} after step {run.step:,} of {run.steps:,}{loss}."
 
 
-def table_rows(course: Course) -> list[tuple[str, ...]]:
+def table_rows(summary: RunSummary) -> list[tuple[str, ...]]:
     """A row for each worker count that was visited, and one for plain PyTorch; the cells as text."""
-    plain, one = course.plain, course.one
+    plain, one = summary.plain, summary.one
     rows: list[tuple[str, ...]] = []
-    for count, rate in course.rates.items():
+    for count, rate in summary.rates.items():
         rows.append((
-            f"{count}{_CROWDED if _crowded(course, count) else ''}",
+            f"{count}{_CROWDED if _crowded(summary, count) else ''}",
             _spread(rate.median, rate.low, rate.high),
-            _times(course.speedup(count)),
-            _percent(course.efficiency(count)),
+            _times(summary.speedup(count)),
+            _percent(summary.efficiency(count)),
             _times(rate.median / plain.samples_per_second if plain else math.nan),
         ))  # fmt: skip
     if plain:
         rows.append((
-            rival_name(plain.cores, plain.device) + _UNSURE * course.uncertain,
+            baseline_name(plain.cores, plain.device) + _UNSURE * summary.uncertain,
             _spread(plain.samples_per_second, plain.low, plain.high),
             _times(plain.samples_per_second / one.median if one else math.nan), "", _times(1.0),
         ))  # fmt: skip
     return rows
 
 
-def _crowded(course: Course, count: int) -> bool:
-    return course.crowded_above is not None and count > course.crowded_above
+def _crowded(summary: RunSummary, count: int) -> bool:
+    return summary.crowded_above is not None and count > summary.crowded_above
 
 
-def _marks(course: Course) -> list[str]:
+def _marks(summary: RunSummary) -> list[str]:
     """What the marks in the table mean, as far as there are any."""
     found = []
-    if any(_crowded(course, count) for count in course.rates):
-        found.append(f"{_CROWDED}: more workers than {course.unit}s")
-    if not course.one or not course.plain:
+    if any(_crowded(summary, count) for count in summary.rates):
+        found.append(f"{_CROWDED}: more workers than {summary.unit}s")
+    if not summary.one or not summary.plain:
         found.append(f"{_NOT_MEASURED}: not measured yet")
-    if course.uncertain:
+    if summary.uncertain:
         found.append(f"{_UNSURE}: uncertain, quartiles more than {UNCERTAIN_SPREAD:g} times apart")
     return found
 
 
-def breakdown_text(course: Course) -> str:
+def breakdown_text(summary: RunSummary) -> str:
     """Where the last steps' time went, for all workers together."""
-    workers, seconds = course.shares()
+    workers, seconds = summary.shares()
     if not workers or not seconds.sum() > 0:
         return "Time of a step: not measured yet"
     shares = 100 * seconds.sum(axis=0) / seconds.sum()
@@ -113,7 +113,7 @@ def as_html(text: str) -> str:
     return escape(text).replace(" %", "&nbsp;%")
 
 
-def summary_html(course: Course, remarks: Iterable[str] = (), *, rows: int = 0) -> str:
+def summary_html(summary: RunSummary, remarks: Iterable[str] = (), *, rows: int = 0) -> str:
     """Table, breakdown and remarks; with room for so many rows, so that what is below does not jump."""
     cell = f"text-align:right;padding:0 5px;line-height:1.5;height:{_ROW_EM}em"
     head = "".join(
@@ -122,9 +122,9 @@ def summary_html(course: Course, remarks: Iterable[str] = (), *, rows: int = 0) 
     )
     body = "".join(
         "<tr>" + "".join(f'<td style="{cell}">{as_html(value)}</td>' for value in row) + "</tr>"
-        for row in table_rows(course)
+        for row in table_rows(summary)
     )
-    lines = [_MEANING, "; ".join(_marks(course)), breakdown_text(course), *remarks]
+    lines = [_MEANING, "; ".join(_marks(summary)), breakdown_text(summary), *remarks]
     said = "".join(f'<div style="line-height:1.5;min-height:1.5em">{as_html(line)}</div>' for line in lines)
     table = f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
     return f'<div style="min-height:{_ROW_EM * (1 + rows):g}em">{table}</div>{said}'
@@ -141,20 +141,20 @@ def _in_order(lines: Iterable[tuple[float, str]]) -> list[tuple[float, str]]:
     return sorted(lines, key=itemgetter(0))
 
 
-def summary_text(course: Course, remarks: Iterable[str], lines: int = 12) -> str:
+def summary_text(summary: RunSummary, remarks: Iterable[str], lines: int = 12) -> str:
     """The whole report as plain text in short lines, for the place of a panel that has ended."""
-    table = _text_table(course)
-    happened = [_wrapped(text, f"{at:7.1f} s  ") for at, text in _in_order(course.log)[-lines:]]
-    meaning = map(_wrapped, (*_SHORT_MEANING, *_marks(course)))
+    table = _text_table(summary)
+    happened = [_wrapped(text, f"{at:7.1f} s  ") for at, text in _in_order(summary.log)[-lines:]]
+    meaning = map(_wrapped, (*_SHORT_MEANING, *_marks(summary)))
     parts = [*map(_wrapped, remarks), "", *([*table, *meaning] if len(table) > 1 else []),
-             _wrapped(breakdown_text(course)), "What happened:", *happened]  # fmt: skip
+             _wrapped(breakdown_text(summary)), "What happened:", *happened]  # fmt: skip
     return "\n".join(parts)
 
 
-def _text_table(course: Course) -> list[str]:
-    rows = [_SHORT_HEADINGS, *table_rows(course)]
-    if course.plain:
-        rows[-1] = (_SHORT_RIVAL + _UNSURE * course.uncertain, *rows[-1][1:])
+def _text_table(summary: RunSummary) -> list[str]:
+    rows = [_SHORT_HEADINGS, *table_rows(summary)]
+    if summary.plain:
+        rows[-1] = (_SHORT_RIVAL + _UNSURE * summary.uncertain, *rows[-1][1:])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return ["  ".join(value.rjust(width) for value, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 

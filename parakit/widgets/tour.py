@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import Any
 
 from parakit.errors import ParakitError
-from parakit.events.summary import Course
+from parakit.events.summary import RunSummary
 from parakit.runs.run import Run
 
 __all__ = ["Itinerary", "Steering", "stops_of_a_tour"]
@@ -41,7 +41,7 @@ class Itinerary:
     purpose : str
         Why, for people.
     yields : bool
-        Whether a person's wish ends it; otherwise that wish waits for its end.
+        Whether a person's request ends it; otherwise that request waits for its end.
     """
 
     def __init__(self, stops: Sequence[int], purpose: str, *, yields: bool) -> None:
@@ -56,22 +56,22 @@ class Itinerary:
         """The counts that are still to be visited, the present one included."""
         return tuple(self._left)
 
-    def next(self, now: float, course: Course) -> int | None:
+    def next(self, now: float, summary: RunSummary) -> int | None:
         """Which count to have now; None when all were visited.
 
         Parameters
         ----------
         now : float
             Seconds; only differences matter. Time in which the run is paused must not count.
-        course : Course
+        summary : RunSummary
             What was seen of the run until now.
         """
         while self._left:
             stop = self._left[0]
-            measured = course.seconds_at.get(stop, 0.0)
+            measured = summary.seconds_at.get(stop, 0.0)
             if self._since is None:
                 self._since, self._before = now, measured
-            rate = course.rates.get(stop)
+            rate = summary.rates.get(stop)
             enough = rate is not None and rate.segments >= _ENOUGH_SEGMENTS and measured - self._before >= _STAY_SECONDS
             if not enough and now - self._since < _LONGEST_SECONDS:
                 return stop
@@ -110,7 +110,7 @@ class Steering:
         return self._trip
 
     def ask(self, count: int) -> bool:
-        """Express a person's wish; says whether it ended an itinerary.
+        """Express a person's request; says whether it ended an itinerary.
 
         Raises
         ------
@@ -139,29 +139,29 @@ class Steering:
                 with suppress(ParakitError):  # it may have ended
                     self._resize(self.wanted, asked=False)
 
-    def look(self, now: float, course: Course) -> None:
+    def look(self, now: float, summary: RunSummary) -> None:
         """Go on to the next stop if it is time to; to be called several times a second.
 
         Parameters
         ----------
         now : float
             Seconds; only differences matter.
-        course : Course
+        summary : RunSummary
         """
         with self._lock:
-            self._look(now, course)
+            self._look(now, summary)
 
-    def _look(self, now: float, course: Course) -> None:
+    def _look(self, now: float, summary: RunSummary) -> None:
         run = self._run
         if run.status == "running":
             self._trained_seconds += now - self._looked_at
         self._looked_at = now
-        if run.target != self._set:  # resized by code, or the engine gave a wish up
+        if run.target != self._set:  # resized by code, or the engine gave a request up
             self._set = self.wanted = run.target
             self._trip = None
         if self._trip is None or run.status != "running":
             return
-        stop = self._trip.next(self._trained_seconds, course)
+        stop = self._trip.next(self._trained_seconds, summary)
         if stop is None:
             self._trip = None
         try:

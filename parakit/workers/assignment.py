@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from parakit.data.ownership import Ownership
+from parakit.data.ownership import ChunkAssignment
 
-__all__ = ["Remnant", "Roster"]
+__all__ = ["GroupAssignment", "Survivors"]
 
 
 @dataclass(frozen=True)
-class Remnant:
+class Survivors:
     """Who is left of a group after a loss, and what they hold.
 
     Parameters
@@ -28,43 +28,43 @@ class Remnant:
 
 
 @dataclass(frozen=True)
-class Roster:
+class GroupAssignment:
     """Who is active, and holds which chunks.
 
     Parameters
     ----------
     generation : int
-        Counts rosters of a run; an order of an older one is refused.
-    training : Ownership
+        Counts assignments of a run; an order of an older one is refused.
+    training : ChunkAssignment
         Its workers, in this order, are the ranks.
-    validation : Ownership or None
+    validation : ChunkAssignment or None
         Held by the same workers, or by the first of them.
     """
 
     generation: int
-    training: Ownership
-    validation: Ownership | None
+    training: ChunkAssignment
+    validation: ChunkAssignment | None
 
     @property
     def members(self) -> tuple[str, ...]:
         """The active workers, in the order of their ranks."""
         return self.training.workers
 
-    def succeed(self, members: Iterable[str], generation: int | None = None) -> Roster:
+    def rebalance(self, members: Iterable[str], generation: int | None = None) -> GroupAssignment:
         """The next generation, or a later one, moving only the chunks that must move."""
         training = self.training.reshard(members)
         validation = self.validation
         if validation is not None:
             validation = validation.reshard(training.workers[: len(validation.sizes)])
-        return Roster(self.generation + 1 if generation is None else generation, training, validation)
+        return GroupAssignment(self.generation + 1 if generation is None else generation, training, validation)
 
-    def rally(self, members: Iterable[str], remnant: Remnant, generation: int) -> Roster:
+    def rebalance_after_loss(self, members: Iterable[str], remnant: Survivors, generation: int) -> GroupAssignment:
         """A generation after a loss, which goes by what the members that are left really hold."""
-        training = Ownership(self.training.sizes, _one_owner_each(remnant.training))
+        training = ChunkAssignment(self.training.sizes, _one_owner_each(remnant.training))
         validation = self.validation
         if validation is not None:
-            validation = Ownership(validation.sizes, _one_owner_each(remnant.validation))
-        return Roster(self.generation, training, validation).succeed(members, generation)
+            validation = ChunkAssignment(validation.sizes, _one_owner_each(remnant.validation))
+        return GroupAssignment(self.generation, training, validation).rebalance(members, generation)
 
 
 def _one_owner_each(held: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:

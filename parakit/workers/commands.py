@@ -12,13 +12,13 @@ from typing import Any
 
 from torch import Tensor
 
-from parakit.checkpoints.in_shared_memory import VaultKey
+from parakit.checkpoints.in_shared_memory import SnapshotsKey
 from parakit.engines.base import StepRecord
 from parakit.errors import ParakitError
 from parakit.failures.source_lines import Place, places_of, raised_by_parakit
 from parakit.serialization import dumps
 
-__all__ = ["Answer", "Failure", "Orders", "Pulse", "Segment", "Standing"]
+__all__ = ["Answer", "Failure", "Heartbeat", "Orders", "RollbackReport", "Segment"]
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class Orders:
-    """One member's part of a roster.
+    """One member's part of an assignment.
 
     Parameters
     ----------
@@ -98,7 +98,7 @@ class Orders:
         All chunks the member is to hold.
     group : bool
         Whether the members talk to each other.
-    vault : bool
+    snapshots : bool
         Whether to keep commits where the notebook's process can hold on to them.
     """
 
@@ -109,7 +109,7 @@ class Orders:
     training: tuple[int, ...]
     validation: tuple[int, ...]
     group: bool
-    vault: bool
+    snapshots: bool
 
     @property
     def size(self) -> int:
@@ -127,13 +127,13 @@ class Segment:
     commit_seconds : float
     seconds : float or None
         From the end of the segment before it to its own, by the clock of the worker; None if it was ordered later.
-    vault : VaultKey or None
+    snapshots : SnapshotsKey or None
     """
 
     records: list[StepRecord]
     commit_seconds: float
     seconds: float | None
-    vault: VaultKey | None = None
+    snapshots: SnapshotsKey | None = None
 
 
 @dataclass(frozen=True)
@@ -158,7 +158,7 @@ class Collected:
 
 
 @dataclass(frozen=True)
-class Standing:
+class RollbackReport:
     """Where a member stands after a loss.
 
     Attributes
@@ -175,7 +175,7 @@ class Standing:
 
 
 @dataclass(frozen=True)
-class Pulse:
+class Heartbeat:
     """A sign of life, given beside the work.
 
     Attributes

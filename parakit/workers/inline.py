@@ -16,7 +16,7 @@ from torch import Tensor
 
 from parakit.checkpoints.state import State, copy_state
 from parakit.data.chunks import DEFAULT_CHUNKS
-from parakit.data.local_chunks import Holding
+from parakit.data.local_chunks import LocalChunks
 from parakit.engines.base import StepRecord
 from parakit.engines.evaluation import Tally
 from parakit.engines.replicated import EXCHANGE, UPDATE, Replica
@@ -28,7 +28,7 @@ from parakit.strategies.base import Strategy
 from parakit.system.cores import usable_cores
 from parakit.system.devices import CPU, device_here, give_back, use
 from parakit.system.process_settings import undisturbed
-from parakit.workers.assignment import Remnant, Roster
+from parakit.workers.assignment import GroupAssignment, Survivors
 from parakit.workers.commands import Failure
 from parakit.workers.pool import Workers
 from parakit.workers.session import Job, Report
@@ -81,9 +81,9 @@ class InlineWorkers(Workers):
         """Have more virtual workers."""
         self._size = max(self._size, count)
 
-    def open(self, job: Job) -> InlineCrew:
+    def open(self, job: Job) -> InlineSession:
         """Begin a run."""
-        return InlineCrew(job, job.threads or self.threads, device_here(self.device))
+        return InlineSession(job, job.threads or self.threads, device_here(self.device))
 
     def map(self, function: Callable[[Any], Any], items: Sequence[Any], limit_seconds: float) -> list[Any]:
         """Apply a function to items, here."""
@@ -94,60 +94,62 @@ class InlineWorkers(Workers):
         pass
 
 
-class InlineCrew:
+class InlineSession:
     """A run's hold on the workers of this process."""
 
     orders_ahead = False
-    vault = None
+    snapshots = None
 
     def __init__(self, job: Job, threads: int, device: torch.device = CPU) -> None:
         self._job = job
         self._threads = threads
         self._device = device
         self._replica = Replica(job.recipe, device)
-        self._replica.settle_down()
+        self._replica.own_memory()
         # A model's copy runs the notebook's own functions and classes: what they keep is given back in the end.
         self._lent = self._replica.computation.attributes.shared(job.recipe.traits.counted)
-        self._holdings: list[Holding] = []
-        self._by_name: dict[str, Holding] = {}
-        self._validation = Holding(device=device)
+        self._holdings: list[LocalChunks] = []
+        self._by_name: dict[str, LocalChunks] = {}
+        self._validation = LocalChunks(device=device)
         self._team = InlineTeam(self._replica, self._holdings)
         self._halt = 0
         self._ordered: tuple[int, int, int] | None = None
 
-    def prepare(self, roster: Roster) -> Future[None]:
+    def stage(self, assignment: GroupAssignment) -> Future[None]:
         """Nothing needs to be brought anywhere."""
         done: Future[None] = Future()
         done.set_result(None)
         return done
 
-    def muster(self, roster: Roster, state: State | None) -> None:
-        """Make a roster the active one."""
+    def form(self, assignment: GroupAssignment, state: State | None) -> None:
+        """Make an assignment the active one."""
         job = self._job
-        held = {name: self._by_name.get(name) or Holding(job.recipe.order, self._device) for name in roster.members}
+        held = {
+            name: self._by_name.get(name) or LocalChunks(job.recipe.order, self._device) for name in assignment.members
+        }
         for name, holding in held.items():
-            mine = roster.training.chunks_of[name]
+            mine = assignment.training.chunks_of[name]
             keep = set(mine) & set(holding.chunks)
             holding.change(keep, {chunk: job.load(chunk) for chunk in mine if chunk not in keep})
         self._by_name = held
         self._holdings[:] = held.values()
-        if roster.validation is not None and not self._validation.chunks:
-            every = range(len(roster.validation.sizes))
+        if assignment.validation is not None and not self._validation.chunks:
+            every = range(len(assignment.validation.sizes))
             self._validation.change((), {chunk: job.load_validation(chunk) for chunk in every})
         if state is not None:
             self._replica.load(state)
 
-    def order(self, first: int, count: int, wish: int, expected_seconds: float) -> None:
+    def order(self, first: int, count: int, request: int, expected_seconds: float) -> None:
         """Note what is to be done."""
-        self._ordered = first, count, wish
+        self._ordered = first, count, request
 
     def report(self) -> Report:
         """Do the segment that was ordered."""
         assert self._ordered is not None
-        (first, count, wish), self._ordered = self._ordered, None
-        return self._advance(first, count, wish)
+        (first, count, request), self._ordered = self._ordered, None
+        return self._advance(first, count, request)
 
-    def _advance(self, first: int, count: int, wish: int) -> Report:
+    def _advance(self, first: int, count: int, request: int) -> Report:
         committed = self._replica.commit()
         used = torch.get_num_threads()
         torch.set_num_threads(self._threads)
@@ -157,7 +159,7 @@ class InlineCrew:
                 self._replica.measure_norms()
                 for step in range(first, first + count):
                     self._job.strategy.step(self._team, step)
-                    if self._halt > wish:
+                    if self._halt > request:
                         break
             self._replica.check_parameters()
             self._replica.agreement.check_structure(alone=len(self._holdings) == 1)
@@ -183,19 +185,19 @@ class InlineCrew:
             remedy="run.model holds the last state that was kept; parakit.train(..., resume=run) goes on from there",
         )  # fmt: skip
 
-    def regroup(self, generation: int, step: int) -> Remnant:
+    def regroup(self, generation: int, step: int) -> Survivors:
         """Nobody is ever lost here."""
         self._replica.fall_back(step)
         names = tuple(self._by_name)
         held = {name: holding.chunks for name, holding in self._by_name.items()}
-        return Remnant(held, {names[0]: self._validation.chunks} if names else {}, names)
+        return Survivors(held, {names[0]: self._validation.chunks} if names else {}, names)
 
     def check(self) -> None:
         """Nobody is ever lost here."""
 
-    def halt(self, wish: int) -> None:
+    def halt(self, request: int) -> None:
         """End the segment after its present step."""
-        self._halt = max(self._halt, wish)
+        self._halt = max(self._halt, request)
 
     def set_learning_rate(self, value: float) -> None:
         """Go on at another learning rate."""
@@ -206,9 +208,9 @@ class InlineCrew:
         return dict(copy_state(self._replica.live_state(), device=CPU))
 
     def settle(self) -> None:
-        """There is no vault."""
+        """There are none."""
 
-    def salvage(self, step: int) -> State | None:
+    def read_surviving_snapshot(self, step: int) -> State | None:
         """Nobody is ever lost here."""
         return None
 
@@ -227,21 +229,21 @@ class InlineCrew:
         self._replica.computation.attributes.restore(self._lent)
         self._by_name.clear()
         self._holdings.clear()
-        self._validation = Holding(device=self._device)
+        self._validation = LocalChunks(device=self._device)
         give_back(self._device)
 
 
 class InlineTeam:
-    """All workers of a crew at once; a part is the list of every worker's sum, or the sum of all."""
+    """All workers of a session at once; a part is the list of every worker's sum, or the sum of all."""
 
-    def __init__(self, replica: Replica, holdings: list[Holding]) -> None:
+    def __init__(self, replica: Replica, holdings: list[LocalChunks]) -> None:
         self._replica = replica
         self._holdings = holdings
         self._records: list[list[StepRecord]] = []
         self._own: list[tuple[list[float], int, float | None]] = []
         self._own_buffers: dict[int, dict[str, Tensor]] = {}  # by rank, of the rule "own"
-        self._whole = Holding(replica.recipe.order, replica.device)
-        self.at: Holding | None = None  # whose share is being computed
+        self._whole = LocalChunks(replica.recipe.order, replica.device)
+        self.at: LocalChunks | None = None  # whose share is being computed
 
     def gradient(self, step: int) -> list[GradientSum]:
         """Every worker's gradient sum."""
@@ -262,15 +264,15 @@ class InlineTeam:
         turns.settle()
         return parts
 
-    def _timed(self, step: int, holding: Holding, rank: int, account: tuple[list[float], int, Any]) -> GradientSum:
+    def _timed(self, step: int, holding: LocalChunks, rank: int, account: tuple[list[float], int, Any]) -> GradientSum:
         """A share's gradient sum; what it took is added to its worker's account."""
         replica, (seconds, _, norm) = self._replica, account
-        before = list(replica.spent)
+        before = list(replica.phase_seconds)
         self.at = holding
         total = replica.gradient(step, holding, rank)
         self.at = None
-        grown = [s + now - then for s, now, then in zip(seconds, replica.spent, before, strict=False)]
-        self._own.append((grown, replica.share_rows, replica.share_norm if norm is None else norm))
+        grown = [s + now - then for s, now, then in zip(seconds, replica.phase_seconds, before, strict=False)]
+        self._own.append((grown, replica.local_rows, replica.share_norm if norm is None else norm))
         return total
 
     def _all_at_once(self, step: int, own: list[tuple[list[float], int, Any]]) -> list[GradientSum]:
@@ -291,11 +293,11 @@ class InlineTeam:
         nothing.vector.zero_()
         return [total, *(nothing.clone() for _ in shares[1:])]
 
-    def _together(self) -> Holding:
+    def _together(self) -> LocalChunks:
         """The chunks of all workers in one holding."""
         chunks = {number: samples for holding in self._holdings for number, samples in holding.each.items()}
         if self._whole.chunks != tuple(sorted(chunks)):
-            self._whole = Holding(self._replica.recipe.order, self._replica.device)
+            self._whole = LocalChunks(self._replica.recipe.order, self._replica.device)
             self._whole.change((), chunks)
         return self._whole
 
@@ -303,7 +305,7 @@ class InlineTeam:
         """The sum of some parts."""
         start = perf_counter()
         total = GradientSum.of_all(parts)
-        self._replica.spent[EXCHANGE] += perf_counter() - start
+        self._replica.phase_seconds[EXCHANGE] += perf_counter() - start
         return total
 
     def all_reduce(self, part: list[GradientSum]) -> GradientSum:

@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from parakit.checkpoints.in_memory import PrivateCommits
-from parakit.checkpoints.in_shared_memory import Room, Vault, VaultKey
+from parakit.checkpoints.in_memory import InMemorySnapshots
+from parakit.checkpoints.in_shared_memory import Room, SharedMemorySnapshots, SnapshotsKey
 from parakit.checkpoints.state import State
-from parakit.collectives.base import Adders, Board, GroupBroken, Slicing
-from parakit.collectives.form import meet
-from parakit.data.local_chunks import Holding
+from parakit.collectives.base import GroupBroken, ProcessGroup, ReduceScatterGroup, Store
+from parakit.collectives.form import form_group
+from parakit.data.local_chunks import LocalChunks
 from parakit.engines.recipe import Recipe
 from parakit.engines.replicated import EXCHANGE, Replica
 from parakit.errors import ParakitError, StaleGeneration
@@ -26,14 +26,14 @@ from parakit.strategies.base import Strategy
 from parakit.system.devices import CPU, use
 from parakit.system.malloc import return_free_memory
 from parakit.trees import unpack
-from parakit.workers.commands import Answer, Orders, Pulse, Segment, Standing
+from parakit.workers.commands import Answer, Heartbeat, Orders, RollbackReport, Segment
 
 __all__ = []
 
 _COMMITS = 2  # that a member keeps: the driver may be one segment behind
 
 
-class Resident:
+class Member:
     """A run's part on this worker, and the team that a strategy's text sees when it runs here."""
 
     def __init__(self, run_id: str, recipe: Recipe, threads: int, device: torch.device = CPU) -> None:
@@ -47,17 +47,17 @@ class Resident:
             self.replica = Replica(recipe, device)
         self.strategy: Strategy = self.replica.strategy
         self._commit_privately()
-        self.training = Holding(recipe.order, device)
-        self.validation = Holding(device=device)
+        self.training = LocalChunks(recipe.order, device)
+        self.validation = LocalChunks(device=device)
         self.rank = 0
         self.mapping: tuple[int, int] | None = None  # step and rank of the latest gradient that was a task
-        self.group: Adders | None = None
-        self._vault: Vault | None = None
-        self._room = Room(0, 0)  # for a state in the vault of rank 0
+        self.group: ProcessGroup | None = None
+        self._snapshots: SharedMemorySnapshots | None = None
+        self._room = Room(0, 0)  # for a state in the snapshots of rank 0
         self._unsettled = 0  # segments in which that may move
         self._alone = True
         self.lock = threading.Lock()
-        self._heeded = 0
+        self._applied = 0
         self._halt = 0
         self._ended = False
         self._ordered = 0  # segments that this generation ordered of this worker
@@ -74,7 +74,7 @@ class Resident:
         use(self.device)
 
     def progress(self, *, waiting: bool = False) -> None:
-        """Note that the work goes on; told to whoever asks for a pulse."""
+        """Note that the work goes on; told to whoever asks for a heartbeat."""
         self._moved, self._waiting = perf_counter(), waiting
 
     @contextmanager
@@ -88,18 +88,18 @@ class Resident:
             self._busy = False
 
     @property
-    def pulse(self) -> Pulse:
+    def heartbeat(self) -> Heartbeat:
         """A sign of life; may be asked for in any thread."""
-        return Pulse(perf_counter() - self._moved if self._busy else 0.0, self._waiting)
+        return Heartbeat(perf_counter() - self._moved if self._busy else 0.0, self._waiting)
 
-    def halt(self, wish: int) -> None:
-        """Vote for the end of every segment that was ordered before this wish."""
-        self._halt = max(self._halt, wish)
+    def halt(self, request: int) -> None:
+        """Vote for the end of every segment that was ordered before this request."""
+        self._halt = max(self._halt, request)
 
     def follow(
-        self, orders: Orders, training: Any, validation: Any, state: State | Answer | None, board: Board | None
-    ) -> VaultKey | None:
-        """Become what a roster says; tells where the commits can be found, if others can reach them."""
+        self, orders: Orders, training: Any, validation: Any, state: State | Answer | None, store: Store | None
+    ) -> SnapshotsKey | None:
+        """Become what an assignment says; tells where the commits can be found, if others can reach them."""
         if orders.generation <= self.generation:
             raise StaleGeneration(f"Generation {orders.generation} comes after {self.generation}.")
         self.rank = orders.rank
@@ -119,29 +119,29 @@ class Resident:
         if state is not None:
             self.replica.load(unpack(state))
         if orders.group:
-            assert board is not None
+            assert store is not None
             self.progress(waiting=True)
-            self._meet(orders, board)
+            self._meet(orders, store)
         self._alone = orders.size == 1
         self._room, self._unsettled = self.replica.room, 0
-        self._commit_to_vault(orders.vault)
+        self._commit_to_shared_memory(orders.snapshots)
         self._untidy = bool(training or validation) or state is not None
-        return self.vault_key
+        return self.snapshots_key
 
-    def _meet(self, orders: Orders, board: Board) -> None:
+    def _meet(self, orders: Orders, store: Store) -> None:
         """Form the group, and let the gradient live where the group adds it from."""
         buffer = self.replica.buffer
         common = self.replica.common_nbytes if getattr(self.strategy, "shard", False) else 0
-        self.group, place = meet(
-            board, orders.rank, orders.hosts, orders.limit_seconds,
+        self.group, place = form_group(
+            store, orders.rank, orders.hosts, orders.limit_seconds,
             exchange=getattr(self.strategy, "exchange", "auto"), numel=buffer.numel, dtype=buffer.dtype, common=common,
             device=self.device,
         )  # fmt: skip
         buffer.live_in(buffer.fresh_vector() if place is None else place, alone=orders.size == 1)
         self.replica.speak_to(ALONE if orders.size == 1 else _Peers(self, self.group, orders))
-        if common and isinstance(self.group, Slicing) and self.group.divides:
+        if common and isinstance(self.group, ReduceScatterGroup) and self.group.divides:
             self.replica.share(_Common(self, self.group))
-        self.replica.settle_down()
+        self.replica.own_memory()
 
     def _begin(self, generation: int) -> None:
         """Belong to another generation, and to no group yet."""
@@ -151,47 +151,49 @@ class Resident:
         self.replica.unshare()
         self._ordered, self._faltered, self._ended = 0, False, False
 
-    def _commit_to_vault(self, wanted: bool) -> None:
-        """Keep commits in a vault from now on, or in this process's own memory.
+    def _commit_to_shared_memory(self, wanted: bool) -> None:
+        """Keep commits in shared snapshots from now on, or in this process's own memory.
 
         The driver may still be where a segment began that this member has finished, and the one after it too. A group
         keeps a state as a segment begins, so there are two; a member alone keeps one more.
         """
         places = _COMMITS + self._alone
-        if wanted and (self._vault is None or self._vault.places != places):
+        if wanted and (self._snapshots is None or self._snapshots.places != places):
             with suppress(OSError):
-                vault = Vault(self.replica.live_state(), places, self.replica.room)
-                self.close_vault()
-                self._vault = vault
-                self.replica.commit_to(vault)
-        elif not wanted and self._vault is not None:
+                snapshots = SharedMemorySnapshots(self.replica.live_state(), places, self.replica.room)
+                self.close_snapshots()
+                self._snapshots = snapshots
+                self.replica.commit_to(snapshots)
+        elif not wanted and self._snapshots is not None:
             self._commit_privately()
-            self.close_vault()
+            self.close_snapshots()
 
     def _commit_privately(self) -> None:
-        self._private = PrivateCommits(_COMMITS)
+        self._private = InMemorySnapshots(_COMMITS)
         self.replica.commit_to(self._private)
 
     @property
-    def vault_key(self) -> VaultKey | None:
+    def snapshots_key(self) -> SnapshotsKey | None:
         """Where the commits are, if others can reach them."""
-        return None if self._vault is None else self._vault.key
+        return None if self._snapshots is None else self._snapshots.key
 
-    def close_vault(self) -> None:
-        """Let nobody open the vault any more."""
-        vault, self._vault = self._vault, None
-        if vault is not None:
-            vault.close()
+    def close_snapshots(self) -> None:
+        """Let nobody open the snapshots any more."""
+        snapshots, self._snapshots = self._snapshots, None
+        if snapshots is not None:
+            snapshots.close()
 
-    def segment(self, number: int, first: int, count: int, wish: int, *, ahead: bool, covered: bool = False) -> Segment:
+    def segment(
+        self, number: int, first: int, count: int, request: int, *, ahead: bool, covered: bool = False
+    ) -> Segment:
         """Commit, then run the strategy's text for some steps.
 
         One that was ordered ahead, while the one before it went on, is left out if that one did not come to its end:
         then all members leave it out, as a segment ends for all at the same step.
 
         A group commits as a segment begins, when all of its members have come that far. A member alone knows that as
-        the segment ends, and nobody else has what it did: it commits then, where it has a vault. Where the driver holds
-        on to the vault of rank 0, the others need no commits: see `_keep`.
+        the segment ends, and nobody else has what it did: it commits then, where it has shared ones. Where the driver
+        holds on to the snapshots of rank 0, the others need no commits: see `_keep`.
         """
         self._ordered += 1
         if number != self._ordered:
@@ -199,24 +201,24 @@ class Resident:
         if self._faltered:
             self.leave_group()  # nobody need wait for this member
         if ahead and (self._faltered or self.replica.step != first):
-            return Segment([], 0.0, None, self.vault_key)
+            return Segment([], 0.0, None, self.snapshots_key)
         if self.replica.step != first:
             raise ParakitError(f"This worker is at step {self.replica.step}, but step {first} was ordered.")
         self._faltered = True  # until the end is reached
-        committed = self._segment(first, count, wish, covered)
+        committed = self._segment(first, count, request, covered)
         self._faltered = False
         before, self._finished = self._finished, perf_counter()
         seconds = self._finished - before if ahead else None
-        return Segment(self.replica.take_records(), committed, seconds, self.vault_key)
+        return Segment(self.replica.take_records(), committed, seconds, self.snapshots_key)
 
     def _keep(self, covered: bool) -> float:
         """Commit, or leave it to rank 0; says how many seconds that took.
 
-        A vault gets new memory when a state outgrows it, as with an optimizer that keeps much. The driver finds that
-        with the report of the segment, and the next one may have been ordered before. So for two segments everybody
-        commits; all members see that it is so, as all have the same state.
+        Shared snapshots get new memory when a state outgrows theirs, as with an optimizer that keeps much. The driver
+        finds that with the report of the segment, and the next one may have been ordered before. So for two segments
+        everybody commits; all members see that it is so, as all have the same state.
         """
-        if not covered or self._vault is not None:
+        if not covered or self._snapshots is not None:
             return self.replica.commit()
         needed = Room.of(self.replica.live_state())
         if not self._room.holds(needed):
@@ -229,11 +231,11 @@ class Resident:
         self.replica.go_on()
         return 0.0
 
-    def _segment(self, first: int, count: int, wish: int, covered: bool) -> float:
+    def _segment(self, first: int, count: int, request: int, covered: bool) -> float:
         """Commit and do the steps; says how many seconds keeping the state took."""
         committed = self._keep(covered)
         self.progress()
-        self._heeded, self._ended = wish, False
+        self._applied, self._ended = request, False
         if not self._alone:  # there is nobody to compare with
             self.replica.measure_norms()
         for step in range(first, first + count):
@@ -242,7 +244,7 @@ class Resident:
                 break
         self.replica.check_parameters()
         self._settle()
-        if self._alone and self._vault is not None:
+        if self._alone and self._snapshots is not None:
             committed += self.replica.commit()
         if self._untidy:  # by now, what came in messages is gone from them
             self._untidy = False
@@ -261,23 +263,23 @@ class Resident:
         self.progress()
         self.replica.agreement.check(marks.tolist(), together.tolist())
 
-    def fall_back(self, generation: int, step: int) -> Standing:
+    def fall_back(self, generation: int, step: int) -> RollbackReport:
         """After a loss: leave the group, refuse older orders from now on, and go back to a step."""
         if generation <= self.generation:
             raise StaleGeneration(f"Generation {generation} comes after {self.generation}.")
         self._begin(generation)
-        return Standing(self.replica.fall_back(step), self.training.chunks, self.validation.chunks)
+        return RollbackReport(self.replica.fall_back(step), self.training.chunks, self.validation.chunks)
 
     def set_learning_rate(self, value: float) -> None:
         """Go on at another learning rate."""
         self.replica.set_learning_rate(value)
-        if self._alone and self._vault is not None:
+        if self._alone and self._snapshots is not None:
             self.replica.commit()
 
     def gradient(self, step: int) -> GradientSum:
         """The share of this worker; carries its vote for the end of the segment."""
         part = self.replica.gradient(step, self.training, self.rank)
-        if self._halt > self._heeded:
+        if self._halt > self._applied:
             part.vote()
         return part
 
@@ -294,11 +296,11 @@ class Resident:
         """The sum over the group: of this worker's slice alone, where the update is divided among the members."""
         if not self.replica.sharded:
             return self.all_reduce(part)
-        assert isinstance(self.group, Slicing)
+        assert isinstance(self.group, ReduceScatterGroup)
         with self.exchanging():
-            vector, own = part.take_apart()
-            summed = self.group.sum_slice(vector, tail=part.tail, own=own)
-        total = part.beside(summed.tail, summed.pieces)
+            vector, own = part.detach_slice()
+            summed = self.group.reduce_scatter(vector, tail=part.tail, own=own)
+        total = part.with_tail(summed.tail, summed.pieces)
         self._ended = self._ended or total.votes > 0
         return total
 
@@ -309,7 +311,7 @@ class Resident:
         self.progress(waiting=True)
         yield
         self.progress()
-        self.replica.spent[EXCHANGE] += perf_counter() - start
+        self.replica.phase_seconds[EXCHANGE] += perf_counter() - start
 
     def update(self, summed: Callable[[], GradientSum]) -> None:
         """One step of this worker's optimizer."""
@@ -333,20 +335,20 @@ class Resident:
 class _Peers:
     """The members of a group, for a model or a loss whose steps need a word with the others."""
 
-    def __init__(self, resident: Resident, group: Adders, orders: Orders) -> None:
-        self._resident, self._group = resident, group
+    def __init__(self, member: Member, group: ProcessGroup, orders: Orders) -> None:
+        self._member, self._group = member, group
         self.rank, self.size = orders.rank, orders.size
 
     def sum(self, values: Tensor) -> None:
-        with self._resident.exchanging():
+        with self._member.exchanging():
             self._group.all_reduce(values)
 
 
 class _Common:
     """What the members of a host have in common, for the shard of one of them."""
 
-    def __init__(self, resident: Resident, group: Slicing) -> None:
-        self._resident, self._group = resident, group
+    def __init__(self, member: Member, group: ReduceScatterGroup) -> None:
+        self._member, self._group = member, group
 
     def memory(self, numel: int, dtype: torch.dtype) -> Tensor:
         return self._group.common(numel, dtype)
@@ -355,9 +357,9 @@ class _Common:
         return self._group.slices(numel)[self._group.place]
 
     def barrier(self) -> None:
-        with self._resident.exchanging():
+        with self._member.exchanging():
             self._group.barrier()
 
     def add(self, values: Tensor) -> None:
-        with self._resident.exchanging():
+        with self._member.exchanging():
             self._group.add_in_common(values)

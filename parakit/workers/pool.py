@@ -1,10 +1,10 @@
 """The protocol between a run and its workers: narrow, and free of Dask, processes and torch.distributed.
 
-Four nouns. A *pool* (`Workers`) is what `connect` returns. A *crew* (`Crew`) is a run's hold on a pool. A *roster*
-(`Roster`) says who is active and holds what. A *team* (`Team`) is what a strategy's text sees.
+Four nouns. A *pool* (`Workers`) is what `connect` returns. A *session* (`Session`) is a run's hold on a pool. A
+*assignment* (`GroupAssignment`) says who is active and holds what. A *team* (`Team`) is what a strategy's text sees.
 
 One text of an algorithm serves every kind of worker. A strategy whose text runs on the workers is written as if for
-one of them, and each verb stands for what all do at once; a crew in one process gives the verbs the meaning of all
+one of them, and each verb stands for what all do at once; a session in one process gives the verbs the meaning of all
 workers together. Parts are opaque to the text: only the team that made one knows what it is.
 """
 
@@ -22,7 +22,7 @@ from parakit.data.chunks import DEFAULT_CHUNKS
 from parakit.errors import PoolError, WorkerCountError
 from parakit.formatting import unit_of
 from parakit.strategies.base import Strategy
-from parakit.workers.session import Crew, Job
+from parakit.workers.session import Job, Session
 
 __all__ = ["Workers"]
 
@@ -77,7 +77,7 @@ class Workers(ABC):
         """Begin to grow to a number of workers; returns at once."""
 
     @abstractmethod
-    def open(self, job: Job) -> Crew:
+    def open(self, job: Job) -> Session:
         """Begin a run."""
 
     @abstractmethod
@@ -123,10 +123,10 @@ class Workers(ABC):
             return "tasks"
         if self.device != "cpu":
             return "gloo"
-        wished = getattr(strategy, "exchange", "auto")
-        if wished == "auto" and hierarchical(self.hosts):
+        requested = getattr(strategy, "exchange", "auto")
+        if requested == "auto" and hierarchical(self.hosts):
             way = "hierarchical"
-        elif wished == "shared memory" or (wished == "auto" and (self.one_host or len(set(self.hosts)) == 1)):
+        elif requested == "shared memory" or (requested == "auto" and (self.one_host or len(set(self.hosts)) == 1)):
             way = "shared memory"
         else:
             return "gloo"

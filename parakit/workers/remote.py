@@ -22,9 +22,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from parakit.checkpoints.in_shared_memory import VaultKey
+from parakit.checkpoints.in_shared_memory import SnapshotsKey
 from parakit.checkpoints.state import State, copy_state
-from parakit.collectives.base import Board, GroupBroken
+from parakit.collectives.base import GroupBroken, Store
 from parakit.data.samples import Samples
 from parakit.engines.base import StepRecord
 from parakit.engines.evaluation import Tally
@@ -32,79 +32,79 @@ from parakit.errors import BatchDependent, Diverged, ParakitError, StaleGenerati
 from parakit.gradients.gradient_sum import GradientSum, unflatten_into
 from parakit.system.devices import CPU, device_here, give_back
 from parakit.system.malloc import give_back_freed_memory, keep_freed_memory
-from parakit.system.shared_memory import CannotShare, SegmentKey
+from parakit.system.shared_memory import CannotShare, SharedMemoryKey
 from parakit.trees import pack, unpack
-from parakit.workers.commands import Answer, Collected, Failure, Orders, Pulse, Segment, Standing
-from parakit.workers.member import Resident
+from parakit.workers.commands import Answer, Collected, Failure, Heartbeat, Orders, RollbackReport, Segment
+from parakit.workers.member import Member
 
 P = ParamSpec("P")
-_residents: dict[str, Resident] = {}
-_residents_lock = threading.Lock()
+_members: dict[str, Member] = {}
+_members_lock = threading.Lock()
 
 
-def _order(function: Callable[Concatenate[Resident, P], Any]) -> Callable[Concatenate[str, int, P], Answer]:
-    """Make a function of a resident an order that answers in words, and only to its own generation."""
+def _order(function: Callable[Concatenate[Member, P], Any]) -> Callable[Concatenate[str, int, P], Answer]:
+    """Make a function of a member an order that answers in words, and only to its own generation."""
 
     @functools.wraps(function)
     def carry_out(run_id: str, generation: int, *args: P.args, **kwargs: P.kwargs) -> Answer:
-        resident = _residents.get(run_id)
-        if resident is None or resident.generation != generation:
-            now = "released" if resident is None else f"at generation {resident.generation}"
+        member = _members.get(run_id)
+        if member is None or member.generation != generation:
+            now = "released" if member is None else f"at generation {member.generation}"
             text = f"An order of generation {generation} came to a worker that is {now}."
             return Answer(failure=Failure("stale", -1, StaleGeneration.__name__, text))
-        return _answer(resident, lambda: function(resident, *args, **kwargs))
+        return _answer(member, lambda: function(member, *args, **kwargs))
 
     return carry_out  # type: ignore[return-value]  # functools.wraps hides the changed parameters
 
 
-def _answer(resident: Resident, work: Callable[[], Any]) -> Answer:
-    with resident.lock, resident.at_work():
+def _answer(member: Member, work: Callable[[], Any]) -> Answer:
+    with member.lock, member.at_work():
         try:
-            resident.make_itself_at_home()
-            with resident.settings.in_force():
+            member.make_itself_at_home()
+            with member.settings.in_force():
                 return Answer(work())
         except StaleGeneration as error:  # somebody else's order: the present group has nothing to do with it
-            return Answer(failure=_failure("stale", resident, error))
+            return Answer(failure=_failure("stale", member, error))
         except GroupBroken as error:
-            resident.leave_group()
-            return Answer(failure=_failure("group", resident, error))
+            member.leave_group()
+            return Answer(failure=_failure("group", member, error))
         except Diverged as error:  # on all members at once, as they see the same sum
-            return Answer(failure=_failure("diverged", resident, error))
+            return Answer(failure=_failure("diverged", member, error))
         except BatchDependent as error:
-            resident.leave_group()
-            return Answer(failure=_failure("checked", resident, error))
+            member.leave_group()
+            return Answer(failure=_failure("checked", member, error))
         except Exception as error:
-            resident.leave_group()  # the partners need not wait for their limit
-            return Answer(failure=_failure("code", resident, error))
+            member.leave_group()  # the partners need not wait for their limit
+            return Answer(failure=_failure("code", member, error))
 
 
-def _failure(kind: str, resident: Resident, error: BaseException) -> Failure:
-    step, rank = resident.mapping or (resident.replica.step, -1)
+def _failure(kind: str, member: Member, error: BaseException) -> Failure:
+    step, rank = member.mapping or (member.replica.step, -1)
     return Failure.of(kind, step, error, rank)
 
 
-def prepare(
-    run_id: str, blob: bytes, memory: SegmentKey | np.ndarray[Any, Any], threads: int, device: str = "cpu"
+def stage(
+    run_id: str, blob: bytes, memory: SharedMemoryKey | np.ndarray[Any, Any], threads: int, device: str = "cpu"
 ) -> Answer:
-    """Make the resident of a run, unless it is here already.
+    """Make the member of a run, unless it is here already.
 
     Parameters
     ----------
     run_id : str
     blob : bytes
         The pickled recipe.
-    memory : SegmentKey or array
+    memory : SharedMemoryKey or array
         Where the recipe's tensors are, or they themselves.
     threads : int
     device : {"cpu", "cuda"}
     """
-    with _residents_lock:
-        if run_id in _residents:
+    with _members_lock:
+        if run_id in _members:
             return Answer()
         try:
             recipe = pickle.loads(blob)
             recipe = replace(recipe, frozen=recipe.frozen.within(memory))
-            _residents[run_id] = Resident(run_id, recipe, threads, device_here(device))
+            _members[run_id] = Member(run_id, recipe, threads, device_here(device))
         except CannotShare as error:
             return Answer(failure=Failure.of("unreachable", 0, error))
         except Exception as error:
@@ -113,65 +113,65 @@ def prepare(
     return Answer()
 
 
-def muster(
+def form(
     run_id: str,
     orders: Orders,
     training: Mapping[int, Samples],
     validation: Mapping[int, Samples],
     state: State | Answer | None,
-    board: Board | None,
+    store: Store | None,
 ) -> Answer:
-    """Follow a roster; waits for the other members where they form a group."""
-    resident = _residents.get(run_id)
-    if resident is None:
+    """Follow an assignment; waits for the other members where they form a group."""
+    member = _members.get(run_id)
+    if member is None:
         return Answer(failure=Failure("stale", -1, StaleGeneration.__name__, "This run was released here."))
-    return _answer(resident, lambda: resident.follow(orders, training, validation, state, board))
+    return _answer(member, lambda: member.follow(orders, training, validation, state, store))
 
 
 @_order
-def advance(resident: Resident, number: int, first: int, count: int, wish: int, ahead: bool, covered: bool) -> Segment:
+def advance(member: Member, number: int, first: int, count: int, request: int, ahead: bool, covered: bool) -> Segment:
     """Do a segment; the orders of a generation are numbered from 1."""
-    return resident.segment(number, first, count, wish, ahead=ahead, covered=covered)
+    return member.segment(number, first, count, request, ahead=ahead, covered=covered)
 
 
 def fall_back(run_id: str, generation: int, step: int) -> Answer:
     """Return to a step after a loss; says where the member stands."""
-    resident = _residents.get(run_id)
-    if resident is None:
-        return Answer(Standing(False, (), ()))
-    return _answer(resident, lambda: resident.fall_back(generation, step))
+    member = _members.get(run_id)
+    if member is None:
+        return Answer(RollbackReport(False, (), ()))
+    return _answer(member, lambda: member.fall_back(generation, step))
 
 
 @_order
-def roll_back(resident: Resident, step: int) -> bool:
+def roll_back(member: Member, step: int) -> bool:
     """Return to a step after a failure; says whether its state is here."""
-    return resident.replica.fall_back(step)
+    return member.replica.fall_back(step)
 
 
 @_order
-def set_learning_rate(resident: Resident, value: float) -> None:
+def set_learning_rate(member: Member, value: float) -> None:
     """Go on at another learning rate."""
-    resident.set_learning_rate(value)
+    member.set_learning_rate(value)
 
 
 @_order
-def commit(resident: Resident) -> VaultKey | None:
+def commit(member: Member) -> SnapshotsKey | None:
     """Keep the present state; tells where it can be found, if others can reach it. Not while a segment goes on."""
-    resident.replica.commit()
-    return resident.vault_key
+    member.replica.commit()
+    return member.snapshots_key
 
 
 @_order
-def map_gradient(resident: Resident, step: int, rank: int, parameters: Tensor) -> GradientSum:
+def map_gradient(member: Member, step: int, rank: int, parameters: Tensor) -> GradientSum:
     """The gradient sum of this worker's share at some parameters, as a value of its own."""
     began = perf_counter()
-    replica = resident.replica
-    resident.mapping = step, rank
+    replica = member.replica
+    member.mapping = step, rank
     unflatten_into(unpack(parameters), list(replica.model.parameters()))
-    part = replica.gradient(step, resident.training, rank).on_cpu()
-    spent, replica.spent = replica.spent, [0.0] * len(replica.spent)
+    part = replica.gradient(step, member.training, rank).on_cpu()
+    spent, replica.phase_seconds = replica.phase_seconds, [0.0] * len(replica.phase_seconds)
     wall = perf_counter() - began
-    replica.records.append(StepRecord(step, float("nan"), float("nan"), spent, wall, replica.share_rows))
+    replica.records.append(StepRecord(step, float("nan"), float("nan"), spent, wall, replica.local_rows))
     return part
 
 
@@ -184,52 +184,52 @@ def add(*answers: Answer) -> Answer:
 
 
 @_order
-def collect(resident: Resident, alone: bool) -> Collected:
+def collect(member: Member, alone: bool) -> Collected:
     """The worker's accounts since the last call, and what its share of the steps did to its model."""
-    replica = resident.replica
+    replica = member.replica
     replica.agreement.check_structure(alone=alone)
     buffers = {name: b.clone().cpu() for name, b in replica.computation.buffers.there.items()}
     return Collected(replica.take_records(), buffers, replica.agreement.state(), replica.agreement.marks())
 
 
 @_order
-def state(resident: Resident, step: int | None = None) -> State:
+def state(member: Member, step: int | None = None) -> State:
     """The state of a step, or the present one, as arrays of its own."""
-    found = resident.replica.state_of(resident.replica.step if step is None else step)
+    found = member.replica.state_of(member.replica.step if step is None else step)
     if found is None:
-        raise ParakitError(f"This worker is at step {resident.replica.step} and has no state of step {step}.")
+        raise ParakitError(f"This worker is at step {member.replica.step} and has no state of step {step}.")
     return dict(pack(copy_state(found, device=CPU)))
 
 
 @_order
-def evaluate(resident: Resident, values: State | None) -> Tally:
+def evaluate(member: Member, values: State | None) -> Tally:
     """Evaluate the present model, or the parameters and buffers given, on the validation chunks held here."""
     if values is not None:
-        resident.replica.show(unpack(values))
-    return resident.replica.tally(resident.validation)
+        member.replica.show(unpack(values))
+    return member.replica.tally(member.validation)
 
 
-def halt(run_id: str, wish: int) -> None:
+def halt(run_id: str, request: int) -> None:
     """Ask for the end of the segment going on; callable while it is."""
-    resident = _residents.get(run_id)
-    if resident is not None:
-        resident.halt(wish)
+    member = _members.get(run_id)
+    if member is not None:
+        member.halt(request)
 
 
-def pulse(run_id: str) -> Pulse | None:
+def heartbeat(run_id: str) -> Heartbeat | None:
     """A sign of life of a run's member; None where there is none. Callable while it works."""
-    resident = _residents.get(run_id)
-    return None if resident is None else resident.pulse
+    member = _members.get(run_id)
+    return None if member is None else member.heartbeat
 
 
 def release(run_id: str) -> None:
     """Forget a run."""
-    resident = _residents.pop(run_id, None)
-    if resident is not None:
-        resident.leave_group()
-        resident.close_vault()
-        device = resident.device
-        del resident
+    member = _members.pop(run_id, None)
+    if member is not None:
+        member.leave_group()
+        member.close_snapshots()
+        device = member.device
+        del member
         gc.collect()  # a buffer and the sum that it fills know each other
         give_back_freed_memory()
         give_back(device)
@@ -237,4 +237,4 @@ def release(run_id: str) -> None:
 
 def survey() -> dict[str, Any]:
     """What this process is, and whom it holds; for tests and for people."""
-    return {"pid": os.getpid(), "runs": tuple(_residents), "threads": torch.get_num_threads()}
+    return {"pid": os.getpid(), "runs": tuple(_members), "threads": torch.get_num_threads()}

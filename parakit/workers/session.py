@@ -10,20 +10,20 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from parakit.checkpoints.in_shared_memory import OpenVault
+from parakit.checkpoints.in_shared_memory import SnapshotsReader
 from parakit.checkpoints.state import State
 from parakit.data.samples import Samples
 from parakit.engines.base import StepRecord
 from parakit.engines.evaluation import Tally
 from parakit.engines.recipe import Recipe
 from parakit.strategies.base import Strategy
-from parakit.workers.assignment import Remnant, Roster
+from parakit.workers.assignment import GroupAssignment, Survivors
 
 __all__ = [
-    "Crew",
-    "Excerpt",
     "Job",
     "Report",
+    "SampledRanks",
+    "Session",
 ]
 
 
@@ -66,7 +66,7 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Excerpt:
+class SampledRanks:
     """Of which members there are records, where there are too many for all to have them.
 
     Parameters
@@ -97,14 +97,14 @@ class Report:
     seconds : float or None
         From the end of the segment before to the end of this one, by the clocks of the members: the longest of them.
         None if it was ordered later than that end; then it took what the driver's clock says.
-    excerpt : Excerpt or None
+    excerpt : SampledRanks or None
         Whose records they are, if not everybody's.
     """
 
     records: tuple[list[StepRecord], ...]
     commit_seconds: float
     seconds: float | None = None
-    excerpt: Excerpt | None = None
+    excerpt: SampledRanks | None = None
 
     @property
     def steps(self) -> int:
@@ -112,25 +112,25 @@ class Report:
         return len(self.records[0])
 
 
-class Crew(Protocol):
+class Session(Protocol):
     """A run's hold on a pool. Only the run's own thread calls it, `halt` excepted."""
 
     #: Whether a segment can be ordered while the one before it goes on.
     orders_ahead: bool
 
     @property
-    def vault(self) -> OpenVault | None:
-        """Commits that this process can read, whatever becomes of the workers; None where there are none."""
+    def snapshots(self) -> SnapshotsReader | None:
+        """Snapshots that this process can read, whatever becomes of the workers; None where there are none."""
 
-    def prepare(self, roster: Roster) -> Future[None]:
-        """Begin to bring what a roster needs to its members, while the run goes on."""
+    def stage(self, assignment: GroupAssignment) -> Future[None]:
+        """Begin to bring what an assignment needs to its members, while the run goes on."""
 
-    def muster(self, roster: Roster, state: State | None) -> None:
-        """Make a prepared roster the active one.
+    def form(self, assignment: GroupAssignment, state: State | None) -> None:
+        """Make a staged assignment the active one.
 
         Parameters
         ----------
-        roster : Roster
+        assignment : GroupAssignment
         state : State or None
             Where all members are to start from; None to go on from what the members that stay have.
 
@@ -138,10 +138,10 @@ class Crew(Protocol):
         ------
         WorkerLost
             If a member was lost meanwhile. Then, and after the same error from any other verb, the next verbs are
-            `regroup`, `prepare` and `muster`.
+            `regroup`, `stage` and `form`.
         """
 
-    def order(self, first: int, count: int, wish: int, expected_seconds: float) -> None:
+    def order(self, first: int, count: int, request: int, expected_seconds: float) -> None:
         """Order a segment; where `orders_ahead`, also one that is to follow on one that was not reported yet.
 
         As long as there is an order without a report, no other verb but these two is used, unless one of them raised.
@@ -150,8 +150,8 @@ class Crew(Protocol):
         ----------
         first, count : int
             The steps: `first` to `first + count - 1`.
-        wish : int
-            The number of the newest wish that was heeded; a `halt` with a higher number ends the segment early.
+        request : int
+            The number of the newest request that was applied; a `halt` with a higher number ends the segment early.
         expected_seconds : float
             What the segment should take.
         """
@@ -169,7 +169,7 @@ class Crew(Protocol):
             If the user's code failed. Then all members are back where the segment began.
         """
 
-    def regroup(self, generation: int, step: int) -> Remnant:
+    def regroup(self, generation: int, step: int) -> Survivors:
         """After a loss: find out who is left, and let them go back to a step.
 
         Parameters
@@ -183,7 +183,7 @@ class Crew(Protocol):
     def check(self) -> None:
         """Raise `WorkerLost` if a member is gone; for times in which no order would notice."""
 
-    def halt(self, wish: int) -> None:
+    def halt(self, request: int) -> None:
         """Ask the segment that is going on to end after its present step; returns at once, from any thread."""
 
     def set_learning_rate(self, value: float) -> None:
@@ -193,7 +193,7 @@ class Crew(Protocol):
         """The state of a step to which the last report came."""
 
     def settle(self) -> None:
-        """Let the present state be in the `vault`, if there is one; not while a segment goes on.
+        """Let the present state be in the `snapshots`, if there is one; not while a segment goes on.
 
         Raises
         ------
@@ -201,7 +201,7 @@ class Crew(Protocol):
             If a member was lost.
         """
 
-    def salvage(self, step: int) -> State | None:
+    def read_surviving_snapshot(self, step: int) -> State | None:
         """The newest commit of at most a step that can be read here, workers or no workers; None if there is none.
 
         May be asked for at any time, also while a segment goes on that was ordered when the run was at this step.

@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from parakit.collectives.gloo import Group
-from parakit.collectives.shared_memory import SharedGroup
+from parakit.collectives.gloo import GlooGroup
+from parakit.collectives.shared_memory import SharedMemoryGroup
 from tests.benchmarks.reports import Pace, Report, median, run, significant, spread
-from tests.members import FolderBoard, Member, ask, members
+from tests.members import FolderStore, Member, ask, members
 
 QUICK_SIZES = (1_000, 2_000_000, 16_000_000)
 SIZES = (1_000, 30_000, 250_000, 2_000_000, 16_000_000, 100_000_000)  # bytes
@@ -59,9 +59,9 @@ def _seconds(team: list[Member], way: str, count: int) -> float:
 
 
 def form(kept: dict[str, Any], rank: int, size: int, folder: str, nbytes: int) -> bool:
-    board = FolderBoard(folder)
-    gloo = Group(board, rank, size, "127.0.0.1", LIMIT_SECONDS)
-    shared = SharedGroup(board, rank, size, limit_seconds=LIMIT_SECONDS, capacity=nbytes)
+    store = FolderStore(folder)
+    gloo = GlooGroup(store, rank, size, "127.0.0.1", LIMIT_SECONDS)
+    shared = SharedMemoryGroup(store, rank, size, limit_seconds=LIMIT_SECONDS, capacity=nbytes)
     vector = torch.rand(nbytes // 4)
     kept["gloo"], kept["shared"] = (gloo, vector), (shared, vector)
     kept["in place"] = shared, shared.buffer(nbytes // 4, torch.float32)

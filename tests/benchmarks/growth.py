@@ -22,7 +22,7 @@ from torch import nn
 import parakit as pk
 from parakit.events.records import SegmentDone
 from parakit.runs.planning import plan
-from parakit.scaling.experiments.visits import Elastic, end
+from parakit.scaling.experiments.visits import ResizedRun, end
 from tests.benchmarks.reports import Pace, Report, bytes_in_words, median, run, significant, spread, until
 
 COUNTS, QUICK_COUNTS = (1, 2, 4, 8, 16), (1, 2, 4)
@@ -61,7 +61,7 @@ def by_workers(pace: Pace) -> Report:
     control: dict[int, list[float]] = {count: [] for count in counts}
     with pk.connect(counts[-1], timeout=180) as workers:
         made = plan(nn.Linear(FEATURES, 2), data(6400), on=workers, workers=1, batch_size=64, steps=10**9)
-        rig = Elastic(made, workers)
+        rig = ResizedRun(made, workers)
         for _ in range(pace.repeats):
             for count in counts:
                 timed = rig.visit(count, WINDOW_SECONDS)

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 import parakit as pk
 from parakit.events.records import StepDone
 from parakit.runs.planning import plan
-from parakit.scaling.experiments.visits import Elastic, end
+from parakit.scaling.experiments.visits import ResizedRun, end
 from tests.benchmarks.reports import Pace, Report, run, significant, spread
 from tests.benchmarks.workloads import WORKLOADS, Workload, optimizer
 
@@ -56,7 +56,7 @@ def _turns(workload: Workload, pools: dict[str, pk.Workers], window: float, repe
                 workload.model(), workload.data(), on=pool, workers=2, optimizer=optimizer, loss=_loss,
                 batch_size=workload.batch_size, steps=10**9, check=name == "on",
             )  # fmt: skip
-            rigs[name] = Elastic(made, pool)
+            rigs[name] = ResizedRun(made, pool)
             stack.callback(lambda rig=rigs[name]: end(rig.run) if rig.run is not None else None)
             _step_seconds(rigs[name], 2 * window)
         found: dict[str, list[float]] = {name: [] for name in rigs}
@@ -70,7 +70,7 @@ def _loss(output, target):  # type: ignore[no-untyped-def]  # as a user writes i
     return F.cross_entropy(output, target)
 
 
-def _step_seconds(rig: Elastic, window: float) -> float:
+def _step_seconds(rig: ResizedRun, window: float) -> float:
     timed = rig.visit(2, window)
     rig.rest()
     return timed.seconds / sum(segment.steps for segment in timed.segments)

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import parakit as pk
-from parakit.events.records import Asked, Resized
+from parakit.events.records import Requested, Resized
 from tests.benchmarks.reports import Pace, Report, run, spread, until
 
 CHANGES, QUICK_CHANGES = 20, 8
@@ -23,7 +23,7 @@ class Change:
     """A resize: to which size, how long it took, how long the run stood still, and how many chunks moved."""
 
     size: int
-    wish_to_step_seconds: float
+    request_to_step_seconds: float
     still_seconds: float
     chunks_moved: int
 
@@ -45,11 +45,11 @@ def changes(count: int) -> list[Change]:
 
 
 def _told(history: pk.History) -> Iterator[Change]:
-    asked = [event for event in history.of(Asked) if event.wish == "resize"]
-    for wish, event in zip(asked, history.of(Resized)[1:], strict=True):
+    asked = [event for event in history.of(Requested) if event.request == "resize"]
+    for request, event in zip(asked, history.of(Resized)[1:], strict=True):
         first = next(step for step in history.steps if step.generation == event.generation)
-        assert wish.value is not None
-        yield Change(int(wish.value), first.at_seconds - wish.at_seconds, event.seconds, event.chunks_moved)
+        assert request.value is not None
+        yield Change(int(request.value), first.at_seconds - request.at_seconds, event.seconds, event.chunks_moved)
 
 
 def measure(pace: Pace) -> Iterator[Report]:
@@ -57,9 +57,9 @@ def measure(pace: Pace) -> Iterator[Report]:
     rows = []
     for name, mine in [*((str(n), [c for c in found if c.size == n]) for n in COURSE), ("all", found)]:
         moved = ", ".join(map(str, sorted({change.chunks_moved for change in mine})))
-        took = spread([change.wish_to_step_seconds for change in mine])
+        took = spread([change.request_to_step_seconds for change in mine])
         rows.append([name, took, spread([change.still_seconds for change in mine]), moved])
-    heads = ["to workers", "wish to first step, s", "standing still, s", "chunks moved, of 64"]
+    heads = ["to workers", "request to first step, s", "standing still, s", "chunks moved, of 64"]
     yield Report("resize", f"{len(found)} changes of a run on 4 processes", heads, rows)
 
 

@@ -1,4 +1,4 @@
-"""Rivals that wait for orders: plain PyTorch in a process of its own, and DDP under torchrun.
+"""PlainArm that wait for orders: plain PyTorch in a process of its own, and DDP under torchrun.
 
 Each process connects to a socket of its master's and then sleeps in the kernel until it is told to do some steps, so
 that whoever is timed has the machine for itself. ``python -m tests.benchmarks.rivals SOCKET WORKLOAD KIND THREADS``

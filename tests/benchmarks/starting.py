@@ -63,7 +63,10 @@ def measure(pace: Pace) -> Iterator[Report]:
     rows = [[what, spread([one[what] for one in found])] for what in found[0]]
     changes = resize.changes(pace.choose(CHANGES, QUICK_CHANGES))
     rows += [
-        ["a resize within the pool: wish to first step", spread([change.wish_to_step_seconds for change in changes])],
+        [
+            "a resize within the pool: request to first step",
+            spread([change.request_to_step_seconds for change in changes]),
+        ],
         ["of which the run stands still", spread([change.still_seconds for change in changes])],
         ["a worker killed: SIGKILL to next step", spread(list(recoveries(pace.repeats)))],
     ]

@@ -18,7 +18,7 @@ import numpy as np
 
 import parakit as pk
 from parakit.runs.planning import plan
-from parakit.scaling.experiments.visits import Elastic, end
+from parakit.scaling.experiments.visits import ResizedRun, end
 from parakit.system.cores import usable_cores
 from tests.benchmarks.reports import Pace, Report, median, run, spread
 from tests.benchmarks.rivals import rival
@@ -92,7 +92,7 @@ def parakit(workload: Workload, workers: pk.Workers, count: int, threads: int) -
         workload.model(), workload.data(), on=workers, workers=count, threads=threads, optimizer=optimizer,
         batch_size=workload.batch_size, steps=10**9,
     )  # fmt: skip
-    rig = Elastic(made, workers)
+    rig = ResizedRun(made, workers)
 
     def step_seconds(window: float) -> float:
         timed = rig.visit(count, window)

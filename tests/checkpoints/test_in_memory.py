@@ -1,4 +1,4 @@
-"""Commits: what is kept, in this process's memory and in a vault that outlives it."""
+"""Snapshots: what is kept, in this process's memory and in shared snapshots that outlives it."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 import torch
 
-from parakit.checkpoints.in_memory import PrivateCommits
-from parakit.checkpoints.in_shared_memory import OpenVault, Vault, open_vault
+from parakit.checkpoints.in_memory import InMemorySnapshots
+from parakit.checkpoints.in_shared_memory import SharedMemorySnapshots, SnapshotsReader, open_snapshots
 from parakit.checkpoints.state import copy_state
 from tests.conftest import left_in_shared_memory, shared_memory
 
@@ -61,7 +61,7 @@ def assert_equal(found: Any, expected: Any) -> None:
 
 
 def test_private_commits_keep_the_newest() -> None:
-    commits = PrivateCommits()
+    commits = InMemorySnapshots()
     commits.keep(state(3))
     commits.keep(state(4))
     assert commits.step == 4
@@ -70,7 +70,7 @@ def test_private_commits_keep_the_newest() -> None:
 
 
 def test_private_commits_can_keep_several() -> None:
-    commits = PrivateCommits(2)
+    commits = InMemorySnapshots(2)
     for step in (3, 4, 7):
         commits.keep(state(step))
     assert commits.of_step(3) is None
@@ -81,7 +81,9 @@ def test_private_commits_can_keep_several() -> None:
     assert commits.of_step(9)["parameters"]["w"].data_ptr() in places  # type: ignore[index]
 
 
-@pytest.mark.parametrize("make", [lambda first: kept(PrivateCommits(3), first), lambda first: Vault(first, 3)])
+@pytest.mark.parametrize(
+    "make", [lambda first: kept(InMemorySnapshots(3), first), lambda first: SharedMemorySnapshots(first, 3)]
+)
 def test_what_is_kept_again_undoes_what_came_after(make: Any) -> None:
     commits = make(state(1))
     for step in (2, 3):
@@ -91,107 +93,107 @@ def test_what_is_kept_again_undoes_what_came_after(make: Any) -> None:
     assert commits.step == 2
     assert commits.of_step(3) is None
     assert_equal(commits.of_step(2), again)
-    assert_equal(commits.of_step(1), state(1)) if isinstance(commits, PrivateCommits) else None
+    assert_equal(commits.of_step(1), state(1)) if isinstance(commits, InMemorySnapshots) else None
     commits.keep(state(3))
     assert_equal(commits.of_step(3), state(3))
     assert_equal(commits.of_step(2), again)
-    if isinstance(commits, Vault):
-        seen = OpenVault(commits.key)
+    if isinstance(commits, SharedMemorySnapshots):
+        seen = SnapshotsReader(commits.key)
         assert_equal(seen.newest(2), again)
         commits.close()
 
 
-def kept(commits: PrivateCommits, first: dict[str, Any]) -> PrivateCommits:
+def kept(commits: InMemorySnapshots, first: dict[str, Any]) -> InMemorySnapshots:
     commits.keep(first)
     return commits
 
 
-def test_a_vault_keeps_as_many_as_it_has_places() -> None:
-    vault = Vault(state(1), 3)
-    seen = OpenVault(vault.key)
+def test_a_snapshots_keeps_as_many_as_it_has_places() -> None:
+    snapshots = SharedMemorySnapshots(state(1), 3)
+    seen = SnapshotsReader(snapshots.key)
     for step in (2, 3, 4):
-        vault.keep(state(step))
+        snapshots.keep(state(step))
     assert seen.newest(1) is None
     for step in (2, 3, 4):
-        assert_equal(vault.of_step(step), state(step))
+        assert_equal(snapshots.of_step(step), state(step))
         assert_equal(seen.newest(step), state(step))
-    vault.close()
+    snapshots.close()
 
 
-def test_a_vault_keeps_two_and_others_can_read_them() -> None:
-    vault = Vault(state(1))
-    seen = OpenVault(vault.key)
+def test_a_snapshots_keeps_two_and_others_can_read_them() -> None:
+    snapshots = SharedMemorySnapshots(state(1))
+    seen = SnapshotsReader(snapshots.key)
     assert_equal(seen.newest(1), state(1))
     assert seen.newest(0) is None
     for step in (2, 3):
-        vault.keep(state(step))
-    assert vault.step == 3
-    assert vault.of_step(1) is None
+        snapshots.keep(state(step))
+    assert snapshots.step == 3
+    assert snapshots.of_step(1) is None
     for step in (2, 3):
-        assert_equal(vault.of_step(step), state(step))
+        assert_equal(snapshots.of_step(step), state(step))
         assert_equal(seen.newest(step), state(step))
     assert_equal(seen.newest(99), state(3))
-    vault.close()
+    snapshots.close()
     assert_equal(seen.newest(99), state(3))
 
 
 def test_what_was_read_stays_as_it_is() -> None:
-    vault = Vault(state(1))
-    mine, other = vault.of_step(1), OpenVault(vault.key).newest(1)
+    snapshots = SharedMemorySnapshots(state(1))
+    mine, other = snapshots.of_step(1), SnapshotsReader(snapshots.key).newest(1)
     for step in (2, 3, 4):
-        vault.keep(state(step))
+        snapshots.keep(state(step))
     assert_equal(mine, state(1))
     assert_equal(other, state(1))
-    vault.close()
+    snapshots.close()
 
 
 def test_a_state_that_needs_more_room_gets_it() -> None:
-    vault = Vault({"step": 0})
-    first = OpenVault(vault.key)
-    vault.keep(state(1, size=1000))
-    assert vault.key != first.key
-    again = open_vault(vault.key, first)
+    snapshots = SharedMemorySnapshots({"step": 0})
+    first = SnapshotsReader(snapshots.key)
+    snapshots.keep(state(1, size=1000))
+    assert snapshots.key != first.key
+    again = open_snapshots(snapshots.key, first)
     assert again is not None
     assert again is not first
-    assert open_vault(vault.key, again) is again
+    assert open_snapshots(snapshots.key, again) is again
     assert_equal(again.newest(1), state(1, size=1000))
     assert_equal(first.newest(1), {"step": 0})
     large = state(2) | {"scheduler": "x" * 200_000}
-    vault.keep(large)
-    assert_equal(vault.of_step(2), large)
-    vault.close()
+    snapshots.keep(large)
+    assert_equal(snapshots.of_step(2), large)
+    snapshots.close()
 
 
 def test_the_same_step_may_be_kept_again() -> None:
-    vault = Vault(state(1))
+    snapshots = SharedMemorySnapshots(state(1))
     changed = state(1) | {"scheduler": {"lr": 0.5}}
-    vault.keep(changed)
-    assert_equal(vault.of_step(1), changed)
-    vault.close()
+    snapshots.keep(changed)
+    assert_equal(snapshots.of_step(1), changed)
+    snapshots.close()
 
 
-def test_a_vault_that_is_gone_or_elsewhere_is_not_opened() -> None:
-    vault = Vault(state(1))
-    key = vault.key
+def test_snapshots_that_are_gone_or_elsewhere_is_not_opened() -> None:
+    snapshots = SharedMemorySnapshots(state(1))
+    key = snapshots.key
     with pytest.raises(OSError, match="another machine"):
-        OpenVault(key._replace(machine="elsewhere"))
+        SnapshotsReader(key._replace(machine="elsewhere"))
     with pytest.raises(OSError, match="gone"):
-        OpenVault(key._replace(name=b"0" * 16))
+        SnapshotsReader(key._replace(name=b"0" * 16))
     with pytest.raises(OSError, match="gone"):
-        OpenVault(key._replace(nbytes=4096))
-    vault.close()
-    assert open_vault(key, None) is None
-    assert open_vault(None, None) is None
+        SnapshotsReader(key._replace(nbytes=4096))
+    snapshots.close()
+    assert open_snapshots(key, None) is None
+    assert open_snapshots(None, None) is None
 
 
 def test_it_has_no_name_and_leaves_no_descriptor() -> None:
     gc.collect()  # of what other tests left to it
     before, files = shared_memory(), len(list(Path("/proc/self/fd").iterdir()))
-    vault = Vault(state(1, size=100_000))
-    seen = OpenVault(vault.key)
+    snapshots = SharedMemorySnapshots(state(1, size=100_000))
+    seen = SnapshotsReader(snapshots.key)
     assert not left_in_shared_memory(before)
-    vault.close()
-    del seen, vault
+    snapshots.close()
+    del seen, snapshots
     assert len(list(Path("/proc/self/fd").iterdir())) == files
 
 
@@ -199,15 +201,15 @@ WRITER = textwrap.dedent(
     """
     import os, pickle, sys
     import torch
-    from parakit.checkpoints.in_shared_memory import Vault
+    from parakit.checkpoints.in_shared_memory import SharedMemorySnapshots
 
-    vault = Vault({"step": 0, "w": torch.zeros(300_000)})
+    snapshots = SharedMemorySnapshots({"step": 0, "w": torch.zeros(300_000)})
     step = 0
     while True:
         step += 1
-        vault.keep({"step": step, "w": torch.full((300_000,), float(step))})
+        snapshots.keep({"step": step, "w": torch.full((300_000,), float(step))})
         if step == 3:
-            sys.stdout.buffer.write(pickle.dumps(vault.key))
+            sys.stdout.buffer.write(pickle.dumps(snapshots.key))
             sys.stdout.flush()
     """
 )
@@ -219,12 +221,12 @@ def test_whoever_is_killed_while_it_writes_leaves_a_whole_state(tmp_path: Path) 
     for wait_seconds in (0.05, 0.171, 0.0333):
         with subprocess.Popen([sys.executable, "-c", WRITER], stdout=subprocess.PIPE) as writer:
             assert writer.stdout is not None
-            vault = OpenVault(pickle.load(writer.stdout))
+            snapshots = SnapshotsReader(pickle.load(writer.stdout))
             time.sleep(wait_seconds)
             os.kill(writer.pid, signal.SIGKILL)
-        found = vault.newest(10**9)
+        found = snapshots.newest(10**9)
         assert found is not None
-        older = vault.newest(found["step"] - 1)
+        older = snapshots.newest(found["step"] - 1)
         steps.append(found["step"])
         for whole in (found, *([older] if older else [])):
             assert torch.equal(whole["w"], torch.full((300_000,), float(whole["step"])))

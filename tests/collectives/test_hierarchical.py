@@ -19,12 +19,12 @@ from torch import nn
 import parakit as pk
 from parakit.collectives import hierarchical as over_hosts
 from parakit.collectives.base import GroupBroken
-from parakit.collectives.hierarchical import HostsGroup
+from parakit.collectives.hierarchical import HierarchicalGroup
 from parakit.collectives.shared_memory import CannotShare
 from parakit.collectives.topology import equal_counts, hierarchical
 from parakit.errors import RunError
 from parakit.events.records import Recovered, RunStart
-from tests.members import FolderBoard, Member, ask
+from tests.members import FolderStore, Member, ask
 from tests.runs.test_exact import BATCH, CHUNKS, SAMPLES, SEED, assert_same, expected, problem, resized_along, trained
 from tests.serial import batches, train_serially
 
@@ -54,8 +54,8 @@ def test_what_a_layout_of_hosts_allows(hosts: tuple[str, ...], both: bool, divid
 
 
 def form(kept: dict[str, Any], rank: int, layout: tuple[str, ...], folder: str, limit: float = LIMIT_SECONDS) -> bool:
-    kept["group"] = HostsGroup(
-        FolderBoard(folder), rank, layout, limit_seconds=limit, capacity=8 * LENGTHS[-1], common=8 * LENGTHS[-1]
+    kept["group"] = HierarchicalGroup(
+        FolderStore(folder), rank, layout, limit_seconds=limit, capacity=8 * LENGTHS[-1], common=8 * LENGTHS[-1]
     )
     return bool(kept["group"].divides)
 
@@ -124,7 +124,7 @@ def add_slices(kept: dict[str, Any], rank: int, numel: int, tail: int) -> tuple[
     wanted = sum_of(group.size, numel, torch.float32)
     for _ in range(3):
         vector.copy_(vector_of(rank, numel, torch.float32))
-        summed = group.sum_slice(vector, tail=tail)
+        summed = group.reduce_scatter(vector, tail=tail)
         assert summed.where == group.slices(numel - tail)[group.place]
         assert close_to(torch.cat(summed.pieces), wanted[summed.where])
         assert close_to(summed.tail, wanted[numel - tail :])
@@ -163,7 +163,7 @@ def add_forever(kept: dict[str, Any], rank: int, by_slices: bool) -> float:
     try:
         while True:
             if by_slices:
-                group.sum_slice(vector)
+                group.reduce_scatter(vector)
                 group.barrier()
             else:
                 group.all_reduce(vector)
@@ -190,19 +190,19 @@ def test_when_a_member_dies_those_of_all_hosts_know_soon(
 
 
 def form_without_sharing(kept: dict[str, Any], rank: int, layout: tuple[str, ...], folder: str, where: str) -> str:
-    usual = over_hosts.SharedGroup
+    usual = over_hosts.SharedMemoryGroup
 
     def fails(*args: Any, **options: Any) -> Any:
         raise CannotShare("no room")
 
     try:
         if layout[rank] == where:
-            over_hosts.SharedGroup = fails  # type: ignore[misc,assignment]
+            over_hosts.SharedMemoryGroup = fails  # type: ignore[misc,assignment]
         form(kept, rank, layout, folder)
     except CannotShare as error:
         return str(error)
     finally:
-        over_hosts.SharedGroup = usual  # type: ignore[misc]
+        over_hosts.SharedMemoryGroup = usual  # type: ignore[misc]
     return ""
 
 

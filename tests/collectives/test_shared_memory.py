@@ -17,13 +17,13 @@ import torch
 from torch import Tensor
 
 from parakit.collectives.base import GroupBroken
-from parakit.collectives.gloo import Group
-from parakit.collectives.shared_memory import CannotShare, SharedGroup
+from parakit.collectives.gloo import GlooGroup
+from parakit.collectives.shared_memory import CannotShare, SharedMemoryGroup
 from parakit.collectives.shared_memory.barrier import Barrier, barrier_nbytes
 from parakit.errors import InputError
-from parakit.system.shared_memory import Segment
+from parakit.system.shared_memory import SharedMemory
 from tests.conftest import left_in_shared_memory, shared_memory
-from tests.members import FolderBoard, Member, ask
+from tests.members import FolderStore, Member, ask
 
 LIMIT_SECONDS = 20.0
 SOON_SECONDS = 2.0  # far below the limit, and enough for a busy machine
@@ -38,10 +38,10 @@ linux = pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="looks int
 
 
 def form(kept: dict[str, Any], rank: int, size: int, folder: str, options: dict[str, Any]) -> None:
-    board = FolderBoard(folder)
+    store = FolderStore(folder)
     usual = {"limit_seconds": LIMIT_SECONDS, "capacity": CAPACITY, "piece_bytes": PIECE_BYTES}
-    kept["group"] = SharedGroup(board, rank, size, **{**usual, **options})
-    kept["board"] = board
+    kept["group"] = SharedMemoryGroup(store, rank, size, **{**usual, **options})
+    kept["store"] = store
 
 
 def leave(kept: dict[str, Any], rank: int) -> None:
@@ -70,7 +70,7 @@ def in_order(size: int, numel: int, dtype: torch.dtype) -> Tensor:
 
 def add(kept: dict[str, Any], rank: int, numel: int, dtype: torch.dtype, manner: str) -> str:
     """Add vectors; a digest of the sum, or in which way it is wrong."""
-    group: SharedGroup = kept["group"]
+    group: SharedMemoryGroup = kept["group"]
     if manner == "mixed":
         manner = MANNERS[rank % 2]
     if manner in ("in place", "part"):
@@ -130,7 +130,7 @@ def test_other_systems_ways_of_waiting_and_of_sharing_sum_alike(
 
 
 def add_both_ways(kept: dict[str, Any], rank: int, numel: int) -> float:
-    gloo = Group(kept["board"], rank, 3, "127.0.0.1", LIMIT_SECONDS)
+    gloo = GlooGroup(kept["store"], rank, 3, "127.0.0.1", LIMIT_SECONDS)
     ours, theirs = (vector_of(rank, numel, torch.float32) for _ in range(2))
     kept["group"].all_reduce(ours)
     gloo.all_reduce(theirs)
@@ -162,12 +162,12 @@ def test_means_over_the_members(team: list[Member], boards: Callable[[], str]) -
 
 def add_slices(kept: dict[str, Any], rank: int, numel: int, tail: int) -> tuple[int, int]:
     """Sum slices, of which one appears in everybody's memory; the slice, if all is right."""
-    group: SharedGroup = kept["group"]
+    group: SharedMemoryGroup = kept["group"]
     vector, common = group.buffer(numel, torch.float32), group.common(numel - tail, torch.float32)
     expected = in_order(group.size, numel, torch.float32)
     for _ in range(3):
         vector.copy_(vector_of(rank, numel, torch.float32))
-        summed = group.sum_slice(vector, tail=tail)
+        summed = group.reduce_scatter(vector, tail=tail)
         assert summed.where == group.slices(numel - tail)[rank]
         assert torch.equal(torch.cat(summed.pieces), expected[summed.where])
         assert torch.equal(vector[summed.where], expected[summed.where])
@@ -200,7 +200,7 @@ def test_slices_cover_the_vector_and_reach_everybody_through_common_memory(
 
 def add_slices_beside(kept: dict[str, Any], rank: int, numel: int, tail: int) -> bool:
     """Sum a slice of which this member's own part lies elsewhere, in pieces; one of them in the vector after all."""
-    group: SharedGroup = kept["group"]
+    group: SharedMemoryGroup = kept["group"]
     vector = group.buffer(numel, torch.float32)
     mine = vector_of(rank, numel, torch.float32)
     where = group.slices(numel - tail)[rank]
@@ -211,7 +211,7 @@ def add_slices_beside(kept: dict[str, Any], rank: int, numel: int, tail: int) ->
     inside = vector[where].tensor_split(3)[1]
     inside.copy_(middle)
     expected = in_order(group.size, numel, torch.float32)
-    summed = group.sum_slice(vector, tail=tail, own=[first, inside, last])
+    summed = group.reduce_scatter(vector, tail=tail, own=[first, inside, last])
     return torch.equal(torch.cat([first, inside, last]), expected[where]) and torch.equal(
         summed.tail, expected[numel - tail :]
     )
@@ -229,9 +229,9 @@ def test_a_members_own_part_may_lie_elsewhere(
 
 
 def slice_then_add(kept: dict[str, Any], rank: int) -> list[float]:
-    group: SharedGroup = kept["group"]
+    group: SharedMemoryGroup = kept["group"]
     vector = group.buffer(200, torch.float32).fill_(1.0 + rank)
-    group.sum_slice(vector)
+    group.reduce_scatter(vector)
     other = torch.tensor([1.0])
     group.all_reduce(other)  # without the barrier that should come first
     vector.fill_(1.0)
@@ -250,11 +250,11 @@ def add_what_differs(kept: dict[str, Any], rank: int) -> None:
 
 
 def add_in_ways_that_differ(kept: dict[str, Any], rank: int) -> None:
-    group: SharedGroup = kept["group"]
+    group: SharedMemoryGroup = kept["group"]
     if rank:
         group.all_reduce(torch.zeros(10))
     else:
-        group.sum_slice(group.buffer(10, torch.float32))
+        group.reduce_scatter(group.buffer(10, torch.float32))
 
 
 @pytest.mark.parametrize(
@@ -274,8 +274,8 @@ def test_what_does_not_fit_together_is_refused_everywhere(
     same(ask(team, leave))
 
 
-def alone(tmp_path: Path, **options: Any) -> SharedGroup:
-    return SharedGroup(FolderBoard(str(tmp_path)), 0, 1, limit_seconds=1, **options)
+def alone(tmp_path: Path, **options: Any) -> SharedMemoryGroup:
+    return SharedMemoryGroup(FolderStore(str(tmp_path)), 0, 1, limit_seconds=1, **options)
 
 
 def test_what_cannot_be_summed_is_refused(tmp_path: Path) -> None:
@@ -286,7 +286,7 @@ def test_what_cannot_be_summed_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="complex64"):
         group.all_reduce(torch.zeros(2, dtype=torch.complex64))
     with pytest.raises(InputError, match="buffer"):
-        group.sum_slice(torch.zeros(2))
+        group.reduce_scatter(torch.zeros(2))
     group.close()
     group.close()
     for call in (group.barrier, lambda: group.all_reduce(torch.zeros(1)), lambda: group.buffer(1, torch.float32)):
@@ -294,20 +294,20 @@ def test_what_cannot_be_summed_is_refused(tmp_path: Path) -> None:
             call()
 
 
-class Forger(FolderBoard):
-    """A board on which the segment seems to be elsewhere."""
+class Forger(FolderStore):
+    """A store on which the segment seems to be elsewhere."""
 
-    def take(self, key: str, limit_seconds: float) -> bytes:
-        note = super().take(key, limit_seconds)
+    def get(self, key: str, limit_seconds: float) -> bytes:
+        note = super().get(key, limit_seconds)
         return note.replace(b"/proc/", b"/nowhere/") if key == "shared-segment" else note
 
 
 def form_or_fall_back(kept: dict[str, Any], rank: int, folder: str, forged: int) -> str:
-    board = (Forger if rank == forged else FolderBoard)(folder)
+    store = (Forger if rank == forged else FolderStore)(folder)
     try:
-        SharedGroup(board, rank, 3, limit_seconds=LIMIT_SECONDS, named=False)
+        SharedMemoryGroup(store, rank, 3, limit_seconds=LIMIT_SECONDS, named=False)
     except CannotShare as error:
-        gloo = Group(board, rank, 3, "127.0.0.1", LIMIT_SECONDS)
+        gloo = GlooGroup(store, rank, 3, "127.0.0.1", LIMIT_SECONDS)
         vector = torch.ones(3)
         gloo.all_reduce(vector)
         gloo.close()
@@ -325,7 +325,7 @@ def test_a_member_out_of_reach_is_known_to_all_who_then_form_another_group(
 
 
 def form_too_much(kept: dict[str, Any], rank: int, folder: str) -> None:
-    SharedGroup(FolderBoard(folder), rank, 2, limit_seconds=LIMIT_SECONDS, capacity=2**60)
+    SharedMemoryGroup(FolderStore(folder), rank, 2, limit_seconds=LIMIT_SECONDS, capacity=2**60)
 
 
 def test_too_little_memory_is_known_to_all(team: list[Member], boards: Callable[[], str]) -> None:
@@ -336,7 +336,7 @@ def test_too_little_memory_is_known_to_all(team: list[Member], boards: Callable[
 def test_a_member_that_does_not_come_is_not_waited_for_beyond_the_limit(tmp_path: Path) -> None:
     began = time.monotonic()
     with pytest.raises(GroupBroken, match=r"not formed within 0\.2 s"):
-        SharedGroup(FolderBoard(str(tmp_path)), 0, 2, limit_seconds=0.2)
+        SharedMemoryGroup(FolderStore(str(tmp_path)), 0, 2, limit_seconds=0.2)
     assert time.monotonic() - began < SOON_SECONDS
 
 
@@ -345,7 +345,7 @@ def test_a_member_that_does_not_come_is_not_waited_for_beyond_the_limit(tmp_path
 
 def add_forever(kept: dict[str, Any], rank: int, numel: int) -> float:
     """Add until that fails; the time of the failure."""
-    group: SharedGroup = kept["group"]
+    group: SharedMemoryGroup = kept["group"]
     vector = torch.zeros(numel)
     try:
         while True:
@@ -569,15 +569,15 @@ def test_whenever_a_member_is_killed_the_others_know_soon_and_nothing_is_left(
     assert not left_in_shared_memory(shared)
 
 
-class Trap(FolderBoard):
-    """A board on which the one who leaves a certain note dies of it."""
+class Trap(FolderStore):
+    """A store on which the one who leaves a certain note dies of it."""
 
     def __init__(self, folder: str, key: str) -> None:
         super().__init__(folder)
         self.key = key
 
-    def put(self, key: str, value: bytes) -> None:
-        super().put(key, value)
+    def set(self, key: str, value: bytes) -> None:
+        super().set(key, value)
         if key == self.key:
             os.kill(os.getpid(), signal.SIGKILL)
 
@@ -585,7 +585,7 @@ class Trap(FolderBoard):
 def join_in_vain(rank: int, folder: str, deadly: str, options: dict[str, Any]) -> int:
     before = look_around({}, rank)
     try:
-        SharedGroup(Trap(folder, deadly), rank, 3, limit_seconds=0.5, **options)
+        SharedMemoryGroup(Trap(folder, deadly), rank, 3, limit_seconds=0.5, **options)
     except GroupBroken:
         pass
     else:
@@ -615,7 +615,7 @@ def test_a_death_while_joining_leaves_no_file(
 
 def barrier_with(pid: int, birth: int | None) -> Barrier:
     """The barrier of rank 0, whose partner wrote that it is such a process."""
-    segment = Segment.create(barrier_nbytes(2))
+    segment = SharedMemory.create(barrier_nbytes(2))
     partner = Barrier(segment, 1, 2, 0.5)
     ours = Barrier(segment, 0, 2, 0.5)
     partner._pid[1] = pid
@@ -634,7 +634,7 @@ def test_a_number_that_another_process_has_by_now_is_no_sign_of_life(birth: int 
 
 
 def test_a_member_that_came_and_then_left_has_come() -> None:
-    segment = Segment.create(barrier_nbytes(2))
+    segment = SharedMemory.create(barrier_nbytes(2))
     ours, partner = Barrier(segment, 0, 2, 5.0), Barrier(segment, 1, 2, 5.0)
     coming = threading.Thread(target=partner.wait)
     coming.start()

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from parakit.data.chunks import EpochOrder, chunk_count, cut
-from parakit.data.ownership import Ownership
+from parakit.data.ownership import ChunkAssignment
 from parakit.errors import DataError, WorkerCountError
 
 SIZES = st.lists(st.integers(1, 40), min_size=1, max_size=24)
@@ -77,7 +77,7 @@ def test_each_sample_exactly_once_per_epoch_for_any_course_of_resizes(
     chunks = min(chunks, samples)
     pieces = cut(samples, chunks, seed)
     order = EpochOrder(tuple(len(piece) for piece in pieces), batch, seed)
-    owners = Ownership.share_out(order.sizes, ["w0"])
+    owners = ChunkAssignment.share_out(order.sizes, ["w0"])
     for epoch in range(2):
         seen: Counter[int] = Counter()
         for place in range(order.steps_per_epoch):
@@ -130,11 +130,11 @@ def test_epochs_differ_and_repeat_by_seed(rows: int) -> None:
 
 @given(
     sizes=st.lists(st.integers(1, 30), min_size=1, max_size=40),
-    course=st.lists(st.sets(st.integers(0, 9), min_size=1), min_size=1, max_size=8),
+    summary=st.lists(st.sets(st.integers(0, 9), min_size=1), min_size=1, max_size=8),
 )
-def test_every_chunk_has_one_owner_and_every_worker_a_chunk(sizes: list[int], course: list[set[int]]) -> None:
-    owners = Ownership.share_out(sizes, ["w0"])
-    for members in course:
+def test_every_chunk_has_one_owner_and_every_worker_a_chunk(sizes: list[int], summary: list[set[int]]) -> None:
+    owners = ChunkAssignment.share_out(sizes, ["w0"])
+    for members in summary:
         names = [f"w{m}" for m in sorted(members)][: len(sizes)]
         before, owners = owners, owners.reshard(names)
         assert owners.workers == tuple(names)
@@ -146,10 +146,10 @@ def test_every_chunk_has_one_owner_and_every_worker_a_chunk(sizes: list[int], co
             assert set(gains[name]) == set(mine) - set(before.chunks_of.get(name, ()))
 
 
-@given(chunks=st.integers(1, 64), size=st.integers(1, 30), course=st.lists(st.integers(1, 9), min_size=2, max_size=9))
-def test_equal_chunks_stay_balanced_and_only_those_move_that_must(chunks: int, size: int, course: list[int]) -> None:
-    owners = Ownership.share_out([size] * chunks, ["w0"])
-    for wanted in course:
+@given(chunks=st.integers(1, 64), size=st.integers(1, 30), summary=st.lists(st.integers(1, 9), min_size=2, max_size=9))
+def test_equal_chunks_stay_balanced_and_only_those_move_that_must(chunks: int, size: int, summary: list[int]) -> None:
+    owners = ChunkAssignment.share_out([size] * chunks, ["w0"])
+    for wanted in summary:
         names = [f"w{n}" for n in range(min(wanted, chunks))]
         before, owners = owners, owners.reshard(names)
         counts = sorted(len(mine) for mine in owners.chunks_of.values())
@@ -162,7 +162,7 @@ def test_equal_chunks_stay_balanced_and_only_those_move_that_must(chunks: int, s
 
 
 def test_a_resize_and_back_leaves_nothing_to_move_for_those_who_stay() -> None:
-    two = Ownership.share_out([10] * 64, ["a", "b"])
+    two = ChunkAssignment.share_out([10] * 64, ["a", "b"])
     four = two.reshard(["a", "b", "c", "d"])
     assert not two.gains(four)["a"]
     assert not two.gains(four)["b"]
@@ -173,7 +173,7 @@ def test_a_resize_and_back_leaves_nothing_to_move_for_those_who_stay() -> None:
 @pytest.mark.parametrize("names", [[], ["a", "a"], ["a", "b", "c", "d"]])
 def test_impossible_owners_are_refused(names: list[str]) -> None:
     with pytest.raises(WorkerCountError, match="cannot share 3 chunks"):
-        Ownership.share_out([5, 5, 5], names)
+        ChunkAssignment.share_out([5, 5, 5], names)
 
 
 def test_empty_chunks_and_batches_are_refused() -> None:

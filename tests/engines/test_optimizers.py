@@ -18,7 +18,7 @@ import parakit as pk
 from parakit.checkpoints.state import copy_state
 from parakit.engines.optimizers import AtRate, learning_rate, set_learning_rate
 from parakit.errors import InputError, ModelError, RunEnded
-from parakit.events.records import Asked
+from parakit.events.records import Requested
 from tests.runs.test_exact import BATCH, CHUNKS, LIMIT, SAMPLES, SEED, Slowed, assert_same, problem, trained, wait_for
 from tests.serial import batches, train_serially
 
@@ -72,7 +72,7 @@ def test_a_change_in_mid_run_equals_the_serial_loop(
     assert [step.learning_rate for step in run.history.steps] == pytest.approx(rates, rel=1e-12)
     assert run.history.steps[at].learning_rate == 0.03  # to the last bit
     assert run.history.steps[-1].world_size == 3
-    asked = [event for event in run.history.of(Asked) if event.wish == "learning rate"]
+    asked = [event for event in run.history.of(Requested) if event.request == "learning rate"]
     assert [event.value for event in asked] == [0.03]
 
 
@@ -105,7 +105,7 @@ def test_what_is_no_rate_is_refused_at_the_call(inline: pk.Workers, value: Any) 
     with pytest.raises(InputError, match=r"learning rate .*number above 0"):
         run.set_learning_rate(value)
     run.stop()
-    assert run.wait(LIMIT, progress=False).history.of(Asked)[0].wish == "stop"
+    assert run.wait(LIMIT, progress=False).history.of(Requested)[0].request == "stop"
     if value is not None:
         with pytest.raises(InputError, match=r"learning_rate .*number above 0"):
             pk.train(model, (inputs, targets), on=inline, learning_rate=value)
@@ -170,7 +170,7 @@ SCHEDULES: dict[str, Callable[[torch.optim.Optimizer], schedules.LRScheduler]] =
 }
 
 
-def course(make: Any, factor: float, at: int, *, tensors: bool = False) -> list[list[float]]:
+def summary(make: Any, factor: float, at: int, *, tensors: bool = False) -> list[list[float]]:
     """The rates of both groups in each step of a schedule, scaled from one step on; the state travels once after it."""
 
     def fresh() -> tuple[torch.optim.Optimizer, schedules.LRScheduler]:
@@ -199,8 +199,8 @@ def course(make: Any, factor: float, at: int, *, tensors: bool = False) -> list[
 @pytest.mark.parametrize("name", SCHEDULES)
 @pytest.mark.parametrize("tensors", [False, True], ids=["numbers", "tensors"])
 def test_every_schedule_goes_on_along_its_own_curve(name: str, tensors: bool) -> None:
-    usual = np.array(course(SCHEDULES[name], 1.0, 5, tensors=tensors))
-    scaled = np.array(course(SCHEDULES[name], 3.0, 5, tensors=tensors))
+    usual = np.array(summary(SCHEDULES[name], 1.0, 5, tensors=tensors))
+    scaled = np.array(summary(SCHEDULES[name], 3.0, 5, tensors=tensors))
     assert np.allclose(scaled[:5], usual[:5], rtol=1e-12, atol=0)
     assert np.allclose(scaled[5:], 3 * usual[5:], rtol=1e-9, atol=0)
     assert np.ptp(usual[:, 0]) > 0

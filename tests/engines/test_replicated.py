@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import lr_scheduler as schedules
 
-from parakit.checkpoints.in_memory import PrivateCommits
+from parakit.checkpoints.in_memory import InMemorySnapshots
 from parakit.checkpoints.state import copy_state
 from parakit.data.chunks import EpochOrder
-from parakit.data.local_chunks import Holding
+from parakit.data.local_chunks import LocalChunks
 from parakit.data.samples import Samples
 from parakit.engines.optimizers import learning_rate
 from parakit.engines.recipe import Parts, Recipe, Traits
@@ -37,8 +37,8 @@ def chunk(number: int) -> Samples:
     return ROWS.take(range(ENDS[number], ENDS[number + 1]))
 
 
-def holding(*numbers: int) -> Holding:
-    held = Holding(ORDER)
+def holding(*numbers: int) -> LocalChunks:
+    held = LocalChunks(ORDER)
     held.change([], {number: chunk(number) for number in numbers})
     return held
 
@@ -103,10 +103,10 @@ SCHEDULES: dict[str, Callable[..., Any]] = {
 
 def test_a_state_in_the_middle_of_an_update_is_of_no_step() -> None:
     replica, held = Replica(recipe(SGD)), holding(0, 1)
-    replica.commit_to(PrivateCommits())  # as where another member keeps the commits
+    replica.commit_to(InMemorySnapshots())  # as where another member keeps the commits
     assert replica.state_of(0) is not None
     assert replica.fall_back(0)
-    replica.commit_to(PrivateCommits())
+    replica.commit_to(InMemorySnapshots())
 
     def broken() -> GradientSum:
         raise OSError("a member was lost")
@@ -122,7 +122,7 @@ def test_a_state_in_the_middle_of_an_update_is_of_no_step() -> None:
     assert replica.fall_back(1)
 
 
-def train(replica: Replica, held: Holding, steps: int) -> list[float]:
+def train(replica: Replica, held: LocalChunks, steps: int) -> list[float]:
     """The losses of some steps."""
     for _ in range(steps):
         replica.update(lambda: replica.gradient(replica.step, held, 0))
@@ -214,7 +214,7 @@ def test_a_roll_back_forgets_the_accounts_of_the_steps_undone() -> None:
     replica.gradient(replica.step, held, 0)
     replica.roll_back()
     assert replica.take_records() == []
-    assert sum(replica.spent) == 0
+    assert sum(replica.phase_seconds) == 0
 
 
 def test_the_account_of_a_step_says_what_was_done() -> None:
@@ -261,11 +261,11 @@ def test_a_worker_without_rows_contributes_nothing() -> None:
     train(replica, holding(0, 1, 2, 3), 1)
     last = ORDER.steps_per_epoch - 1
     without = next(c for c in range(4) if len(ORDER.rows(last, c)) == 0)
-    for held in (holding(without), Holding(ORDER)):
+    for held in (holding(without), LocalChunks(ORDER)):
         assert held.share(last) is None
         nothing = replica.gradient(last, held, 0)
         assert nothing.vector.abs().sum() == 0
-        assert replica.share_rows == 0
+        assert replica.local_rows == 0
 
 
 def test_a_worker_without_rows_keeps_up_with_what_counts_calls() -> None:
@@ -331,7 +331,7 @@ def bytes_alive() -> int:
 @pytest.mark.parametrize("keep", [(0, 1, 2, 3, 4, 5), (1, 4), (3,), ()], ids=str)
 def test_a_chunk_is_held_once_and_let_go_of_entirely(keep: tuple[int, ...]) -> None:
     one = torch.zeros(10, 1031)
-    before, held = bytes_alive(), Holding()
+    before, held = bytes_alive(), LocalChunks()
     held.change([], {n: Samples(one + n, torch.full((10,), n)) for n in range(6)})
     assert held.samples is not None
     assert bytes_alive() - before == 6 * one.nbytes
@@ -343,7 +343,7 @@ def test_a_chunk_is_held_once_and_let_go_of_entirely(keep: tuple[int, ...]) -> N
 
 def test_adopting_one_chunk_keeps_no_hold_on_what_it_was_cut_from() -> None:
     whole = Samples(torch.zeros(1000, 4), torch.zeros(1000))
-    held = Holding()
+    held = LocalChunks()
     held.change([], {0: whole.slice(0, 10)})
     assert held.samples is not None
     assert held.samples.inputs.untyped_storage().nbytes() == 10 * 4 * 4

@@ -21,12 +21,12 @@ from parakit.events import records
 from parakit.events.history import History
 from parakit.events.records import (
     PHASES,
-    Asked,
     Baseline,
     EpochEnded,
     Event,
     GradientNorms,
     Recovered,
+    Requested,
     Resized,
     RunEnd,
     RunStart,
@@ -54,9 +54,9 @@ EVENTS = [
     StepDone(0.2, 0, 0, 2.3, 256, 0.01, 0.1, 2, 0, (part("w0", 128), part("w1", 128))),
     GradientNorms(0.3, 0, (2.5, 0.5), (130, 126), 1.25),
     SegmentDone(0.3, 0, 1, 0.02, 0.01, 0.001, 256, 2, 0),
-    Asked(0.4, "pause", None),
-    Asked(0.5, "resize", 4),
-    Asked(0.55, "learning rate", 0.05),
+    Requested(0.4, "pause", None),
+    Requested(0.5, "resize", 4),
+    Requested(0.55, "learning rate", 0.05),
     EpochEnded(0.6, 0, 6, None, None, 0.01),
     EpochEnded(0.7, 1, 12, 0.5, 0.9, 0.01),
     Baseline(0.75, "plain PyTorch", 2, 12_300.0, 11_900.0, 12_600.0, 57),
@@ -131,7 +131,7 @@ NO_EVENTS: dict[str, dict[str, Any]] = {
     "none for a number": changed(DONE, loss=None),
     "fraction for a count": changed(DONE, step=1.5),
     "text for a count or none": changed(EVENTS[4], value="4"),
-    "none for a text": changed(EVENTS[4], wish=None),
+    "none for a text": changed(EVENTS[4], request=None),
     "worker lacks a field": changed(DONE, workers=[without(WORKER, "samples")]),
     "worker with an unknown field": changed(DONE, workers=[{**WORKER, "extra": 1}]),
     "text for a worker's seconds": changed(DONE, workers=[{**WORKER, "idle_seconds": "long"}]),
@@ -233,8 +233,8 @@ def test_events_are_found_by_their_kind() -> None:
     assert history.latest(Resized) is None
     assert history.of(StepDone) == ()
     history.append(*EVENTS)
-    assert history.of(Asked) == tuple(EVENTS[5:8])
-    assert history.latest(Asked) == EVENTS[7]
+    assert history.of(Requested) == tuple(EVENTS[5:8])
+    assert history.latest(Requested) == EVENTS[7]
     assert history.of(StepDone) == history.steps == (EVENTS[2],)
     assert len(history) == len(EVENTS)
 

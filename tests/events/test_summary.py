@@ -19,8 +19,18 @@ import parakit as pk
 from parakit.errors import InputError
 from parakit.events.curve import Curve
 from parakit.events.history import History
-from parakit.events.records import Asked, Baseline, Event, Resized, RunStart, Said, SegmentDone, StepDone, WorkerStep
-from parakit.events.summary import PLAIN, Course
+from parakit.events.records import (
+    Baseline,
+    Event,
+    Requested,
+    Resized,
+    RunStart,
+    Said,
+    SegmentDone,
+    StepDone,
+    WorkerStep,
+)
+from parakit.events.summary import PLAIN, RunSummary
 from parakit.plots.live import LivePicture
 from parakit.widgets import report
 
@@ -57,53 +67,53 @@ def segments(
     return events
 
 
-def followed(*events: Event) -> Course:
+def followed(*events: Event) -> RunSummary:
     history = History()
     history.append(*events)
-    return Course.of(history)
+    return RunSummary.of(history)
 
 
 def test_a_rate_is_the_median_over_segments_and_leaves_out_the_first_of_each_group() -> None:
     events = segments([1] * 9 + [2] * 7)
-    course = followed(started(), *events)
+    summary = followed(started(), *events)
     for size in (1, 2):
         mine = [e for e in events if isinstance(e, SegmentDone) and e.world_size == size][1:]
         rates = sorted(e.samples / e.seconds for e in mine)
-        assert course.rates[size].segments == len(rates)
-        assert course.rates[size].median == pytest.approx(statistics.median(rates))
-        assert course.rates[size].low < course.rates[size].median < course.rates[size].high
-    assert course.speedup(2) == pytest.approx(course.rates[2].median / course.rates[1].median)
-    assert course.efficiency(2) == pytest.approx(course.speedup(2) / 2)
+        assert summary.rates[size].segments == len(rates)
+        assert summary.rates[size].median == pytest.approx(statistics.median(rates))
+        assert summary.rates[size].low < summary.rates[size].median < summary.rates[size].high
+    assert summary.speedup(2) == pytest.approx(summary.rates[2].median / summary.rates[1].median)
+    assert summary.efficiency(2) == pytest.approx(summary.speedup(2) / 2)
 
 
 def test_a_long_segment_weighs_more_than_a_short_one() -> None:
     def segment(at: float, seconds: float, rate: float) -> SegmentDone:
         return SegmentDone(at, 0, 1, seconds, 0.0, 0.0, round(rate * seconds), 1, 0)
 
-    course = followed(segment(1, 1, 100), segment(2, 0.1, 1000), segment(3, 0.1, 1000), segment(9, 5.0, 100))
-    assert course.rates[1].median < 200  # of the rates alone, the median would be 1000
+    summary = followed(segment(1, 1, 100), segment(2, 0.1, 1000), segment(3, 0.1, 1000), segment(9, 5.0, 100))
+    assert summary.rates[1].median < 200  # of the rates alone, the median would be 1000
 
 
 def test_what_is_not_measured_is_no_number() -> None:
-    course = followed(started(), *segments([2] * 5))
-    assert math.isnan(course.speedup(2))
-    assert math.isnan(course.efficiency(1))
-    assert course.one is None
-    assert course.plain is None
+    summary = followed(started(), *segments([2] * 5))
+    assert math.isnan(summary.speedup(2))
+    assert math.isnan(summary.efficiency(1))
+    assert summary.one is None
+    assert summary.plain is None
 
 
 def test_a_rival_gets_the_best_of_its_measurements() -> None:
-    course = followed(
+    summary = followed(
         *(Baseline(at, PLAIN, 2, rate, rate, rate, 9) for at, rate in ((1, 500.0), (2, 900.0), (3, 80.0)))
     )
-    assert course.plain is not None
-    assert course.plain.samples_per_second == 900.0
+    assert summary.plain is not None
+    assert summary.plain.samples_per_second == 900.0
 
 
 def test_the_last_steps_are_those_of_the_present_group() -> None:
-    course = followed(started(), *segments([1] * 3 + [2]))
-    assert {step.world_size for step in course.recent()} == {2}
-    workers, seconds = course.shares()
+    summary = followed(started(), *segments([1] * 3 + [2]))
+    assert {step.world_size for step in summary.recent()} == {2}
+    workers, seconds = summary.shares()
     assert workers == ("worker 0", "worker 1")
     np.testing.assert_allclose(seconds, [[1e-3, 2e-3, 3e-3, 4e-3, 5e-3, 6e-3]] * 2)
 
@@ -126,23 +136,23 @@ def test_a_curve_is_bounded_and_in_order(values: list[tuple[int, float]], most: 
 @given(st.lists(st.integers(1, 60), max_size=6), st.lists(st.sampled_from([1, 2, 3]), min_size=1, max_size=25))
 def test_following_in_pieces_gives_what_following_at_once_gives(cuts: list[int], sizes: list[int]) -> None:
     events = [started(), *segments(sizes)]
-    history, course = History(), Course()
+    history, summary = History(), RunSummary()
     places = sorted({0, len(events), *(cut for cut in cuts if cut < len(events))})
     for begin, end in itertools.pairwise(places):
         history.append(*events[begin:end])
-        assert course.follow(history)
-        assert not course.follow(history)
+        assert summary.follow(history)
+        assert not summary.follow(history)
     at_once = followed(*events)
-    assert course.rates == at_once.rates
-    assert list(course.log) == list(at_once.log)
-    np.testing.assert_array_equal(course.loss.points, at_once.loss.points)
-    np.testing.assert_array_equal(course.rate.points, at_once.rate.points)
+    assert summary.rates == at_once.rates
+    assert list(summary.log) == list(at_once.log)
+    np.testing.assert_array_equal(summary.loss.points, at_once.loss.points)
+    np.testing.assert_array_equal(summary.rate.points, at_once.rate.points)
 
 
 @pytest.mark.parametrize("wrong", [None, 3, "history", [1, 2]])
 def test_what_has_no_course_is_refused_in_words(wrong: object) -> None:
     with pytest.raises(InputError, match="no course of a run"):
-        Course.of(wrong)
+        RunSummary.of(wrong)
 
 
 def test_a_real_run_has_a_course(inline: pk.Workers) -> None:
@@ -150,11 +160,11 @@ def test_a_real_run_has_a_course(inline: pk.Workers) -> None:
 
     digits = pk.datasets.digits()
     run = pk.train(torch.nn.Linear(64, 10), digits.train, on=inline, epochs=30).wait(progress=False)
-    course = Course.of(run)
-    assert course.last is not None
-    assert course.last.step == run.steps - 1
-    assert course.log[-1][1] == f"Finished after step {run.steps}"
-    assert course.end is not None
+    summary = RunSummary.of(run)
+    assert summary.last is not None
+    assert summary.last.step == run.steps - 1
+    assert summary.log[-1][1] == f"Finished after step {run.steps}"
+    assert summary.end is not None
 
 
 def segment(at: float, seconds: float, rate: float, size: int = 1, generation: int = 0) -> SegmentDone:
@@ -163,8 +173,8 @@ def segment(at: float, seconds: float, rate: float, size: int = 1, generation: i
 
 def test_quartiles_of_unequal_segments_as_computed_by_hand() -> None:
     # Seconds 1, 2 and 1 of 4: their middles lie at 1/8, 1/2 and 7/8.
-    course = followed(segment(1, 1, 9), segment(2, 1, 100), segment(4, 2, 200), segment(5, 1, 400))
-    rate = course.rates[1]
+    summary = followed(segment(1, 1, 9), segment(2, 1, 100), segment(4, 2, 200), segment(5, 1, 400))
+    rate = summary.rates[1]
     assert rate.segments == 3
     assert rate.median == pytest.approx(200)
     assert rate.low == pytest.approx(100 + 100 / 3)
@@ -173,8 +183,8 @@ def test_quartiles_of_unequal_segments_as_computed_by_hand() -> None:
 
 @given(st.lists(st.integers(1, 10**6), min_size=2, max_size=40))
 def test_quartiles_of_equal_segments_are_those_of_numpy(samples: list[int]) -> None:
-    course = followed(*(segment(n, 1.0, rate) for n, rate in enumerate([77, *samples], 1)))
-    rate = course.rates[1]
+    summary = followed(*(segment(n, 1.0, rate) for n, rate in enumerate([77, *samples], 1)))
+    rate = summary.rates[1]
     expected = np.quantile(samples, [0.25, 0.5, 0.75], method="hazen")
     assert (rate.low, rate.median, rate.high) == pytest.approx(tuple(expected))
     assert rate.low <= rate.median <= rate.high
@@ -182,8 +192,8 @@ def test_quartiles_of_equal_segments_are_those_of_numpy(samples: list[int]) -> N
 
 @given(st.lists(st.tuples(st.integers(1, 1000), st.integers(1, 9)), min_size=2, max_size=20))
 def test_a_median_halves_the_time(pairs: list[tuple[int, int]]) -> None:
-    course = followed(*(segment(10.0 * n, s, rate) for n, (rate, s) in enumerate([(5, 1), *pairs], 1)))
-    median = course.rates[1].median
+    summary = followed(*(segment(10.0 * n, s, rate) for n, (rate, s) in enumerate([(5, 1), *pairs], 1)))
+    median = summary.rates[1].median
     total = sum(seconds for _, seconds in pairs)
     assert sum(s for rate, s in pairs if rate < median - 1e-6) <= total / 2 + max(s for _, s in pairs)
     assert sum(s for rate, s in pairs if rate > median + 1e-6) <= total / 2 + max(s for _, s in pairs)
@@ -191,43 +201,43 @@ def test_a_median_halves_the_time(pairs: list[tuple[int, int]]) -> None:
 
 def test_a_count_that_was_left_and_comes_back_leaves_out_a_first_segment_again() -> None:
     visits = [(1, 1), (2, 2), (1, 3)]
-    course = followed(
+    summary = followed(
         *(segment(10 * g + n, 1.0, 9.0 if n == 0 else 100.0, size, g) for size, g in visits for n in range(3))
     )
-    assert course.rates[1].segments == 4
-    assert course.rates[1].low == course.rates[1].high == 100
-    assert course.seconds_at == {1: 4.0, 2: 2.0}
+    assert summary.rates[1].segments == 4
+    assert summary.rates[1].low == summary.rates[1].high == 100
+    assert summary.seconds_at == {1: 4.0, 2: 2.0}
     # One segment that counts is no rate yet.
     assert followed(segment(1, 1, 5), segment(2, 1, 5)).rates == {}
 
 
 def test_rates_rest_on_the_newest_segments() -> None:
-    course = followed(*(segment(n, 1.0, 100.0 if n < 1000 else 300.0) for n in range(1, 1500)))
-    assert course.rates[1].low == course.rates[1].high == 300
-    assert course.rates[1].segments == 400
+    summary = followed(*(segment(n, 1.0, 100.0 if n < 1000 else 300.0) for n in range(1, 1500)))
+    assert summary.rates[1].low == summary.rates[1].high == 300
+    assert summary.rates[1].segments == 400
 
 
 def test_the_last_steps_are_bounded_in_time_and_in_number() -> None:
-    course = followed(started(), *segments([1] * 40))
-    assert [step.step for step in course.recent(5)] == [75, 76, 77, 78, 79]
-    newest = course.recent()[-1].at_seconds
-    assert all(step.at_seconds >= newest - 3.0 for step in course.recent())
-    assert len(course.recent()) == 25  # of an eighth of a second
+    summary = followed(started(), *segments([1] * 40))
+    assert [step.step for step in summary.recent(5)] == [75, 76, 77, 78, 79]
+    newest = summary.recent()[-1].at_seconds
+    assert all(step.at_seconds >= newest - 3.0 for step in summary.recent())
+    assert len(summary.recent()) == 25  # of an eighth of a second
     assert len(followed(started(), *segments([1] * 400)).recent(10_000)) == 96
-    assert Course().recent() == ()
-    assert Course().shares()[0] == ()
-    assert Course().seconds == 0.0
+    assert RunSummary().recent() == ()
+    assert RunSummary().shares()[0] == ()
+    assert RunSummary().seconds == 0.0
 
 
 def test_a_log_keeps_its_newest_lines() -> None:
-    course = followed(*(Said(float(n), f"remark {n}") for n in range(1000)))
-    assert len(course.log) == 200
-    assert course.log[-1] == (999.0, "remark 999")
+    summary = followed(*(Said(float(n), f"remark {n}") for n in range(1000)))
+    assert len(summary.log) == 200
+    assert summary.log[-1] == (999.0, "remark 999")
 
 
 def test_a_course_of_a_course_is_itself() -> None:
-    course = followed(started())
-    assert Course.of(course) is course
+    summary = followed(started())
+    assert RunSummary.of(summary) is summary
 
 
 @given(st.lists(st.sampled_from([1, 2, 3, 4]), max_size=600), st.integers(1, 30))
@@ -298,8 +308,8 @@ def test_a_curve_with_pauses_is_bounded(values: list[tuple[int, float]], most: i
 
 def test_time_without_training_is_a_gap_of_both_curves() -> None:
     before, after = segments([1] * 3), segments([1] * 3, 6, 5.0, 0)
-    course = followed(started(), *before, Asked(0.8, "pause", None), *after)
-    for curve in (course.loss, course.rate):
+    summary = followed(started(), *before, Requested(0.8, "pause", None), *after)
+    for curve in (summary.loss, summary.rate):
         breaks = curve.points[:, 4] > curve.longest_gap_seconds
         assert breaks.sum() == 1
         place = int(np.flatnonzero(breaks)[0])
@@ -316,27 +326,27 @@ def test_steps_that_a_long_history_has_thinned_out_are_no_gap() -> None:
 
 
 def test_a_rival_is_uncertain_while_its_quartiles_lie_far_apart() -> None:
-    assert not Course().uncertain
-    assert Course().rival == ""
-    course = followed(Baseline(1.0, PLAIN, 2, 300.0, 100.0, 400.0, 9))
-    assert course.uncertain
-    assert course.rival == "plain PyTorch, 2 cores (uncertain)"
-    course = followed(Baseline(1.0, PLAIN, 2, 300.0, 100.0, 400.0, 9), Baseline(2.0, PLAIN, 2, 310.0, 300.0, 330.0, 9))
-    assert not course.uncertain
-    assert course.rival == "plain PyTorch, 2 cores"
+    assert not RunSummary().uncertain
+    assert RunSummary().rival == ""
+    summary = followed(Baseline(1.0, PLAIN, 2, 300.0, 100.0, 400.0, 9))
+    assert summary.uncertain
+    assert summary.rival == "plain PyTorch, 2 cores (uncertain)"
+    summary = followed(Baseline(1.0, PLAIN, 2, 300.0, 100.0, 400.0, 9), Baseline(2.0, PLAIN, 2, 310.0, 300.0, 330.0, 9))
+    assert not summary.uncertain
+    assert summary.rival == "plain PyTorch, 2 cores"
 
 
-def test_the_log_tells_wishes_that_no_person_has() -> None:
-    history, course = History(), Course()
-    course.unasked = [("resize", 2), ("measure", None)]
-    history.append(*(Asked(at, "resize", count) for at, count in ((1.0, 3), (2.0, 2), (3.0, 2))))
-    history.append(Asked(4.0, "measure", None))
-    course.follow(history)
-    assert [text for _, text in course.log] == [
+def test_the_log_tells_requests_that_no_person_has() -> None:
+    history, summary = History(), RunSummary()
+    summary.unasked = [("resize", 2), ("measure", None)]
+    history.append(*(Requested(at, "resize", count) for at, count in ((1.0, 3), (2.0, 2), (3.0, 2))))
+    history.append(Requested(4.0, "measure", None))
+    summary.follow(history)
+    assert [text for _, text in summary.log] == [
         "3 workers asked for", "2 workers asked for by the panel", "2 workers asked for",
         "A measurement of plain PyTorch asked for by the panel",
     ]  # fmt: skip
-    assert not course.unasked
+    assert not summary.unasked
 
 
 def test_each_visit_of_a_tour_stays_on_the_curve() -> None:
@@ -361,13 +371,13 @@ def test_an_hour_of_events_costs_no_memory_and_no_speed() -> None:
     accounts = {
         n: tuple(WorkerStep(f"worker {r}", 1e-3, 2e-3, 3e-3, 4e-3, 5e-3, 6e-3, 8) for r in range(n)) for n in (2, 3, 4)
     }
-    history, course, picture = History(), Course(), LivePicture(4)
+    history, summary, picture = History(), RunSummary(), LivePicture(4)
     history.append(started())
     frames, step, held = [], 0, []
     for number in range(slices):
         size, at = 2 + number % 3, 0.25 * per_slice * number
         names = tuple(part.worker for part in accounts[size])
-        history.append(Asked(at + 1e-4, "resize", size), Resized(at + 1e-3, step, number, names, 9, 0.1, 0.2))
+        history.append(Requested(at + 1e-4, "resize", size), Resized(at + 1e-3, step, number, names, 9, 0.1, 0.2))
         for segment_number in range(per_slice):
             at += 0.25
             history.append(
@@ -379,16 +389,16 @@ def test_an_hour_of_events_costs_no_memory_and_no_speed() -> None:
                 SegmentDone(at, step, steps_each, 0.25, 0.01, 0.001, 900 + segment_number % 100, size, number),
             )  # fmt: skip
             step += steps_each
-        course.follow(history)
+        summary.follow(history)
         began = time.thread_time()
-        picture.frame(course)
-        report.summary_html(course)
-        report.log_html(course.log)
+        picture.frame(summary)
+        report.summary_html(summary)
+        report.log_html(summary.log)
         frames.append(time.thread_time() - began)
         if number + 1 in (slices // 4, slices):
-            held.append(held_by(course, picture))
+            held.append(held_by(summary, picture))
     assert history.total > 300_000
-    assert course.rates[4].segments == 400
+    assert summary.rates[4].segments == 400
     assert held[0] > 100_000  # not nothing: the measure sees what there is
     assert held[1] - held[0] < 500_000, f"{held[0]} bytes after a quarter of an hour, {held[1]} after an hour"
     assert statistics.median(frames[-5:]) < 3 * statistics.median(frames[1:6])

@@ -81,9 +81,9 @@ def test_what_is_noted_behind_a_gradient_is_the_same_where_numpy_cannot_write() 
         if not by_numpy:  # as where the vector is on a GPU
             total._numbers = total.vector[4:]
         total.note(ShareLoss(torch.tensor(1.25, requires_grad=True), 2.0, 7.0))
-        total.note_reached([1.0, 0.0])
+        total.note_used([1.0, 0.0])
         total.vote()
-        assert (total.count, total.loss_sum, total.votes, total.reached) == (7.0, 2.5, 1.0, [1.0, 0.0])
+        assert (total.count, total.loss_sum, total.votes, total.used) == (7.0, 2.5, 1.0, [1.0, 0.0])
         total.note(ShareLoss(torch.tensor([1.5]), 1.0, 3.0))
         assert (total.count, total.loss_sum, total.votes) == (3.0, 1.5, 0.0)
         written.append(total.vector.tolist())
@@ -325,7 +325,7 @@ def test_alone_the_sum_is_brought_together_only_if_somebody_asks(dtype: torch.dt
     alone = backward(buffer, model, loss, samples)
     assert alone.is_late == (dtype != torch.bfloat16)  # that is summed in another type, so it must be copied
     assert (alone.count, alone.loss_sum, alone.votes) == (among.count, among.loss_sum, 0.0)
-    assert alone.reached == among.reached
+    assert alone.used == among.used
     assert torch.equal(alone.vector, among.vector)
     assert not alone.is_late
     said = buffer.load(alone)
@@ -368,7 +368,7 @@ def test_what_a_batch_does_not_reach_has_no_gradient_and_sparse_ones_are_dense(a
         expected = torch.autograd.grad(plain, [model.table.weight, used.weight])
         assert torch.allclose(model.table.weight.grad, expected[0].to_dense(), rtol=1e-12)
         assert torch.allclose(used.weight.grad, expected[1], rtol=1e-12)
-        assert whole.reached == [1.0 if p.grad is not None else 0.0 for p in model.parameters()]
+        assert whole.used == [1.0 if p.grad is not None else 0.0 for p in model.parameters()]
 
 
 @pytest.mark.parametrize("forked", [False, True])
@@ -382,9 +382,9 @@ def test_a_slice_that_nobody_else_reads_stays_where_it_is_made(forked: bool, cut
     expected = backward(buffer, model, loss, samples).clone()
     where = slice(*(min(edge, len(expected.total)) for edge in cut))
     buffer.live_in(torch.zeros(buffer.numel, dtype=torch.float64))
-    buffer.keep_apart(where)
+    buffer.leave_slice(where)
     part = backward(buffer, model, loss, samples)
-    vector, pieces = part.take_apart()
+    vector, pieces = part.detach_slice()
     if where.start == where.stop:
         assert pieces is None
     else:
@@ -397,7 +397,7 @@ def test_a_slice_that_nobody_else_reads_stays_where_it_is_made(forked: bool, cut
     again = backward(buffer, model, loss, samples)
     again.vector[where] = again.vector[where]  # who asks gets all of it
     assert torch.equal(again.vector, expected.vector)
-    assert again.take_apart()[1] is None
+    assert again.detach_slice()[1] is None
 
 
 def test_what_is_kept_apart_is_the_gradient_of_all_backward_passes() -> None:
@@ -433,8 +433,8 @@ def test_what_is_kept_apart_is_the_gradient_of_all_backward_passes() -> None:
         buffer = GradientBuffer(parameters)
         expected = backward(buffer, model, loss, samples).clone()
         buffer.live_in(torch.zeros(buffer.numel, dtype=torch.float64))
-        buffer.keep_apart(slice(2, 9))
-        vector, pieces = backward(buffer, model, loss, samples).take_apart()
+        buffer.leave_slice(slice(2, 9))
+        vector, pieces = backward(buffer, model, loss, samples).detach_slice()
         assert pieces is not None
         assert torch.equal(torch.cat(pieces), expected.total[2:9])
         assert torch.equal(vector[9:], expected.vector[9:])

@@ -18,7 +18,7 @@ import parakit as pk
 from parakit.errors import InputError
 from parakit.events.history import History
 from parakit.events.records import PHASES, Baseline, Event, Resized, SegmentDone, StepDone, WorkerStep
-from parakit.events.summary import PLAIN, Course
+from parakit.events.summary import PLAIN, RunSummary
 from parakit.plots import live
 from parakit.plots.live import LivePicture
 from tests.events.test_summary import followed, segments, started
@@ -69,11 +69,11 @@ def test_every_plot_takes_every_history_without_a_warning(plot: str, name: str) 
 @pytest.mark.parametrize("name", HISTORIES)
 def test_the_live_picture_takes_every_history(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(live, "_DPI", 30)
-    picture, course = LivePicture(4), Course.of(HISTORIES[name]())
+    picture, summary = LivePicture(4), RunSummary.of(HISTORIES[name]())
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert picture.frame(course).startswith(b"\x89PNG")
-        assert picture.still(course).startswith(b"\x89PNG")
+        assert picture.frame(summary).startswith(b"\x89PNG")
+        assert picture.still(summary).startswith(b"\x89PNG")
 
 
 def test_a_plot_without_axes_makes_a_figure_that_a_notebook_shows() -> None:
@@ -102,13 +102,13 @@ def test_wrong_counts_are_refused(wrong: Any) -> None:
 
 def test_points_stand_at_the_measured_speedups_and_the_rival_at_its_own() -> None:
     history = history_of(started(), *segments([1] * 5 + [2] * 5 + [4] * 5), Baseline(99.0, PLAIN, 2, 1500.0, 1, 2, 9))
-    course = Course.of(history)
+    summary = RunSummary.of(history)
     ax = pk.plots.speedup(history, Figure().subplots())
     points = next(c for c in ax.collections if isinstance(c, PathCollection)).get_offsets()
-    expected = [(n, course.speedup(n)) for n in (1, 2, 4)]
+    expected = [(n, summary.speedup(n)) for n in (1, 2, 4)]
     np.testing.assert_allclose(points, expected)
-    assert course.one is not None
-    assert any(np.allclose(line.get_ydata(), 1500.0 / course.one.median, atol=0.01) for line in ax.lines)
+    assert summary.one is not None
+    assert any(np.allclose(line.get_ydata(), 1500.0 / summary.one.median, atol=0.01) for line in ax.lines)
     assert "relative to 1 worker" in ax.get_ylabel()
 
 
@@ -184,11 +184,11 @@ def test_a_curve_is_drawn_against_seconds_or_steps(wrong: Any) -> None:
 
 
 def test_an_uncertain_rival_is_marked_in_both_legends_until_it_is_certain() -> None:
-    history, course, picture = history_of(started(), *segments([1] * 6)), Course(), LivePicture(4)
+    history, summary, picture = history_of(started(), *segments([1] * 6)), RunSummary(), LivePicture(4)
     for rival, marked in (((1000.0, 300.0, 2000.0), True), ((1500.0, 1400.0, 1600.0), False)):
         history.append(Baseline(history.steps[-1].at_seconds + 1 - 0.5 * marked, PLAIN, 2, *rival, 9))
-        course.follow(history)
-        picture.frame(course)
+        summary.follow(history)
+        picture.frame(summary)
         for plot in picture._plots[1:3]:
             names = [text.get_text() for text in plot.ax.get_legend().get_texts()]
             assert ("plain PyTorch, 2 cores (uncertain)" in names) == marked
@@ -196,9 +196,9 @@ def test_an_uncertain_rival_is_marked_in_both_legends_until_it_is_certain() -> N
 
 
 def test_legends_do_not_reach_into_the_plot_beside() -> None:
-    course = followed(started(16), *segments(list(range(1, 21)) * 4), Baseline(99.0, PLAIN, 16, 1500.0, 1, 2000, 9))
+    summary = followed(started(16), *segments(list(range(1, 21)) * 4), Baseline(99.0, PLAIN, 16, 1500.0, 1, 2000, 9))
     picture = LivePicture(20)
-    picture.still(course)
+    picture.still(summary)
     right = [plot.ax.get_legend().get_window_extent().x1 for plot in picture._plots]
     beside = [plot.ax.get_legend().get_window_extent().x0 for plot in picture._plots]
     assert right[0] < beside[1]
@@ -207,15 +207,15 @@ def test_legends_do_not_reach_into_the_plot_beside() -> None:
 
 
 def test_the_last_picture_fits_what_there_is() -> None:
-    course = followed(started(), *segments([1] * 130))
+    summary = followed(started(), *segments([1] * 130))
     picture = LivePicture(4)
-    picture.frame(course)
+    picture.frame(summary)
     growing = [plot.ax.get_xlim()[1] for plot in picture._plots]
-    picture.still(course)
+    picture.still(summary)
     fitting = [plot.ax.get_xlim()[1] for plot in picture._plots]
     assert growing[:2] == [45, 45]
     assert fitting[:2] == pytest.approx([32.5, 32.5], abs=0.5)
-    picture.frame(course)
+    picture.frame(summary)
     assert [plot.ax.get_xlim()[1] for plot in picture._plots[:2]] == [45, 45]
 
 
@@ -227,19 +227,19 @@ def test_labels_stand_on_white() -> None:
 
 
 def test_a_live_frame_looks_like_the_last_picture() -> None:
-    course = followed(started(), *segments([1] * 9 + [2] * 9), Baseline(99.0, PLAIN, 2, 1500.0, 1, 2, 9))
+    summary = followed(started(), *segments([1] * 9 + [2] * 9), Baseline(99.0, PLAIN, 2, 1500.0, 1, 2, 9))
     picture = LivePicture(4)
     frame, still = (np.asarray(Image.open(io.BytesIO(png)).convert("RGB"), float)
-                    for png in (picture.frame(course), picture.still(course)))  # fmt: skip
+                    for png in (picture.frame(summary), picture.still(summary)))  # fmt: skip
     assert frame.shape == still.shape
     assert np.abs(frame - still).mean() < 2.0
     assert tuple(frame[2, 2]) == (255, 255, 255)
 
 
 def test_frames_show_news_and_rarely_draw_everything_anew(monkeypatch: pytest.MonkeyPatch) -> None:
-    history, course, picture = history_of(started(), *segments([1] * 6)), Course(), LivePicture(4)
-    course.follow(history)
-    before = picture.frame(course)
+    history, summary, picture = history_of(started(), *segments([1] * 6)), RunSummary(), LivePicture(4)
+    summary.follow(history)
+    before = picture.frame(summary)
     drawn = []
     whole = picture._draw_background
     monkeypatch.setattr(picture, "_draw_background", lambda: (drawn.append(1), whole()))
@@ -247,8 +247,8 @@ def test_frames_show_news_and_rarely_draw_everything_anew(monkeypatch: pytest.Mo
     for _ in range(40):
         history.append(*[e for e in segments([1], step, at, 1) if isinstance(e, StepDone)])
         at, step = at + 0.25, step + 2
-        course.follow(history)
-        after = picture.frame(course)
+        summary.follow(history)
+        after = picture.frame(summary)
         assert after != before
         before = after
     assert len(drawn) <= 8
@@ -302,7 +302,7 @@ def test_names_of_workers_are_not_typeset() -> None:
         ax = draw(history, Figure().subplots())
         ax.figure.savefig(io.BytesIO(), format="png")
         assert [label.get_text() for label in ax.get_yticklabels()] == ["gpu $\\frac$ $a_1$"]
-    LivePicture(1).frame(Course.of(history))
+    LivePicture(1).frame(RunSummary.of(history))
 
 
 def test_the_throughput_is_that_of_the_segments() -> None:
@@ -320,12 +320,12 @@ def test_the_throughput_is_that_of_the_segments() -> None:
 
 def test_spreads_reach_from_quartile_to_quartile() -> None:
     history = history_of(started(), *segments([1] * 9 + [2] * 9))
-    course = Course.of(history)
+    summary = RunSummary.of(history)
     ax = pk.plots.speedup(history, Figure().subplots(), most=12)
-    assert course.one is not None
+    assert summary.one is not None
     (spread,) = (found for found in ax.collections if isinstance(found, LineCollection))
-    for segment, rate in zip(spread.get_segments(), course.rates.values(), strict=True):
-        expected = [(rate.world_size, value / course.one.median) for value in (rate.low, rate.high)]
+    for segment, rate in zip(spread.get_segments(), summary.rates.values(), strict=True):
+        expected = [(rate.world_size, value / summary.one.median) for value in (rate.low, rate.high)]
         np.testing.assert_allclose(segment, expected)
     assert ax.get_xlim()[1] == pytest.approx(12.6)
 
@@ -356,7 +356,7 @@ def test_a_loss_that_crosses_nothing_changes_the_scale_and_back() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for losses, scale in (((1.0, 2.0), "log"), ((1.0, -2.0), "linear"), ((3.0, 2.0), "log"), ((0.0,), "linear")):
-            picture.frame(Course.of(with_losses(*losses)))
+            picture.frame(RunSummary.of(with_losses(*losses)))
             assert picture._plots[0].ax.get_yscale() == scale
 
 
@@ -376,9 +376,9 @@ def test_a_picture_has_its_size_and_a_frame_after_the_last_one_is_whole() -> Non
 
 
 def test_steady_training_leaves_the_limits_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    history, course, picture = history_of(started(), *segments([1] * 8 + [2] * 8)), Course(), LivePicture(4)
-    course.follow(history)
-    before, drawn, limits = picture.frame(course), [], set()
+    history, summary, picture = history_of(started(), *segments([1] * 8 + [2] * 8)), RunSummary(), LivePicture(4)
+    summary.follow(history)
+    before, drawn, limits = picture.frame(summary), [], set()
     whole = picture._draw_background
     monkeypatch.setattr(picture, "_draw_background", lambda: (drawn.append(1), whole()))
     at, step = 4.0, 32
@@ -386,8 +386,8 @@ def test_steady_training_leaves_the_limits_alone(monkeypatch: pytest.MonkeyPatch
         news = [event for event in segments([2], step, at, 1) if not isinstance(event, Resized)]
         history.append(*news)
         at, step = at + 0.25, step + 2
-        course.follow(history)
-        after = picture.frame(course)
+        summary.follow(history)
+        after = picture.frame(summary)
         assert after != before
         before = after
         limits.add(tuple(plot.ax.get_ylim() for plot in picture._plots))

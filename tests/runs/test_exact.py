@@ -74,10 +74,10 @@ def test_dask_equals_the_serial_loop(pool: pk.Workers, strategy: Any, workers: i
     assert {step.world_size for step in run.history.steps} == {workers}
 
 
-def resized_along(model: nn.Module, data: Any, on: pk.Workers, course: list[int], **how: Any) -> pk.Run:
+def resized_along(model: nn.Module, data: Any, on: pk.Workers, summary: list[int], **how: Any) -> pk.Run:
     """A run whose size follows a course, each change asked for once a step was done at the size before."""
-    run = pk.train(model, data, on=on, workers=course[0], **{"steps": 100_000} | how)
-    for size in course[1:]:
+    run = pk.train(model, data, on=on, workers=summary[0], **{"steps": 100_000} | how)
+    for size in summary[1:]:
         run.resize(size)
         wait_for(run, lambda size=size: run.world_size == size)
         wait_for(run, lambda: any(s.generation == latest_generation(run) for s in run.history.steps[-1:]))

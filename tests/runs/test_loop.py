@@ -15,16 +15,16 @@ import parakit as pk
 from parakit.errors import InputError, RunFailed, WorkerLost
 from parakit.events.records import EpochEnded, SegmentDone
 from parakit.pacing import NEWS_SECONDS
-from parakit.workers.dask.session import DaskCrew
-from parakit.workers.inline import InlineCrew, InlineWorkers
+from parakit.workers.dask.session import DaskSession
+from parakit.workers.inline import InlineSession, InlineWorkers
 from parakit.workers.session import Job, Report
 from tests.runs.test_exact import wait_for
 
 LIMIT = 60
 
 
-class AheadCrew(InlineCrew):
-    """A crew that takes an order while another has no report yet, and tells of all that is asked of it."""
+class AheadCrew(InlineSession):
+    """A session that takes an order while another has no report yet, and tells of all that is asked of it."""
 
     orders_ahead = True
 
@@ -33,22 +33,22 @@ class AheadCrew(InlineCrew):
         self._log = log
         self._queue: deque[tuple[int, int, int]] = deque()
 
-    def order(self, first: int, count: int, wish: int, expected_seconds: float) -> None:  # noqa: ARG002
+    def order(self, first: int, count: int, request: int, expected_seconds: float) -> None:  # noqa: ARG002
         self._log.append(("order", first, count))
-        self._queue.append((first, count, wish))
+        self._queue.append((first, count, request))
 
     def report(self) -> Report:
-        first, count, wish = self._queue.popleft()
+        first, count, request = self._queue.popleft()
         if self._replica.step != first:
             self._log.append(("left out", first))
             return Report(tuple([] for _ in self._holdings), 0.0)
-        report = self._advance(first, count, wish)
+        report = self._advance(first, count, request)
         self._log.append(("report", first, report.steps))
         return report
 
-    def muster(self, *args: Any) -> None:
-        self._log.append(("muster", len(self._queue)))
-        super().muster(*args)
+    def form(self, *args: Any) -> None:
+        self._log.append(("form", len(self._queue)))
+        super().form(*args)
 
     def state(self, step: int) -> Any:
         self._log.append(("state", len(self._queue)))
@@ -65,13 +65,13 @@ class AheadCrew(InlineCrew):
 
 
 class AheadWorkers(InlineWorkers):
-    """Inline workers whose crew takes orders ahead."""
+    """Inline workers whose session takes orders ahead."""
 
     def __init__(self) -> None:
         super().__init__()
         self.log: list[tuple[Any, ...]] = []
 
-    def open(self, job: Job) -> InlineCrew:
+    def open(self, job: Job) -> InlineSession:
         return AheadCrew(job, 1, self.log)
 
 
@@ -122,14 +122,14 @@ def test_times_of_segments_add_up_to_the_time_that_went_by() -> None:
 def test_a_segment_lasts_as_long_if_its_report_or_the_one_before_comes_late(
     pool: pk.Workers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    report, number = DaskCrew.report, itertools.count()
+    report, number = DaskSession.report, itertools.count()
 
-    def late(crew: DaskCrew) -> Report:
-        found = report(crew)
+    def late(session: DaskSession) -> Report:
+        found = report(session)
         time.sleep(0.15 * (next(number) % 2))
         return found
 
-    monkeypatch.setattr(DaskCrew, "report", late)
+    monkeypatch.setattr(DaskSession, "report", late)
     run = train(pool, workers=2, steps=4000).wait(LIMIT, progress=False)
     steps = {step.step: step for step in run.history.steps}
     first, *segments = run.history.of(SegmentDone)
@@ -157,8 +157,8 @@ def test_nothing_is_asked_of_workers_while_an_order_is_under_way() -> None:
     time.sleep(1.2)  # the notebook's copy is fetched about once a second
     run.stop()
     run.wait(LIMIT, progress=False)
-    asked = [entry for entry in pool.log if entry[0] in ("muster", "rate", "state")]
-    assert {entry[0] for entry in asked} == {"muster", "rate", "state"}
+    asked = [entry for entry in pool.log if entry[0] in ("form", "rate", "state")]
+    assert {entry[0] for entry in asked} == {"form", "rate", "state"}
     assert all(entry[1] == 0 for entry in asked)
     done = sum(entry[2] for entry in pool.log if entry[0] == "report")
     assert done == run.step == len(run.history.losses)
@@ -180,27 +180,27 @@ def test_who_watches_has_news_more_often(inline: pk.Workers) -> None:
         with pytest.raises(InputError, match=r"seconds is .*; it must be a number above 0, or None"):
             run.want_news(wrong)  # type: ignore[arg-type]
     run.want_news(0.5)
-    assert run._wishes.news_seconds == 0.5
+    assert run._requests.news_seconds == 0.5
     panel = pk.panel(run)
-    assert run._wishes.news_seconds == NEWS_SECONDS
+    assert run._requests.news_seconds == NEWS_SECONDS
     panel.close()
-    assert run._wishes.news_seconds == float("inf")
+    assert run._requests.news_seconds == float("inf")
     run.stop()
     run.wait(LIMIT, progress=False)
 
 
-class UnreadyCrew(InlineCrew):
-    """A crew of which somebody is lost again and again before the group is formed."""
+class UnreadyCrew(InlineSession):
+    """A session of which somebody is lost again and again before the group is formed."""
 
     def __init__(self, job: Job, losses: int) -> None:
         super().__init__(job, 1)
         self._losses = losses
 
-    def muster(self, *args: Any) -> None:
+    def form(self, *args: Any) -> None:
         self._losses -= 1
         if self._losses >= 0:
             raise WorkerLost("worker 3 could not be sent its data")
-        super().muster(*args)
+        super().form(*args)
 
 
 class UnreadyWorkers(InlineWorkers):
@@ -210,7 +210,7 @@ class UnreadyWorkers(InlineWorkers):
         super().__init__()
         self._losses = losses
 
-    def open(self, job: Job) -> InlineCrew:
+    def open(self, job: Job) -> InlineSession:
         return UnreadyCrew(job, self._losses)
 
 

@@ -21,7 +21,7 @@ from parakit.errors import Diverged, InputError, RunError, RunFailed
 from parakit.events.records import Recovered, RunEnd, Said, SegmentDone, WorkersLost
 from parakit.workers import remote
 from parakit.workers.dask import map as mapping
-from parakit.workers.dask.session import DaskCrew
+from parakit.workers.dask.session import DaskSession
 from parakit.workers.dask.worker_ids import address_of
 from tests.mortal import MortalAllReduce, MortalNet, MortalSGD, RankedAllReduce, arm, sgd
 from tests.runs.test_exact import wait_for
@@ -175,15 +175,15 @@ def strike_as_chunks_travel(
 ) -> list[str]:
     """Send a signal to a worker at the moment when chunks are about to be sent to it; the list then names it."""
     pid = pid_of(on, victim)
-    place, struck = DaskCrew._place, list[str]()
+    place, struck = DaskSession._place, list[str]()
 
-    def deadly(crew: DaskCrew, member: str, chunks: Any, load: Any) -> Any:
+    def deadly(session: DaskSession, member: str, chunks: Any, load: Any) -> Any:
         if chunks and member == victim and not struck:
             struck.append(member)
             os.kill(pid, number)
-        return place(crew, member, chunks, load)
+        return place(session, member, chunks, load)
 
-    monkeypatch.setattr(DaskCrew, "_place", deadly)
+    monkeypatch.setattr(DaskSession, "_place", deadly)
     return struck
 
 
@@ -208,15 +208,15 @@ def test_a_worker_that_is_killed_before_there_is_a_group(
     if when == "chunks":
         struck = strike_as_chunks_travel(three, victim, signal.SIGKILL, monkeypatch)
     else:
-        struck, bring, pid = list[str](), DaskCrew._bring, pid_of(three, victim)
+        struck, bring, pid = list[str](), DaskSession._bring, pid_of(three, victim)
 
-        def deadly(crew: DaskCrew, roster: Any) -> None:
+        def deadly(session: DaskSession, assignment: Any) -> None:
             if not struck:
                 struck.append(victim)
                 os.kill(pid, signal.SIGKILL)
-            bring(crew, roster)
+            bring(session, assignment)
 
-        monkeypatch.setattr(DaskCrew, "_bring", deadly)
+        monkeypatch.setattr(DaskSession, "_bring", deadly)
     run = train(three, tmp_path, workers=2)
     run.wait(LIMIT, progress=False)
     assert struck == [victim]
@@ -280,7 +280,7 @@ def test_whoever_comes_in_place_of_the_lost_is_taken_in(three: pk.Workers, tmp_p
     run.wait(LIMIT, progress=False)
 
 
-def test_a_wish_for_more_while_some_are_away_does_not_shrink_the_pool(three: pk.Workers, tmp_path: Path) -> None:
+def test_a_request_for_more_while_some_are_away_does_not_shrink_the_pool(three: pk.Workers, tmp_path: Path) -> None:
     run = train(three, tmp_path, workers=1, steps=100_000)
     wait_for(run, lambda: run.step > 5)
     there = three.size

@@ -1,4 +1,4 @@
-"""Runs as their users steer them: wishes, status, history, failures."""
+"""Runs as their users steer them: requests, status, history, failures."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ import torch
 from torch import nn
 
 import parakit as pk
-from parakit.data.local_chunks import Holding
+from parakit.data.local_chunks import LocalChunks
 from parakit.data.samples import Samples
 from parakit.errors import PoolError, RunEnded, RunError, RunFailed, WaitTimeout, WorkerCountError
 from parakit.events.history import History
-from parakit.events.records import PHASES, Asked, EpochEnded, GradientNorms, Resized, RunEnd, RunStart, SegmentDone
+from parakit.events.records import PHASES, EpochEnded, GradientNorms, Requested, Resized, RunEnd, RunStart, SegmentDone
 from parakit.workers import remote
-from parakit.workers.inline import InlineCrew
+from parakit.workers.inline import InlineSession
 from tests.runs.test_exact import Slowed, problem, wait_for
 from tests.waiting import until
 
@@ -95,12 +95,12 @@ def test_pause_resume_stop(pool: pk.Workers, strategy: Any) -> None:
     assert run.status == "finished"
     assert run.stopped_early
     assert run.model_step == run.step == len(run.history.steps)
-    assert [event.wish for event in run.history.of(Asked)] == ["pause", "resize", "resume", "stop"]
+    assert [event.request for event in run.history.of(Requested)] == ["pause", "resize", "resume", "stop"]
     assert "stopped early" in repr(run)
     run.stop()  # does nothing any more
-    for wish in (lambda: run.resize(1), run.pause, run.resume):
+    for request in (lambda: run.resize(1), run.pause, run.resume):
         with pytest.raises(RunEnded, match="finished at step"):
-            wish()
+            request()
 
 
 @pytest.mark.dask
@@ -142,7 +142,7 @@ def test_a_resize_moves_only_what_must_move_and_is_quick(pool: pk.Workers) -> No
         run.resize(size)
         wait_for(run, lambda generation=generation: run.history.steps[-1:] and
                  run.history.steps[-1].generation > generation)  # fmt: skip
-        asked = run.history.of(Asked)[-1].at_seconds
+        asked = run.history.of(Requested)[-1].at_seconds
         latencies.append(next(s for s in run.history.steps if s.generation > generation).at_seconds - asked)
     run.stop()
     run.wait(LIMIT, progress=False)
@@ -183,7 +183,7 @@ def test_a_run_ends_even_if_its_workers_cannot_be_let_go_of(
     def fails(_: object) -> None:
         raise OSError("nobody answers")
 
-    monkeypatch.setattr(InlineCrew, "release", fails)
+    monkeypatch.setattr(InlineSession, "release", fails)
     monkeypatch.setattr(threading, "excepthook", lambda _: None)
     run = pk.train(FailsLate(), pk.datasets.digits().train, on=inline, steps=50)
     with pytest.raises(RunFailed, match="the seventh seal is broken"):
@@ -194,7 +194,7 @@ def test_a_run_ends_even_if_its_workers_cannot_be_let_go_of(
 
 
 @pytest.mark.dask
-def test_the_newest_of_many_wishes_counts(pool: pk.Workers) -> None:
+def test_the_newest_of_many_requests_counts(pool: pk.Workers) -> None:
     run = endless(pool, workers=1)
     for size in (2, 4, 3, 1, 4, 2, 3):
         run.resize(size)
@@ -206,14 +206,14 @@ def test_the_newest_of_many_wishes_counts(pool: pk.Workers) -> None:
 
 
 @pytest.mark.dask
-def test_wishes_from_many_threads_leave_a_run_that_ends(pool: pk.Workers) -> None:
+def test_requests_from_many_threads_leave_a_run_that_ends(pool: pk.Workers) -> None:
     run = endless(pool, workers=2)
 
     def meddle(seed: int) -> None:
         generator = np.random.default_rng(seed)
         for _ in range(12):
-            wish = generator.integers(4)
-            (lambda: run.resize(int(generator.integers(1, 5))), run.pause, run.resume, lambda: repr(run))[wish]()
+            request = generator.integers(4)
+            (lambda: run.resize(int(generator.integers(1, 5))), run.pause, run.resume, lambda: repr(run))[request]()
             time.sleep(0.02)
 
     threads = [threading.Thread(target=meddle, args=(seed,)) for seed in range(4)]
@@ -317,7 +317,7 @@ def test_more_workers_than_chunks_are_refused(inline: pk.Workers) -> None:
 
 
 @pytest.mark.dask
-def test_waiting_follows_the_newest_wish(pool: pk.Workers) -> None:
+def test_waiting_follows_the_newest_request(pool: pk.Workers) -> None:
     run = endless(pool, workers=1, steps=200)
     run.pause()
     with pytest.raises(RunError, match="never end"):
@@ -448,10 +448,10 @@ def test_the_first_step_of_a_segment_tells_how_much_gradients_differ(
         nn.functional.cross_entropy(model(rows.inputs), rows.targets).backward()
         return torch.cat([p.grad.flatten() for p in model.parameters()])  # type: ignore[union-attr]
 
-    job, ownership = run.plan.job, run.plan.roster.training
+    job, ownership = run.plan.job, run.plan.assignment.training
     shares = []
     for member in ownership.workers:
-        holding = Holding(job.recipe.order)
+        holding = LocalChunks(job.recipe.order)
         holding.change([], {chunk: job.load(chunk) for chunk in ownership.chunks_of[member]})
         share = holding.share(0)
         assert share is not None

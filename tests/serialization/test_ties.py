@@ -104,7 +104,7 @@ class Heir(Knowing):
 
 
 @dataclass
-class Holding:
+class LocalChunks:
     model: Any
 
 
@@ -271,9 +271,9 @@ KNOWING: dict[str, Any] = {
     "class that names another": Beside,
     "object of such a class": KnowingByNested(),
     "partial": partial(by_default, model=MODEL),
-    "object": Holding(MODEL),
+    "object": LocalChunks(MODEL),
     "list": [1, [MODEL.weight]],
-    "bound method": Holding(MODEL).__repr__,
+    "bound method": LocalChunks(MODEL).__repr__,
     "model": MODEL,
     "a model around it": nn.Sequential(MODEL),
 }

@@ -12,8 +12,8 @@ import parakit as pk
 from parakit.errors import ConnectError, InputError
 from parakit.events.history import History
 from parakit.events.log import sentence
-from parakit.events.records import Baseline, rival_name
-from parakit.events.summary import Course
+from parakit.events.records import Baseline, baseline_name
+from parakit.events.summary import RunSummary
 from parakit.losses.forms import summed
 from parakit.system import devices
 from parakit.system.devices import share_out
@@ -110,17 +110,17 @@ def test_pools_on_gpus_count_gpus(on_gpu: pk.Workers, monkeypatch: pytest.Monkey
 def test_plain_pytorch_on_a_gpu_is_called_that() -> None:
     event = Baseline(1.0, "plain PyTorch", 1, 2000.0, 1900.0, 2100.0, 50, "cuda")
     assert sentence(event) == "plain PyTorch with 1 GPU: 2,000 samples/s (1,900 to 2,100)"
-    assert rival_name(1, "cuda") == "plain PyTorch, 1 GPU"
-    assert rival_name(2) == "plain PyTorch, 2 cores"
+    assert baseline_name(1, "cuda") == "plain PyTorch, 1 GPU"
+    assert baseline_name(2) == "plain PyTorch, 2 cores"
 
 
 def test_a_picture_and_a_table_of_a_run_on_gpus_speak_of_gpus() -> None:
-    history, course = History(), Course()
+    history, summary = History(), RunSummary()
     history.append(replace(started(cores=1), device="cuda"), *segments([1] * 5 + [2] * 5))
-    course.follow(history)
+    summary.follow(history)
     words = [text.get_text() for text in pk.plots.speedup(history).figure.findobj(Text)]
     assert "more than GPUs" in words
-    assert "more workers than GPUs" in report.summary_text(course, [])
+    assert "more workers than GPUs" in report.summary_text(summary, [])
 
 
 def test_cpu_needs_nothing_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -35,8 +35,8 @@ from parakit.errors import (
     WorkerCountError,
 )
 from parakit.events.history import History
-from parakit.events.records import Asked, Baseline, Resized, RunEnd, Said, SegmentDone
-from parakit.events.summary import PLAIN, Course
+from parakit.events.records import Baseline, Requested, Resized, RunEnd, Said, SegmentDone
+from parakit.events.summary import PLAIN, RunSummary
 from parakit.plots import live
 from parakit.widgets import Panel, report, tour
 from parakit.widgets.controls import Controls
@@ -78,12 +78,12 @@ def status(room: Panel) -> str:
     return str(room._controls.status.value)
 
 
-def asked(run: pk.Run, wish: str = "resize") -> list[Any]:
-    return [event.value for event in run.history.of(Asked) if event.wish == wish]
+def asked(run: pk.Run, request: str = "resize") -> list[Any]:
+    return [event.value for event in run.history.of(Requested) if event.request == request]
 
 
 def said(room: Panel) -> set[str]:
-    return {text for _, text in room._course.log}
+    return {text for _, text in room._summary.log}
 
 
 def watchers() -> list[threading.Thread]:
@@ -114,7 +114,7 @@ def small_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.dask
-def test_a_slider_resizes_the_run_within_a_second_and_expresses_one_wish(pool: pk.Workers) -> None:
+def test_a_slider_resizes_the_run_within_a_second_and_expresses_one_request(pool: pk.Workers) -> None:
     with opened(net(), DIGITS, on=pool, workers=1, steps=100_000) as room:
         controls = room._controls
         controls.start.click()
@@ -164,9 +164,9 @@ def test_buttons_pause_resume_and_stop(inline: pk.Workers) -> None:
         wait_for(run, lambda: run.step > stood)
         controls.stop.click()
         until(lambda: room._settled and not watchers())
-        assert room._course.log[-1][1] == f"Stopped after step {run.step:,} of 100,000"
+        assert room._summary.log[-1][1] == f"Stopped after step {run.step:,} of 100,000"
         assert run.stopped_early
-        assert [event.wish for event in run.history.of(Asked)] == ["pause", "resume", "stop"]
+        assert [event.request for event in run.history.of(Requested)] == ["pause", "resume", "stop"]
         assert "(closed)" in repr(room)
 
 
@@ -176,16 +176,16 @@ def test_a_tour_visits_every_count_and_comes_home(pool: pk.Workers, short_stays:
     with opened(run) as room:
         room._controls.tour.click()
         until(lambda: re.search("Visiting every worker count: [134] now, then back to 2", status(room)))
-        assert room._controls.workers.value == 2  # the wish is the same as before
+        assert room._controls.workers.value == 2  # the request is the same as before
         until(lambda: asked(run) == [1, 2, 3, 4, 2], LIMIT)
         wait_for(run, lambda: run.world_size == 2)
-        until(lambda: set(room._course.rates) == {1, 2, 3, 4})
+        until(lambda: set(room._summary.rates) == {1, 2, 3, 4})
         assert room._controls.workers.value == 2
         assert "3 workers asked for by the panel" in said(room)
         assert "3 workers asked for" not in said(room)
 
 
-def test_a_wish_by_hand_ends_a_tour(inline: pk.Workers, short_stays: None) -> None:
+def test_a_request_by_hand_ends_a_tour(inline: pk.Workers, short_stays: None) -> None:
     run = endless(inline)
     with opened(run) as room:
         room.tour()
@@ -196,7 +196,7 @@ def test_a_wish_by_hand_ends_a_tour(inline: pk.Workers, short_stays: None) -> No
         wait_for(run, lambda: run.world_size == 3)
         time.sleep(0.6)
         assert run.target == 3
-        assert any("ended by hand" in text for _, text in room._course.log)
+        assert any("ended by hand" in text for _, text in room._summary.log)
 
 
 def test_code_that_resizes_moves_the_slider_and_ends_a_tour(inline: pk.Workers) -> None:
@@ -222,15 +222,15 @@ def test_one_worker_is_measured_first_and_then_the_wanted_count_trains(inline: p
         assert "3 workers asked for; first 1 worker is measured" in said(room)
         room._controls.workers.value = 4  # waits for the end of the measurement
         assert run.target == 1
-        asked_at = next(at for at, text in room._course.log if text.startswith("4 workers asked for; first 1"))
+        asked_at = next(at for at, text in room._summary.log if text.startswith("4 workers asked for; first 1"))
         assert not run.history.of(Baseline)
         assert abs(run.elapsed_seconds - asked_at) < 0.5
         wait_for(run, lambda: run.world_size == 4)
         assert asked(run) == [4]
-        until(lambda: 1 in room._course.rates and 4 in room._course.rates)
+        until(lambda: 1 in room._summary.rates and 4 in room._summary.rates)
         assert run.history.of(Baseline)
         assert not run.measuring
-        assert room._course.speedup(4) > 0
+        assert room._summary.speedup(4) > 0
         assert {"A measurement of plain PyTorch asked for by the panel", "4 workers asked for by the panel"} <= said(
             room
         )
@@ -241,7 +241,7 @@ def test_without_baselines_nothing_is_measured(inline: pk.Workers) -> None:
         run = room.start()
         wait_for(run, lambda: run.step > 30)
         assert run.plan.workers == 2
-        assert not run.history.of(Asked)
+        assert not run.history.of(Requested)
         assert not run.history.of(Baseline)
         until(lambda: "–: not measured yet" in room._controls.summary.value)
 
@@ -251,7 +251,7 @@ def test_a_tour_first_visits_the_counts_right_after_the_start(inline: pk.Workers
         run = room.start()
         until(lambda: asked(run) == [1, 2], LIMIT)
         wait_for(run, lambda: run.world_size == 2 and room._steering.trip is None)
-        assert set(room._course.rates) >= {1, 2}
+        assert set(room._summary.rates) >= {1, 2}
 
 
 # --- what the controls say
@@ -385,12 +385,12 @@ def test_errors_are_shown_as_text(inline: pk.Workers) -> None:
 
 
 def test_names_and_messages_of_a_run_are_shown_as_text() -> None:
-    course = followed(started(), *segments([1] * 5), Said(99.0, "worker <b>one</b> & <script>x</script> is lost"),
+    summary = followed(started(), *segments([1] * 5), Said(99.0, "worker <b>one</b> & <script>x</script> is lost"),
                       RunEnd(99.5, "failed", 7, "<img src=x onerror=go()>"))  # fmt: skip
-    log = report.log_html(course.log)
+    log = report.log_html(summary.log)
     assert "&lt;script&gt;" in log
     assert not re.search(r"<(?!/?(ul|li)\b)", log)
-    summary = report.summary_html(course, ["<iframe>"])
+    summary = report.summary_html(summary, ["<iframe>"])
     assert not re.search(r"<(?!/?(table|thead|tbody|tr|th|td|div)\b)", summary)
     assert "&lt;iframe&gt;" in summary
 
@@ -402,8 +402,8 @@ def test_the_last_text_has_short_lines() -> None:
         for n, count in enumerate([1] * 4 + [2] * 4 + [3] * 4)
     ]
     saved = "Saved parakit-history-20261125-020342.json and parakit-history-20261125-020342.csv in notebooks/"
-    course = followed(started(), *events, Baseline(98.0, PLAIN, 128, 11e6, 9e6, 30e6, 9), Said(99.0, saved))
-    text = report.summary_text(course, ["The model is in .run.model. " * 7, "/a/path/" + "x" * 200])
+    summary = followed(started(), *events, Baseline(98.0, PLAIN, 128, 11e6, 9e6, 30e6, 9), Said(99.0, saved))
+    text = report.summary_text(summary, ["The model is in .run.model. " * 7, "/a/path/" + "x" * 200])
     lines = text.splitlines()
     assert max(map(len, lines)) <= 78
     assert lines.count("") == 1
@@ -433,18 +433,18 @@ def test_a_headline_says_what_training_waits_for() -> None:
 
 
 def test_what_the_panel_says_has_its_place_in_the_order_of_time() -> None:
-    course = followed(started(), Said(1.0, "first"), Said(9.0, "last"))
-    course.log.append((5.0, "in between"))
-    for text in (report.summary_text(course, []), report.log_html(course.log)):
+    summary = followed(started(), Said(1.0, "first"), Said(9.0, "last"))
+    summary.log.append((5.0, "in between"))
+    for text in (report.summary_text(summary, []), report.log_html(summary.log)):
         places = [text.index(word) for word in ("first", "in between", "last")]
         assert places in (sorted(places), sorted(places, reverse=True))
 
 
 def test_a_table_marks_what_is_crowded_and_what_is_uncertain() -> None:
-    course = followed(started(), *segments([1] * 5 + [3] * 5), Baseline(98.0, PLAIN, 2, 900.0, 500.0, 999.0, 9))
-    first = [row[0] for row in report.table_rows(course)]
+    summary = followed(started(), *segments([1] * 5 + [3] * 5), Baseline(98.0, PLAIN, 2, 900.0, 500.0, 999.0, 9))
+    first = [row[0] for row in report.table_rows(summary)]
     assert first == ["1", "3*", "plain PyTorch, 2 cores?"]
-    summary = report.summary_html(course)
+    summary = report.summary_html(summary)
     assert "*: more workers than cores; ?: uncertain, quartiles more" in summary
     assert "not measured" not in summary
 
@@ -465,7 +465,7 @@ def test_a_table_has_room_for_the_rows_that_are_to_come(inline: pk.Workers) -> N
         assert float(ready[0]) == 1.75 * 6  # names, counts 1 to 4, and plain PyTorch
         assert "min-height:1.6em" in room._controls.progress.value
         room.start()
-        until(lambda: room._course.rates)
+        until(lambda: room._summary.rates)
         until(lambda: "100&nbsp;%" in room._controls.summary.value)
         assert height.findall(room._controls.summary.value) == ready
 
@@ -476,7 +476,7 @@ def test_the_axes_before_the_start_are_those_of_the_run(pool: pk.Workers) -> Non
         speedup = room._picture._plots[2].ax
         ready = speedup.get_xlim(), speedup.get_ylim()
         run = room.start()
-        until(lambda: 1 in room._course.rates)
+        until(lambda: 1 in room._summary.rates)
         until(lambda frames=room.frames: room.frames > frames + 1)
         assert (speedup.get_xlim(), speedup.get_ylim()) == ready
         assert run.status == "running"
@@ -487,13 +487,13 @@ def test_picture_and_table_show_one_look(inline: pk.Workers, monkeypatch: pytest
     with opened(net(), DIGITS, on=inline, steps=100_000) as room:
         draw, write = room._picture.frame, report.summary_html
 
-        def frame(course: Course) -> bytes:
-            shown.append(("picture", course.seconds))
-            return draw(course)
+        def frame(summary: RunSummary) -> bytes:
+            shown.append(("picture", summary.seconds))
+            return draw(summary)
 
-        def summary(course: Course, *rest: Any, **how: Any) -> str:
-            shown.append(("table", course.seconds))
-            return write(course, *rest, **how)
+        def summary(summary: RunSummary, *rest: Any, **how: Any) -> str:
+            shown.append(("table", summary.seconds))
+            return write(summary, *rest, **how)
 
         monkeypatch.setattr(room._picture, "frame", frame)
         monkeypatch.setattr(report, "summary_html", summary)
@@ -516,7 +516,7 @@ def test_a_rival_that_is_uncertain_is_timed_again(inline: pk.Workers, monkeypatc
 
     monkeypatch.setattr(run, "measure_baseline", measure)
     with opened(run, baselines=True) as room:
-        until(lambda: room._course.plain is not None and not room._course.uncertain)
+        until(lambda: room._summary.plain is not None and not room._summary.uncertain)
         time.sleep(0.6)
     assert len(measured) in (3, 4)  # once more after the visit to one worker, if that came later
 
@@ -550,7 +550,7 @@ def test_saved_files_load_again(inline: pk.Workers, tmp_path: Path, monkeypatch:
         loaded = History.from_json(saved[1].read_text())
         assert loaded.steps == run.history.steps[: len(loaded.steps)]
         assert len(saved[0].read_text().splitlines()) > 5
-        assert any(saved[1].name in text for _, text in room._course.log)
+        assert any(saved[1].name in text for _, text in room._summary.log)
         (tmp_path / "deeper").mkdir()
         as_json, as_csv = room.save(tmp_path / "deeper")
         assert json.loads(as_json.read_text())
@@ -736,7 +736,7 @@ def test_a_blocking_panel_returns_when_its_run_has_ended(inline: pk.Workers, not
     assert room.run.status == "finished"
     assert room.run.step == 40
     assert "(closed)" in repr(room)
-    assert room._course.end is not None
+    assert room._summary.end is not None
 
 
 @pytest.mark.dask
@@ -750,8 +750,8 @@ def test_a_blocking_panel_over_a_run_follows_it_to_its_end(inline: pk.Workers) -
     run = endless(inline, steps=60)
     room = pk.panel(run, block=True, baselines=False)
     assert run.step == 60
-    assert room._course.last is not None
-    assert room._course.last.step == 59
+    assert room._summary.last is not None
+    assert room._summary.last.step == 59
     assert pk.panel(run, block=True).run is run  # it has ended, so there is nothing to wait for
 
 
@@ -872,28 +872,28 @@ def test_a_tour_stops_at_every_small_count_and_then_at_doublings(most: int, stop
 
 
 class Pretended:
-    """A run as far as steering sees one: it takes wishes and grants them at once."""
+    """A run as far as steering sees one: it takes requests and grants them at once."""
 
     def __init__(self, target: int, most: int = 8) -> None:
-        self.target, self.most, self.status, self.wishes = target, most, "running", []
+        self.target, self.most, self.status, self.requests = target, most, "running", []
 
     def resize(self, count: int) -> None:
         if self.status == "finished":
             raise RunEnded("over")
         if count > self.most:
             raise WorkerCountError("too many")
-        self.wishes.append(count)
+        self.requests.append(count)
         self.target = count
 
 
-def measured(*counts: int) -> Course:
+def measured(*counts: int) -> RunSummary:
     return followed(started(), *segments([count for count in counts for _ in range(9)]))
 
 
 def test_an_itinerary_goes_on_when_a_count_was_measured_for_long_enough() -> None:
     trip = Itinerary([1, 2], "see", yields=True)
-    course = Course()
-    assert trip.next(0.0, course) == 1
+    summary = RunSummary()
+    assert trip.next(0.0, summary) == 1
     assert trip.left == (1, 2)
     assert trip.next(1.0, measured(1)) == 2  # 8 segments of a quarter of a second
     assert trip.left == (2,)
@@ -913,45 +913,45 @@ def test_steering_follows_a_trip_and_comes_home() -> None:
     run = Pretended(3)
     steer = Steering(run, 3)  # type: ignore[arg-type]
     steer.travel(Itinerary([1, 2], "see", yields=True))
-    steer.look(100.0, Course())
-    assert run.wishes == [1]
+    steer.look(100.0, RunSummary())
+    assert run.requests == [1]
     steer.look(101.0, measured(1))
     steer.look(102.0, measured(1))
-    assert run.wishes == [1, 2]
+    assert run.requests == [1, 2]
     steer.look(103.0, measured(1, 2))
-    assert run.wishes == [1, 2, 3]
+    assert run.requests == [1, 2, 3]
     assert steer.trip is None
     assert steer.wanted == 3
     steer.look(104.0, measured(1, 2))
-    assert run.wishes == [1, 2, 3]
+    assert run.requests == [1, 2, 3]
 
 
 def test_time_in_which_a_run_is_paused_is_no_time_at_a_stop() -> None:
     run = Pretended(3)
     steer = Steering(run, 3)  # type: ignore[arg-type]
     steer.travel(Itinerary([1, 2], "see", yields=True))
-    steer.look(0.0, Course())
+    steer.look(0.0, RunSummary())
     run.status = "paused"
     for now in range(1, 200):
-        steer.look(float(now), Course())
+        steer.look(float(now), RunSummary())
     run.status = "running"
-    steer.look(200.0, Course())
+    steer.look(200.0, RunSummary())
     assert steer.trip is not None
     assert steer.trip.left == (1, 2)
-    steer.look(262.0, Course())
+    steer.look(262.0, RunSummary())
     assert steer.trip.left == (2,)
 
 
-def test_a_resize_by_others_ends_a_trip_and_is_the_new_wish() -> None:
+def test_a_resize_by_others_ends_a_trip_and_is_the_new_request() -> None:
     run = Pretended(3)
     steer = Steering(run, 3)  # type: ignore[arg-type]
     steer.travel(Itinerary([1, 2], "see", yields=True))
-    steer.look(0.0, Course())
+    steer.look(0.0, RunSummary())
     run.resize(5)
-    steer.look(1.0, Course())
+    steer.look(1.0, RunSummary())
     assert steer.trip is None
     assert steer.wanted == 5
-    assert run.wishes == [1, 5]
+    assert run.requests == [1, 5]
 
 
 def test_a_person_ends_a_trip_that_yields_and_waits_for_one_that_does_not() -> None:
@@ -961,13 +961,13 @@ def test_a_person_ends_a_trip_that_yields_and_waits_for_one_that_does_not() -> N
     assert steer.ask(4)
     assert steer.trip is None
     assert not steer.ask(4)
-    assert run.wishes == [4]
+    assert run.requests == [4]
     steer.travel(Itinerary([1], "measure", yields=False))
-    steer.look(0.0, Course())
+    steer.look(0.0, RunSummary())
     assert not steer.ask(6)
     assert run.target == 1
     steer.look(1.0, measured(1))
-    assert run.wishes == [4, 1, 6]
+    assert run.requests == [4, 1, 6]
     with pytest.raises(WorkerCountError):
         steer.ask(99)
     assert steer.wanted == 6
@@ -978,17 +978,17 @@ class Slow(Itinerary):
 
     asked, answered = threading.Event(), threading.Event()
 
-    def next(self, now: float, course: Course) -> int | None:
+    def next(self, now: float, summary: RunSummary) -> int | None:
         self.asked.set()
         self.answered.wait(5)
-        return super().next(now, course)
+        return super().next(now, summary)
 
 
-def test_a_wish_by_hand_outlasts_the_next_stop_of_a_trip_that_it_ends() -> None:
+def test_a_request_by_hand_outlasts_the_next_stop_of_a_trip_that_it_ends() -> None:
     run = Pretended(3)
     steer = Steering(run, 3)  # type: ignore[arg-type]
     steer.travel(Slow([1, 2], "see", yields=True))
-    looking = threading.Thread(target=steer.look, args=(0.0, Course()))
+    looking = threading.Thread(target=steer.look, args=(0.0, RunSummary()))
     looking.start()
     assert Slow.asked.wait(5)
     asking = threading.Thread(target=steer.ask, args=(5,))
@@ -1005,18 +1005,18 @@ def test_a_stop_that_cannot_be_had_sends_the_run_home() -> None:
     run = Pretended(2, most=3)
     steer = Steering(run, 2)  # type: ignore[arg-type]
     steer.travel(Itinerary([3, 4], "see", yields=True))
-    steer.look(0.0, Course())
+    steer.look(0.0, RunSummary())
     assert run.target == 3
     steer.look(1.0, measured(3))
     assert steer.trip is None
-    assert run.wishes == [3, 2]
+    assert run.requests == [3, 2]
 
 
-def test_a_wish_that_proves_impossible_gives_way_to_what_there_is() -> None:
+def test_a_request_that_proves_impossible_gives_way_to_what_there_is() -> None:
     run = Pretended(1, most=3)
     steer = Steering(run, 8)  # type: ignore[arg-type]
     steer.travel(Itinerary([1], "measure", yields=False))
-    steer.look(0.0, Course())
+    steer.look(0.0, RunSummary())
     steer.look(1.0, measured(1))
     assert steer.trip is None
     assert steer.wanted == run.target == 1
@@ -1027,20 +1027,20 @@ def test_a_trip_over_a_run_that_ended_ends_quietly() -> None:
     steer = Steering(run, 3)  # type: ignore[arg-type]
     steer.travel(Itinerary([1, 2], "see", yields=True))
     run.status = "finished"
-    steer.look(0.0, Course())
+    steer.look(0.0, RunSummary())
     steer.go_home()
     assert steer.trip is None
-    assert run.wishes == []
+    assert run.requests == []
 
 
-def test_wishes_by_hand_survive_a_thread_that_shows_the_present_one() -> None:
-    """The thread of a panel shows what is wanted while a person moves the slider: no wish may be lost by that."""
+def test_requests_by_hand_survive_a_thread_that_shows_the_present_one() -> None:
+    """The thread of a panel shows what is wanted while a person moves the slider: no request may be lost by that."""
     from parakit.widgets.controls import Settings
 
     controls = Controls(Settings(1, 64, {"AllReduce": None}, 8, 100, 0.1, 5), None)
     wanted, heard, going = [1], [], True
 
-    def wish(count: int) -> None:
+    def request(count: int) -> None:
         heard.append(count)
         wanted[0] = count
 
@@ -1048,7 +1048,7 @@ def test_wishes_by_hand_survive_a_thread_that_shows_the_present_one() -> None:
         while going:
             controls.show_workers(lambda: wanted[0])
 
-    controls.on_workers(wish)
+    controls.on_workers(request)
     thread = threading.Thread(target=show)
     thread.start()
     try:
@@ -1078,7 +1078,7 @@ def test_a_frame_that_cannot_be_drawn_is_told_and_the_run_goes_on(
 ) -> None:
     with opened(net(), DIGITS, on=inline, steps=100_000) as room:
 
-        def fail(course: Course) -> bytes:
+        def fail(summary: RunSummary) -> bytes:
             raise OverflowError("no such number")
 
         monkeypatch.setattr(room._picture, "frame", fail)

@@ -12,14 +12,14 @@ import torch
 from torch import nn
 
 import parakit as pk
-from parakit.checkpoints.in_shared_memory import OpenVault
+from parakit.checkpoints.in_shared_memory import SnapshotsReader
 from parakit.collectives.base import GroupBroken
 from parakit.errors import ParakitError, StaleGeneration
-from parakit.workers import remote as residents
+from parakit.workers import remote as members_here
 from parakit.workers.commands import Orders, Segment
-from parakit.workers.member import Resident
+from parakit.workers.member import Member
 from tests.engines.test_replicated import OPTIMIZERS, SGD, chunk, flat, recipe
-from tests.members import FolderBoard
+from tests.members import FolderStore
 
 CHUNKS = (0, 1, 2, 3)
 
@@ -38,36 +38,36 @@ class Failing:
         self._usual.step(team, step)
 
 
-def resident(folder: Path, fails_at: int = -1, *, vault: bool = False) -> Resident:
-    made = Resident("run", recipe(SGD, strategy=Failing(fails_at)), 1)
-    muster(made, 0, folder, {number: chunk(number) for number in CHUNKS}, vault=vault)
+def member(folder: Path, fails_at: int = -1, *, snapshots: bool = False) -> Member:
+    made = Member("run", recipe(SGD, strategy=Failing(fails_at)), 1)
+    form(made, 0, folder, {number: chunk(number) for number in CHUNKS}, snapshots=snapshots)
     return made
 
 
-def muster(made: Resident, generation: int, folder: Path, chunks: Any, *, vault: bool = False) -> None:
-    orders = Orders(generation, 0, ("127.0.0.1",), 5.0, CHUNKS, (), True, vault)
-    made.follow(orders, chunks, {}, None, FolderBoard(str(folder)))
+def form(made: Member, generation: int, folder: Path, chunks: Any, *, snapshots: bool = False) -> None:
+    orders = Orders(generation, 0, ("127.0.0.1",), 5.0, CHUNKS, (), True, snapshots)
+    made.follow(orders, chunks, {}, None, FolderStore(str(folder)))
 
 
 @pytest.fixture
-def worker(tmp_path: Path) -> Iterator[Resident]:
-    made = resident(tmp_path)
+def worker(tmp_path: Path) -> Iterator[Member]:
+    made = member(tmp_path)
     yield made
     made.leave_group()
-    made.close_vault()
+    made.close_snapshots()
 
 
 def steps(segment: Segment) -> list[int]:
     return [record.step for record in segment.records]
 
 
-def test_a_segment_follows_on_the_one_before_it(worker: Resident) -> None:
+def test_a_segment_follows_on_the_one_before_it(worker: Member) -> None:
     assert steps(worker.segment(1, 0, 3, 0, ahead=False)) == [0, 1, 2]
     assert steps(worker.segment(2, 3, 2, 0, ahead=True)) == [3, 4]
     assert steps(worker.segment(3, 5, 1, 0, ahead=False)) == [5]
 
 
-def test_one_that_was_ordered_ahead_is_left_out_if_a_vote_ended_the_one_before(worker: Resident) -> None:
+def test_one_that_was_ordered_ahead_is_left_out_if_a_vote_ended_the_one_before(worker: Member) -> None:
     worker.halt(7)
     assert steps(worker.segment(1, 0, 5, 6, ahead=False)) == [0]
     assert steps(worker.segment(2, 5, 3, 6, ahead=True)) == []
@@ -75,25 +75,25 @@ def test_one_that_was_ordered_ahead_is_left_out_if_a_vote_ended_the_one_before(w
     assert steps(worker.segment(3, 1, 2, 7, ahead=False)) == [1, 2]
 
 
-def test_a_vote_that_comes_at_the_end_ends_the_next_one_after_a_step(worker: Resident) -> None:
+def test_a_vote_that_comes_at_the_end_ends_the_next_one_after_a_step(worker: Member) -> None:
     worker.segment(1, 0, 2, 6, ahead=False)
     worker.halt(7)
     assert steps(worker.segment(2, 2, 5, 6, ahead=True)) == [2]
 
 
-def test_an_order_out_of_its_turn_is_refused(worker: Resident) -> None:
+def test_an_order_out_of_its_turn_is_refused(worker: Member) -> None:
     worker.segment(1, 0, 1, 0, ahead=False)
     with pytest.raises(GroupBroken, match="Order 3 came where order 2 was due"):
         worker.segment(3, 1, 1, 0, ahead=True)
 
 
-def test_an_order_of_another_step_is_refused_unless_it_was_ahead(worker: Resident) -> None:
+def test_an_order_of_another_step_is_refused_unless_it_was_ahead(worker: Member) -> None:
     with pytest.raises(ParakitError, match="at step 0, but step 4 was ordered"):
         worker.segment(1, 4, 1, 0, ahead=False)
 
 
 def test_after_a_failure_nothing_that_was_ordered_ahead_is_done(tmp_path: Path) -> None:
-    worker = resident(tmp_path, fails_at=3)
+    worker = member(tmp_path, fails_at=3)
     worker.segment(1, 0, 2, 0, ahead=False)
     with pytest.raises(ValueError, match="as it should"):
         worker.segment(2, 2, 2, 0, ahead=True)
@@ -105,7 +105,7 @@ def test_after_a_failure_nothing_that_was_ordered_ahead_is_done(tmp_path: Path) 
     assert worker.replica.step == 2
 
 
-def test_it_can_go_back_to_where_either_of_two_segments_began(worker: Resident) -> None:
+def test_it_can_go_back_to_where_either_of_two_segments_began(worker: Member) -> None:
     states = {0: flat(worker.replica.live_state())}
     for number, first in enumerate((0, 3, 5)):
         worker.segment(number + 1, first, 3 if first == 0 else 2, 0, ahead=first > 0)
@@ -123,19 +123,19 @@ def test_it_can_go_back_to_where_either_of_two_segments_began(worker: Resident) 
         worker.fall_back(5, 3)
 
 
-def test_a_new_generation_counts_its_orders_anew(worker: Resident, tmp_path: Path) -> None:
+def test_a_new_generation_counts_its_orders_anew(worker: Member, tmp_path: Path) -> None:
     worker.segment(1, 0, 2, 0, ahead=False)
     worker.fall_back(1, 2)
-    muster(worker, 2, tmp_path, {})
+    form(worker, 2, tmp_path, {})
     assert steps(worker.segment(1, 2, 1, 0, ahead=False)) == [2]
 
 
-def test_alone_with_a_vault_it_leaves_the_state_of_wherever_the_driver_may_be(tmp_path: Path) -> None:
-    worker = resident(tmp_path, vault=True)
+def test_alone_with_a_snapshots_it_leaves_the_state_of_wherever_the_driver_may_be(tmp_path: Path) -> None:
+    worker = member(tmp_path, snapshots=True)
     try:
         first = worker.segment(1, 0, 3, 0, ahead=False)
-        assert first.vault is not None
-        seen = OpenVault(first.vault)
+        assert first.snapshots is not None
+        seen = SnapshotsReader(first.snapshots)
         assert [int(seen.newest(step)["step"]) for step in (3, 9)] == [3, 3]  # type: ignore[index]
         worker.segment(2, 3, 2, 0, ahead=True)
         assert [int(seen.newest(step)["step"]) for step in (3, 4, 5)] == [3, 3, 5]  # type: ignore[index]
@@ -146,10 +146,10 @@ def test_alone_with_a_vault_it_leaves_the_state_of_wherever_the_driver_may_be(tm
         assert [int(seen.newest(step)["step"]) for step in (5, 7, 9)] == [5, 7, 9]  # type: ignore[index]
     finally:
         worker.leave_group()
-        worker.close_vault()
+        worker.close_snapshots()
 
 
-def test_a_worker_alone_leaves_gradients_where_torch_makes_them(worker: Resident) -> None:
+def test_a_worker_alone_leaves_gradients_where_torch_makes_them(worker: Member) -> None:
     worker.segment(1, 0, 1, 0, ahead=False)
     vector = worker.replica.buffer.sum._vector
     inside = range(vector.data_ptr(), vector.data_ptr() + vector.nbytes)
@@ -158,20 +158,20 @@ def test_a_worker_alone_leaves_gradients_where_torch_makes_them(worker: Resident
     assert all(grad.data_ptr() not in inside for grad in grads)
 
 
-def test_where_rank_0_keeps_states_for_all_others_keep_none(worker: Resident) -> None:
-    # The fixture's worker has no vault, as one that is not of rank 0.
+def test_where_rank_0_keeps_states_for_all_others_keep_none(worker: Member) -> None:
+    # The fixture's worker has no snapshots, as one that is not of rank 0.
     for number in range(1, 4):  # a momentum comes with the first step, and there is room for it
         worker.segment(number, number - 1, 1, 0, ahead=False, covered=True)
         assert worker.replica._commits.of_step(number - 1) is None
-    worker.segment(4, 3, 1, 0, ahead=False, covered=False)  # the driver has lost hold of the vault
+    worker.segment(4, 3, 1, 0, ahead=False, covered=False)  # the driver has lost hold of the snapshots
     assert worker.replica._commits.of_step(3) is not None
     assert worker.fall_back(1, 3).intact
 
 
-def test_others_keep_states_as_long_as_the_vault_of_rank_0_may_be_moving(tmp_path: Path) -> None:
+def test_others_keep_states_as_long_as_the_snapshots_of_rank_0_may_be_moving(tmp_path: Path) -> None:
     # What this optimizer keeps grows from step to step, beyond what there is room for from the beginning.
-    made = Resident("run", recipe(OPTIMIZERS["lbfgs"], strategy=Failing()), 1)
-    muster(made, 0, tmp_path, {number: chunk(number) for number in CHUNKS})
+    made = Member("run", recipe(OPTIMIZERS["lbfgs"], strategy=Failing()), 1)
+    form(made, 0, tmp_path, {number: chunk(number) for number in CHUNKS})
     kept = []
     for number in range(1, 60):
         made.segment(number, number - 1, 1, 0, ahead=False, covered=True)
@@ -185,21 +185,21 @@ def test_others_keep_states_as_long_as_the_vault_of_rank_0_may_be_moving(tmp_pat
 
 
 def test_what_rank_0_keeps_it_keeps_also_for_others(tmp_path: Path) -> None:
-    worker = resident(tmp_path, vault=True)
+    worker = member(tmp_path, snapshots=True)
     try:
         for number in range(1, 6):
             segment = worker.segment(number, number - 1, 1, 0, ahead=False, covered=True)
-        assert segment.vault is not None
-        state = OpenVault(segment.vault).newest(5)
+        assert segment.snapshots is not None
+        state = SnapshotsReader(segment.snapshots).newest(5)
         assert state is not None
         assert state["step"] == 5
     finally:
         worker.leave_group()
-        worker.close_vault()
+        worker.close_snapshots()
 
 
 def who_divides() -> list[bool]:
-    return [resident.replica.sharded for resident in residents._residents.values()]
+    return [member.replica.sharded for member in members_here._members.values()]
 
 
 @pytest.mark.dask

@@ -23,9 +23,9 @@ from torch import nn
 import parakit as pk
 from parakit.errors import ConnectError, PoolError, WorkerCountError, WorkerLost
 from parakit.workers import remote
-from parakit.workers.assignment import Roster
+from parakit.workers.assignment import GroupAssignment
 from parakit.workers.commands import Orders
-from parakit.workers.dask.session import DaskCrew
+from parakit.workers.dask.session import DaskSession
 from parakit.workers.dask.worker_ids import address_of
 from tests.conftest import leftovers, standing
 from tests.runs.test_exact import wait_for
@@ -109,14 +109,14 @@ def test_an_address_cannot_grow(foreign: LocalCluster) -> None:
 def test_a_run_that_is_stopped_before_its_chunks_arrived_leaves_no_thread(
     foreign: LocalCluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    loading, load = threading.Event(), DaskCrew._load_for
+    loading, load = threading.Event(), DaskSession._load_for
 
-    def slowly(crew: DaskCrew, roster: Roster) -> Any:
+    def slowly(session: DaskSession, assignment: GroupAssignment) -> Any:
         loading.set()
         time.sleep(0.5)
-        return load(crew, roster)
+        return load(session, assignment)
 
-    monkeypatch.setattr(DaskCrew, "_load_for", slowly)
+    monkeypatch.setattr(DaskSession, "_load_for", slowly)
     with pk.connect(foreign.scheduler_address) as workers:
         run = endless(workers, workers=2)
         assert loading.wait(LIMIT)
@@ -200,7 +200,7 @@ def test_orders_of_an_older_generation_are_refused(pool: pk.Workers) -> None:
         assert late.failure.kind == "stale"
         assert "generation" in late.failure.text
         orders = Orders(generation, 1, ("127.0.0.1",) * 2, 5.0, (), (), True, False)
-        joining = client.submit(remote.muster, run_id, orders, {}, {}, None, None, workers=[worker], pure=False)
+        joining = client.submit(remote.form, run_id, orders, {}, {}, None, None, workers=[worker], pure=False)
         assert joining.result(timeout=30).failure.kind == "stale"
     held = run.step
     wait_for(run, lambda: run.step > held)  # and the run does not care

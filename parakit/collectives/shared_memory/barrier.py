@@ -2,7 +2,7 @@
 
 Each member has lines of memory that it alone writes: how many barriers it has come to, whether it has left, and who
 it is. So no instruction of the processor is needed but plain stores of 8 bytes. Members who wait look at everybody's
-lines; the last to come rings a bell, which is only a hint to look again. See Mellor-Crummey and Scott 1991, ACM TOCS
+lines; the last to come rings a futex, which is only a hint to look again. See Mellor-Crummey and Scott 1991, ACM TOCS
 9(1):21, for barriers by counters that one member each writes.
 """
 
@@ -17,7 +17,7 @@ import psutil
 
 from parakit.collectives.base import GroupBroken
 from parakit.collectives.shared_memory.futex import fence, make_bell, pause
-from parakit.system.shared_memory import LINE, Segment
+from parakit.system.shared_memory import LINE, SharedMemory
 
 __all__ = ["Barrier", "barrier_nbytes"]
 
@@ -38,7 +38,7 @@ class Barrier:
 
     Parameters
     ----------
-    segment : Segment
+    segment : SharedMemory
         Its first `barrier_nbytes` bytes are used.
     rank, size : int
     limit_seconds : float
@@ -52,7 +52,7 @@ class Barrier:
 
     def __init__(
         self,
-        segment: Segment,
+        segment: SharedMemory,
         rank: int,
         size: int,
         limit_seconds: float,
@@ -64,7 +64,7 @@ class Barrier:
         self._limit, self._spin = limit_seconds, spin_seconds
         self._segment = segment  # mapped for as long as somebody waits here
         self._words = segment.words()
-        self._bell = make_bell(self._words, _WORDS, segment.address + LINE, futex=futex)
+        self._futex = make_bell(self._words, _WORDS, segment.address + LINE, futex=futex)
         lines = self._words[2 * _WORDS : (2 + size) * _WORDS]
         self._arrived, self._left, self._pid, self._birth = (lines[word::_WORDS] for word in range(_NOTES))
         self._generation = 0
@@ -90,7 +90,7 @@ class Barrier:
         self._arrived[self._rank] = self._generation
         fence()
         if self._complete():
-            self._bell.ring(self._generation)
+            self._futex.ring(self._generation)
         else:
             self._wait()
         fence()
@@ -99,7 +99,7 @@ class Barrier:
         """Never come again: the others' waits end at once, and so does one going on in another thread."""
         self._left[self._rank] = 1
         fence()
-        self._bell.ring(2**63 + self._rank)  # unlike any generation
+        self._futex.ring(2**63 + self._rank)  # unlike any generation
 
     def _complete(self) -> bool:
         return min(self._arrived.tolist()) >= self._generation
@@ -108,8 +108,8 @@ class Barrier:
         began = time.monotonic()
         looked = began
         while True:
-            # In this order: the bell, so that none is missed; who left, as that may be after having come.
-            heard = self._bell.value
+            # In this order: the futex, so that none is missed; who left, as that may be after having come.
+            heard = self._futex.value
             left = self._left.tolist()
             fence()
             if self._complete():
@@ -123,7 +123,7 @@ class Barrier:
             if now - looked >= _LOOK_SECONDS:
                 self._look(now - began)
                 looked = now
-            self._bell.wait(heard, _LOOK_SECONDS)
+            self._futex.wait(heard, _LOOK_SECONDS)
 
     def _look(self, waited_seconds: float) -> None:
         """See to it that the missing ones are there, and that the limit has not come."""

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable
 from typing import Any, Protocol
 
-__all__ = ["Bell", "fence", "make_bell", "pause"]
+__all__ = ["Futex", "fence", "make_bell", "pause"]
 
 _WAIT, _WAKE = 0, 1
 _EVERYBODY = 2**31 - 1
@@ -38,7 +38,7 @@ def fence() -> None:
         pass
 
 
-class Bell(Protocol):
+class Futex(Protocol):
     """A number in shared memory that changes when there is something to look at."""
 
     @property
@@ -53,7 +53,7 @@ class Bell(Protocol):
 
 
 class _FutexBell:
-    """A bell that the kernel watches. It compares 4 bytes: the lower half of the number."""
+    """A futex that the kernel watches. It compares 4 bytes: the lower half of the number."""
 
     def __init__(self, words: memoryview, place: int, address: int) -> None:
         self._words, self._place = words, place
@@ -78,7 +78,7 @@ class _FutexBell:
 
 
 class _PolledBell:
-    """A bell that is looked at."""
+    """A futex that is looked at."""
 
     def __init__(self, words: memoryview, place: int) -> None:
         self._words, self._place = words, place
@@ -99,15 +99,15 @@ class _PolledBell:
             nap = min(1.5 * nap, _LONGEST_NAP_SECONDS)
 
 
-def make_bell(words: memoryview, place: int, address: int, *, futex: bool | None = None) -> Bell:
-    """The bell of a place.
+def make_bell(words: memoryview, place: int, address: int, *, futex: bool | None = None) -> Futex:
+    """The futex of a place.
 
     Parameters
     ----------
     words : memoryview
         Of a segment, as numbers of 8 bytes.
     place : int
-        Which of them is the bell.
+        Which of them is the futex.
     address : int
         Of that number.
     futex : bool, optional

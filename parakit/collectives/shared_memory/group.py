@@ -1,10 +1,10 @@
-"""A group whose members add vectors in memory that they share: `SharedGroup`.
+"""A group whose members add vectors in memory that they share: `SharedMemoryGroup`.
 
-Sums are by slices. Each member adds up its own slice of everybody's vector, always in the order of ranks, so the
-result has the same bits on every member, and is what a plain loop over the ranks gives. This is a reduce-scatter
-followed by an all-gather (Thakur, Rabenseifner and Gropp 2005, IJHPCA 19(1):49) in which sending is reading.
-`sum_slice` is the first half alone: who keeps parameters in memory that all map updates its own slice of them there,
-and needs no second half.
+Sums are by slices. Each member adds up its own slice of everybody's vector, always in the order of ranks, so the result
+has the same bits on every member, and is what a plain loop over the ranks gives. This is a reduce-scatter followed by
+an all-gather (Thakur, Rabenseifner and Gropp 2005, IJHPCA 19(1):49) in which sending is reading. `reduce_scatter` is
+the first half alone: who keeps parameters in memory that all map updates its own slice of them there, and needs no
+second half.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from parakit.collectives.base import Board, GroupBroken, Slicing, Summed
+from parakit.collectives.base import GroupBroken, ReduceScatterGroup, Store, Summed
 from parakit.collectives.shared_memory.barrier import Barrier
 from parakit.collectives.shared_memory.join import join
-from parakit.collectives.shared_memory.layout import Arena, Plan
+from parakit.collectives.shared_memory.layout import MemoryLayout, Plan
 from parakit.errors import InputError
 from parakit.system.cores import usable_cores
-from parakit.system.shared_memory import Segment
+from parakit.system.shared_memory import SharedMemory
 
-__all__ = ["SharedGroup"]
+__all__ = ["SharedMemoryGroup"]
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.int32)
 _KINDS = tuple(f"of {dtype}{how}" for how in ("", " in slices") for dtype in _DTYPES)
@@ -36,7 +36,7 @@ _SPIN_SECONDS = 0.0001
 _NOTE = 3  # words: elements, type and place of a vector
 
 
-class SharedGroup(Slicing):
+class SharedMemoryGroup(ReduceScatterGroup):
     """Members on one host that add vectors together; has the interface of `group.Group`.
 
     A group belongs to one generation, and no other uses its memory: a member that was stopped, and wakes when the
@@ -44,7 +44,7 @@ class SharedGroup(Slicing):
 
     Parameters
     ----------
-    board : Board
+    store : Store
         Of this generation alone.
     rank, size : int
         The place of this member, and how many there are.
@@ -63,7 +63,7 @@ class SharedGroup(Slicing):
         each costs a barrier, and where members share cores that is a change of processes; from 1 to 4 MiB it makes
         little difference.
     named, futex : bool, optional
-        Try what other systems have to do: see `Segment.create` and `make_bell`.
+        Try what other systems have to do: see `SharedMemory.create` and `make_bell`.
 
     Raises
     ------
@@ -75,7 +75,7 @@ class SharedGroup(Slicing):
 
     def __init__(
         self,
-        board: Board,
+        store: Store,
         rank: int,
         size: int,
         *,
@@ -94,13 +94,13 @@ class SharedGroup(Slicing):
         plan = Plan(size, capacity, common, piece_bytes)
         barriers: list[Barrier] = []
 
-        def enter(segment: Segment) -> None:
+        def enter(segment: SharedMemory) -> None:
             barriers.append(Barrier(segment, rank, size, limit_seconds, spin_seconds=spin_seconds, futex=futex))
 
         segment = join(
-            board, rank, size, limit_seconds, lambda: Segment.create(plan.nbytes, folder, named=named), enter
+            store, rank, size, limit_seconds, lambda: SharedMemory.create(plan.nbytes, folder, named=named), enter
         )
-        self._inside: _Inside | None = _Inside(Arena(segment, plan, rank), barriers[0], rank, size)
+        self._inside: _Inside | None = _Inside(MemoryLayout(segment, plan, rank), barriers[0], rank, size)
 
     def buffer(self, numel: int, dtype: torch.dtype) -> Tensor:
         """A vector in this member's own part of the shared memory: what sums it, or a part of it, copies nothing in.
@@ -120,7 +120,7 @@ class SharedGroup(Slicing):
         InputError
             If more is asked for than the group's capacity.
         """
-        return self._open().arena.buffer(numel, dtype)
+        return self._open().layout.buffer(numel, dtype)
 
     def common(self, numel: int, dtype: torch.dtype) -> Tensor:
         """A vector that all members have in common, if all ask for the same ones in the same order.
@@ -132,7 +132,7 @@ class SharedGroup(Slicing):
         InputError
             If more is asked for than the group's `common`.
         """
-        return self._open().arena.common(numel, dtype)
+        return self._open().layout.common(numel, dtype)
 
     def all_reduce(self, vector: Tensor) -> None:
         """Replace a vector by the sum of every member's, in place.
@@ -173,7 +173,7 @@ class SharedGroup(Slicing):
             if self.size > 1 and flat.numel():
                 inside.broadcast(flat)
 
-    def sum_slice(self, vector: Tensor, *, tail: int = 0, own: Sequence[Tensor] | None = None) -> Summed:
+    def reduce_scatter(self, vector: Tensor, *, tail: int = 0, own: Sequence[Tensor] | None = None) -> Summed:
         """Replace this member's slice of its vector by the sum of every member's; the rest stays as it is.
 
         No member may write to its vector, outside its own slice, before the next `barrier`: the others read it.
@@ -201,9 +201,9 @@ class SharedGroup(Slicing):
         """
         flat = _flat(vector)
         with self._operation() as inside:
-            if inside.arena.place_of(flat) is None:
-                raise InputError("Only a vector that SharedGroup.buffer gave can be summed by slices.")
-            return inside.sum_slice(flat, flat.numel() - tail, own)
+            if inside.layout.place_of(flat) is None:
+                raise InputError("Only a vector that SharedMemoryGroup.buffer gave can be summed by slices.")
+            return inside.reduce_scatter(flat, flat.numel() - tail, own)
 
     @property
     def place(self) -> int:
@@ -266,7 +266,7 @@ class _Slices:
 class _Inside:
     """What a member of an open group works with. An operation that goes on when the group is closed keeps it."""
 
-    arena: Arena
+    layout: MemoryLayout
     barrier: Barrier
     rank: int
     size: int
@@ -279,8 +279,8 @@ class _Inside:
         self.barrier.wait()
 
     def all_reduce(self, flat: Tensor) -> None:
-        place = self.arena.place_of(flat)
-        pieces = flat.split(self.arena.piece_bytes // flat.itemsize)
+        place = self.layout.place_of(flat)
+        pieces = flat.split(self.layout.piece_bytes // flat.itemsize)
         self._announce(flat, place)
         if place is None:
             self._bring(pieces[0], 0)
@@ -292,22 +292,22 @@ class _Inside:
                 self._bring(pieces[number + 1], number + 1)
             # Behind it, the sum is whole, and nobody reads any more what it is a sum of.
             self.barrier.wait()
-            piece.copy_(self.arena.at(self.arena.result(number), piece.numel(), piece.dtype))
+            piece.copy_(self.layout.at(self.layout.result(number), piece.numel(), piece.dtype))
 
     def broadcast(self, flat: Tensor) -> None:
         self._announce(flat, None)
         self.barrier.wait()
         self._places()  # which says so if the vectors differ
-        for number, piece in enumerate(flat.split(self.arena.piece_bytes // flat.itemsize)):
-            place = self.arena.at(self.arena.result(number), piece.numel(), piece.dtype)
+        for number, piece in enumerate(flat.split(self.layout.piece_bytes // flat.itemsize)):
+            place = self.layout.at(self.layout.result(number), piece.numel(), piece.dtype)
             if self.rank == 0:
                 place.copy_(piece)
             self.barrier.wait()  # behind it, everybody has read the piece before, whose place is the next one's
             if self.rank != 0:
                 piece.copy_(place)
 
-    def sum_slice(self, flat: Tensor, body: int, own: Sequence[Tensor] | None) -> Summed:
-        self._announce(flat, self.arena.place_of(flat), slices=True)
+    def reduce_scatter(self, flat: Tensor, body: int, own: Sequence[Tensor] | None) -> Summed:
+        self._announce(flat, self.layout.place_of(flat), slices=True)
         self.barrier.wait()
         seen = self._slices_at(self._places(), flat.numel(), body, flat.dtype)
         if own is None:
@@ -328,7 +328,7 @@ class _Inside:
         key = (tuple(places), numel, body, dtype)
         if self._known is None or self._known.key != key:
             where = _cut(body, self.size)[self.rank]
-            vectors = [self.arena.at(place, numel, dtype) for place in places]
+            vectors = [self.layout.at(place, numel, dtype) for place in places]
             slices, tails = [vector[where] for vector in vectors], [vector[body:] for vector in vectors]
             self._known = _Slices(key, where, slices, tails)
         return self._known
@@ -358,16 +358,16 @@ class _Inside:
         return [place for _, _, place in notes]
 
     def _bring(self, piece: Tensor, number: int) -> None:
-        self.arena.at(self.arena.scratch(self.rank, number), piece.numel(), piece.dtype).copy_(piece)
+        self.layout.at(self.layout.scratch(self.rank, number), piece.numel(), piece.dtype).copy_(piece)
 
     def _sum_piece(self, number: int, piece: Tensor, places: list[int]) -> None:
         """Put this member's slice of a piece's sum where all find it."""
         where = _cut(piece.numel(), self.size)[self.rank]
         numel, offset = where.stop - where.start, where.start * piece.itemsize
-        begin = number * self.arena.piece_bytes
-        firsts = [place + begin if place else self.arena.scratch(rank, number) for rank, place in enumerate(places)]
-        parts = [self.arena.at(first + offset, numel, piece.dtype) for first in firsts]
-        _add(parts, self.arena.at(self.arena.result(number) + offset, numel, piece.dtype))
+        begin = number * self.layout.piece_bytes
+        firsts = [place + begin if place else self.layout.scratch(rank, number) for rank, place in enumerate(places)]
+        parts = [self.layout.at(first + offset, numel, piece.dtype) for first in firsts]
+        _add(parts, self.layout.at(self.layout.result(number) + offset, numel, piece.dtype))
 
     def _add_in_place(self, parts: list[Tensor]) -> None:
         """Replace this member's part by the sum of all, in the order of ranks."""
@@ -376,8 +376,8 @@ class _Inside:
             _add(parts, own)
             return
         # In the cache, because an own part that stands late in the order must stay until it is its turn.
-        block = min(_BLOCK_BYTES, self.arena.piece_bytes) // own.itemsize
-        held = self.arena.at(self.arena.scratch(self.rank, 0), block, own.dtype)
+        block = min(_BLOCK_BYTES, self.layout.piece_bytes) // own.itemsize
+        held = self.layout.at(self.layout.scratch(self.rank, 0), block, own.dtype)
         for pieces in zip(*(part.split(block) for part in parts), strict=True):
             total = held[: pieces[0].numel()]
             _add(pieces, total)

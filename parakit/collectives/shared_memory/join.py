@@ -1,17 +1,17 @@
-"""How the members of a group come to map one segment: a short exchange of notes on the generation's board.
+"""How the members of a group come to map one segment: a short exchange of notes on the generation's store.
 
 Rank 0 makes the segment and says where it is; each other one attaches it and says so, or what kept it from that; rank
 0 says how it went. From then on nobody can attach. All members draw the same conclusion, so that all can form another
-kind of group on the same board.
+kind of group on the same store.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
-from parakit.collectives.base import Board, GroupBroken
+from parakit.collectives.base import GroupBroken, Store
 from parakit.errors import StaleGeneration
-from parakit.system.shared_memory import CannotShare, Segment, SegmentKey
+from parakit.system.shared_memory import CannotShare, SharedMemory, SharedMemoryKey
 
 __all__ = ["join"]
 
@@ -20,18 +20,18 @@ _GOOD, _BAD = b"+", b"-"
 
 
 def join(
-    board: Board,
+    store: Store,
     rank: int,
     size: int,
     limit_seconds: float,
-    make: Callable[[], Segment],
-    enter: Callable[[Segment], None],
-) -> Segment:
+    make: Callable[[], SharedMemory],
+    enter: Callable[[SharedMemory], None],
+) -> SharedMemory:
     """Map the segment of a generation.
 
     Parameters
     ----------
-    board : Board
+    store : Store
     rank, size : int
     limit_seconds : float
         For each note of another member.
@@ -47,12 +47,12 @@ def join(
     GroupBroken
         If a note does not come.
     """
-    joining = _Joining(board, limit_seconds, make, enter)
+    joining = _Joining(store, limit_seconds, make, enter)
     try:
         return joining.lead(size) if rank == 0 else joining.come(rank)
     except (CannotShare, StaleGeneration):
         raise
-    except (RuntimeError, OSError) as error:  # of the board: its keeper died, or a note did not come
+    except (RuntimeError, OSError) as error:  # of the store: its keeper died, or a note did not come
         raise GroupBroken(
             f"The group of {size} workers in shared memory was not formed within {limit_seconds:g} s: {error}",
             cause="a worker died while it was joining",
@@ -61,43 +61,47 @@ def join(
 
 class _Joining:
     def __init__(
-        self, board: Board, limit_seconds: float, make: Callable[[], Segment], enter: Callable[[Segment], None]
+        self,
+        store: Store,
+        limit_seconds: float,
+        make: Callable[[], SharedMemory],
+        enter: Callable[[SharedMemory], None],
     ) -> None:
-        self._board, self._limit = board, limit_seconds
+        self._store, self._limit = store, limit_seconds
         self._make, self._enter = make, enter
 
-    def lead(self, size: int) -> Segment:
+    def lead(self, size: int) -> SharedMemory:
         try:
             segment = self._make()
         except CannotShare as error:
-            self._board.put(_SEGMENT, _BAD + str(error).encode())
+            self._store.set(_SEGMENT, _BAD + str(error).encode())
             raise
         try:
             self._enter(segment)
-            self._board.put(_SEGMENT, _GOOD + segment.key.note())
-            told = [self._board.take(f"shared-{rank}", self._limit) for rank in range(1, size)]
+            self._store.set(_SEGMENT, _GOOD + segment.key.note())
+            told = [self._store.get(f"shared-{rank}", self._limit) for rank in range(1, size)]
             verdict = next((note for note in told if not note.startswith(_GOOD)), _GOOD)
-            self._board.put(_VERDICT, verdict)
+            self._store.set(_VERDICT, verdict)
         finally:
             segment.hide()
         _content(verdict)
         return segment
 
-    def come(self, rank: int) -> Segment:
-        key = SegmentKey.of_note(_content(self._board.take(_SEGMENT, self._limit)))
+    def come(self, rank: int) -> SharedMemory:
+        key = SharedMemoryKey.of_note(_content(self._store.get(_SEGMENT, self._limit)))
         try:
             segment, note = self._attach(key)
-            self._board.put(f"shared-{rank}", note)
-            _content(self._board.take(_VERDICT, self._limit))  # also of one's own failure: it may be a death of rank 0
+            self._store.set(f"shared-{rank}", note)
+            _content(self._store.get(_VERDICT, self._limit))  # also of one's own failure: it may be a death of rank 0
         except BaseException:
             key.remove()  # nobody else may be left to do it
             raise
         assert segment is not None
         return segment
 
-    def _attach(self, key: SegmentKey) -> tuple[Segment | None, bytes]:
+    def _attach(self, key: SharedMemoryKey) -> tuple[SharedMemory | None, bytes]:
         try:
-            segment = Segment.attach(key)
+            segment = SharedMemory.attach(key)
             self._enter(segment)
         except CannotShare as error:
             return None, _BAD + str(error).encode()

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from parakit.collectives.shared_memory.barrier import barrier_nbytes
 from parakit.errors import InputError
-from parakit.system.shared_memory import Segment
+from parakit.system.shared_memory import SharedMemory
 
-__all__ = ["Arena", "Plan"]
+__all__ = ["MemoryLayout", "Plan"]
 
 _PAGE = 4096
 _ALIGNED = 64
@@ -68,18 +68,18 @@ class Plan(NamedTuple):
         return self.commons + _rounded(self.common, _PAGE)
 
 
-class Arena:
+class MemoryLayout:
     """A group's memory, as one member sees it.
 
     Parameters
     ----------
-    segment : Segment
+    segment : SharedMemory
     plan : Plan
     rank : int
         Of this member.
     """
 
-    def __init__(self, segment: Segment, plan: Plan, rank: int) -> None:
+    def __init__(self, segment: SharedMemory, plan: Plan, rank: int) -> None:
         self._segment = segment
         self._buffer = _Room(plan.buffers + rank * _rounded(plan.capacity, _PAGE), plan.capacity, "capacity")
         self._common = _Room(plan.commons, plan.common, "common")

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from parakit.baselines.measure import Rivals
+from parakit.baselines.measure import PlainArm
 from parakit.data.samples import Samples
 from parakit.engines.recipe import OptimizerFactory
 from parakit.errors import InputError, ParakitError, RunError, Unreachable
@@ -130,7 +130,7 @@ def advise(
     first = make(Layout(1, 1), few)
     pool.hold("advice", lambda: None)
     pool.free("advice")
-    choice = _choice(pool, len(first.roster.training.sizes))
+    choice = _choice(pool, len(first.assignment.training.sizes))
     trial = _Trial(pool, lambda layout: make(layout, few), first, choice, float(seconds), shown=progress)
     return trial.go(np.random.default_rng(seed))
 
@@ -197,7 +197,7 @@ class _Trial:
         self._batch_size, self._parameters = first.start.batch_size, first.start.parameters
         visits = _BLOCKS * len(choice.tried)
         self._visit_seconds = min(_LONGEST_SECONDS, max(_SHORTEST_SECONDS, seconds / visits - _AROUND_SECONDS))
-        self._rivals = Rivals(first.job, pool, self._visit_seconds, seconds)
+        self._rivals = PlainArm(first.job, pool, self._visit_seconds, seconds)
         self._began = time.monotonic()
         self._soft, self._hard = self._began + seconds, self._began + max(_LEAST_SECONDS, _PATIENCE * seconds)
         self._ticker = Ticker(visits, seconds / visits, shown=shown)

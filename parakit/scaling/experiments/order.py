@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from parakit.events.records import rival_name
+from parakit.events.records import baseline_name
 from parakit.formatting import many
 
 __all__ = ["Visit", "visits"]
@@ -25,7 +25,7 @@ class Visit:
     threads: int = 0
 
     def __str__(self) -> str:
-        return many(self.workers, "worker") if self.workers else rival_name(self.threads)
+        return many(self.workers, "worker") if self.workers else baseline_name(self.threads)
 
 
 def visits(counts: Iterable[int], rivals: Iterable[int], repeats: int, seed: int) -> list[Visit]:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
-from parakit.baselines.measure import Rivals
+from parakit.baselines.measure import PlainArm
 from parakit.data.chunks import check_chunks
 from parakit.data.samples import Samples
 from parakit.engines.recipe import OptimizerFactory
@@ -36,7 +36,7 @@ from parakit.scaling.experiments.schedule import (
     usual_counts,
     wanted_counts,
 )
-from parakit.scaling.experiments.visits import ENDLESS, Elastic, OneByOne, Rig, Timed, end
+from parakit.scaling.experiments.visits import ENDLESS, Arm, FreshRun, ResizedRun, Timed, end
 from parakit.scaling.study.records import About, Measurement
 from parakit.scaling.study.study import Scaling
 from parakit.strategies.base import Strategy
@@ -155,8 +155,8 @@ def sweep(
     for count in counts:
         on.check_count(count, most=on.most)
         made = make(count) if weak and count > 1 else first
-        check_chunks(count, len(made.roster.training.sizes))
-    rig: Rig = OneByOne(make, on) if weak else Elastic(first, on)
+        check_chunks(count, len(made.assignment.training.sizes))
+    rig: Arm = FreshRun(make, on) if weak else ResizedRun(first, on)
     about = _about(first, on, scaling, counts, repeats, float(seconds), seed)
     order = visits(counts, () if about.simulated else _rival_threads(on), repeats, seed)
     _check_free(on)
@@ -166,11 +166,11 @@ def sweep(
 class _Sweeping:
     """A sweep that is going on, and what it has so far."""
 
-    def __init__(self, pool: Workers, rig: Rig, about: About, first: Plan, ticker: Ticker) -> None:
+    def __init__(self, pool: Workers, rig: Arm, about: About, first: Plan, ticker: Ticker) -> None:
         self._pool = pool
         self._rig = rig
         self._about = about
-        self._rivals = None if about.simulated else Rivals(first.job, pool, about.seconds)
+        self._rivals = None if about.simulated else PlainArm(first.job, pool, about.seconds)
         self._ticker = ticker
         self._began = pool.clock()
         self._found: list[Measurement] = []

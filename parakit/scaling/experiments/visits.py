@@ -27,9 +27,9 @@ from parakit.workers.pool import Workers
 
 __all__ = [
     "ENDLESS",
-    "Elastic",
-    "OneByOne",
-    "Rig",
+    "Arm",
+    "FreshRun",
+    "ResizedRun",
     "Timed",
     "begun",
     "end",
@@ -97,7 +97,7 @@ class Timed:
         return [*moved, *(replace(n, at_seconds=n.at_seconds + since_seconds) for n in self.norms)]
 
 
-class Rig(Protocol):
+class Arm(Protocol):
     """A way to bring training to a worker count."""
 
     run: Run | None
@@ -109,7 +109,7 @@ class Rig(Protocol):
         """Let all workers stand still."""
 
 
-class Elastic:
+class ResizedRun:
     """One run that is resized from visit to visit, and stands still in between when it has to.
 
     Parameters
@@ -141,7 +141,7 @@ class Elastic:
             time.sleep(_LOOK_SECONDS)
 
 
-class OneByOne:
+class FreshRun:
     """A run for each visit, as the size of a batch cannot change within one.
 
     Parameters

@@ -23,7 +23,7 @@ from parakit.scaling.laws.observations import Points
 from parakit.scaling.laws.profile_likelihood import Region
 from parakit.scaling.laws.solver import faces, squares
 
-__all__ = ["akaike", "error_of", "foretold", "held_out_counts", "is_explained"]
+__all__ = ["akaike", "error_of", "held_out_counts", "is_explained", "predicted"]
 
 Floats = npt.NDArray[np.float64]
 
@@ -37,7 +37,7 @@ def held_out_counts(points: Points) -> Floats:
     return points.counts[min(_SEEN, len(points.counts) - 1) :]
 
 
-def foretold(law: Law, points: Points, count: float) -> float:
+def predicted(law: Law, points: Points, count: float) -> float:
     """The throughput at a count by a fit to those below it; NaN if these are fewer than the parameters."""
     below = points.below(count)
     if len(below.counts) < 1 + len(law.coefficients):

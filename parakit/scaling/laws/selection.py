@@ -19,7 +19,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from parakit.errors import InputError
-from parakit.scaling.laws.evidence import akaike, error_of, foretold, held_out_counts, is_explained
+from parakit.scaling.laws.evidence import akaike, error_of, held_out_counts, is_explained, predicted
 from parakit.scaling.laws.fit import Fit, check_points, fit
 from parakit.scaling.laws.laws import LAWS, Law, law_named
 from parakit.scaling.laws.observations import Points
@@ -96,7 +96,7 @@ def compare(
     wanted = _laws(laws)
     fits = {law.name: fit(law, counts, measured) for law in _enough(wanted, len(points.counts))}
     others = _from_elsewhere(extra, fits, points)
-    held_out = {name: error_of(partial(foretold, found.law, points), points) for name, found in fits.items()}
+    held_out = {name: error_of(partial(predicted, found.law, points), points) for name, found in fits.items()}
     good = _as_good(fits, held_out, points)
     best, reason = _best(fits, good, held_out)
     if held_out[best] > _SURELY_GOOD:

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from parakit.errors import InputError
-from parakit.events.records import PHASES, rival_name
+from parakit.events.records import PHASES, baseline_name
 from parakit.formatting import many
 from parakit.scaling.laws.laws import karp_flatt
 from parakit.validation import brief
@@ -285,7 +285,7 @@ def _rivals(measurements: Iterable[Measurement]) -> dict[str, list[Measurement]]
     """The measurements of plain PyTorch by the names of the rivals, the one with fewest threads first."""
     rivals: dict[str, list[Measurement]] = {}
     for measured in sorted((m for m in measurements if m.kind == "plain"), key=lambda m: m.threads):
-        rivals.setdefault(rival_name(measured.threads), []).append(measured)
+        rivals.setdefault(baseline_name(measured.threads), []).append(measured)
     return rivals
 
 
@@ -320,7 +320,7 @@ def check_different(measurements: Sequence[Measurement]) -> None:
     for measured in measurements:
         key = measured.kind, measured.workers, measured.threads, measured.repeat
         if key in seen:
-            who = many(measured.workers, "worker") if measured.workers else rival_name(measured.threads)
+            who = many(measured.workers, "worker") if measured.workers else baseline_name(measured.threads)
             raise InputError(
                 f"Repeat {measured.repeat} of {who} is there twice.", cause="measurements that were joined"
             )

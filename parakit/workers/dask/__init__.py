@@ -1,1 +1,1 @@
-"""Workers on Dask: the pool, a run's crew on it, and how members find each other. The only importer of distributed."""
+"""Workers on Dask: the pool, a run's session on it, the store of a group. Nothing else imports distributed."""

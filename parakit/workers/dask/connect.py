@@ -18,10 +18,10 @@ from distributed.security import Security
 from parakit.errors import ConnectError, InputError
 from parakit.system.cores import usable_cores
 from parakit.system.threads import in_thread, uninterrupted
-from parakit.workers.dask.fork_server import Nursery
+from parakit.workers.dask.fork_server import ForkServer
 from parakit.workers.dask.local_cluster import WatchedCluster
 from parakit.workers.dask.pool import DaskWorkers
-from parakit.workers.dask.reaper import Janitor
+from parakit.workers.dask.reaper import Reaper
 
 __all__ = ["Terms", "connect_client", "connect_cluster", "connect_local", "what_is"]
 
@@ -65,12 +65,12 @@ def connect_local(count: int | None, how: Terms) -> DaskWorkers:
 def _start_local(count: int, how: Terms) -> DaskWorkers:
     with contextlib.ExitStack() as undo:
         try:
-            nursery = Nursery()
-            undo.callback(nursery.close)
+            fork_server = ForkServer()
+            undo.callback(fork_server.close)
             in_thread(importlib.import_module, _LATER)
-            janitor = Janitor()
-            undo.callback(janitor.close)
-            cluster = WatchedCluster(count, janitor, nursery)
+            reaper = Reaper()
+            undo.callback(reaper.close)
+            cluster = WatchedCluster(count, reaper, fork_server)
             undo.callback(cluster.close, timeout=_CLOSE_SECONDS)
         except Exception as error:
             raise ConnectError(
@@ -81,7 +81,7 @@ def _start_local(count: int, how: Terms) -> DaskWorkers:
         client = Client(cluster, timeout=how.timeout, set_as_default=False)
         undo.pop_all()
     many = "process" if count == 1 else "processes"
-    ours = (client, cluster, janitor, nursery)
+    ours = (client, cluster, reaper, fork_server)
     return _pool(client, f"{count} local {many}", how, count, cluster, ours=ours)
 
 

@@ -1,8 +1,8 @@
 """Watching over orders: who is done, who is gone, and who hangs.
 
-A member that died is missing from the scheduler's list. One that hangs is still on it: it is found by its pulse, which
-it gives beside its work. Without a pulse, the whole process stands still; with a pulse but without progress, the code
-that it runs does. Whoever waits for partners in an exchange holds nobody up and is never blamed.
+A member that died is missing from the scheduler's list. One that hangs is still on it: it is found by its heartbeat,
+which it gives beside its work. Without a heartbeat, the whole process stands still; with a heartbeat but without
+progress, the code that it runs does. Whoever waits for partners in an exchange holds nobody up and is never blamed.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from distributed import Future
 
-from parakit.workers.commands import Pulse
+from parakit.workers.commands import Heartbeat
 
 if TYPE_CHECKING:
     from parakit.workers.dask.pool import DaskWorkers
@@ -24,7 +24,7 @@ __all__ = ["Limits", "Outcome", "watch"]
 _LOOK_SECONDS = 0.5  # how often a wait looks whether everybody is still there
 _CLOSE_LOOK_SECONDS = 0.05  # once some are done and others are not: a partner may just have died
 _GRACE_SECONDS = 3.0  # survivors raise well within this after a partner died
-_PULSES_IN_LIMIT = 8
+_HEARTBEATS_IN_LIMIT = 8
 
 
 @dataclass(frozen=True)
@@ -33,15 +33,15 @@ class Limits:
 
     Parameters
     ----------
-    pulse_seconds : float
-        Without a pulse.
+    heartbeat_seconds : float
+        Without a heartbeat.
     progress_seconds : float
-        With a pulse, but without progress.
+        With a heartbeat, but without progress.
     whole_seconds : float
-        For the whole order, whatever the pulses say.
+        For the whole order, whatever the heartbeats say.
     """
 
-    pulse_seconds: float
+    heartbeat_seconds: float
     progress_seconds: float
     whole_seconds: float
 
@@ -96,8 +96,8 @@ class _Watch:
         self._limits = limits
         self._began = time.monotonic()
         self._lost_at: float | None = None
-        self._pulses = Pulses(pool, run_id, self._began)
-        self._next_pulse = self._began + limits.pulse_seconds / 4
+        self._heartbeats = Heartbeats(pool, run_id, self._began)
+        self._next_heartbeat = self._began + limits.heartbeat_seconds / 4
 
     def outcome(self) -> Outcome:
         look = _LOOK_SECONDS
@@ -121,9 +121,9 @@ class _Watch:
 
     def _excuse(self, late_seconds: float) -> None:
         """Where this process itself stood still, as a stopped or suspended one does, nobody else is to blame."""
-        if late_seconds > self._limits.pulse_seconds / 4:
+        if late_seconds > self._limits.heartbeat_seconds / 4:
             self._began += late_seconds
-            self._pulses.excuse(late_seconds)
+            self._heartbeats.excuse(late_seconds)
 
     def _is_settled(self, gone: Collection[str]) -> bool:
         """Whether nothing more can come: all others have answered, or had time enough to notice the loss."""
@@ -143,51 +143,51 @@ class _Watch:
         if time.monotonic() < self._began + whole:
             return {}
         suspects = sorted(self._workers_on(self._waiting))
-        blamed = [m for m in suspects if not self._pulses.waits(m)] or suspects
+        blamed = [m for m in suspects if not self._heartbeats.waits(m)] or suspects
         return dict.fromkeys(blamed, f"did not carry out an order within {whole:.1f} s")
 
     def _hung(self) -> dict[str, str]:
         now, limits = time.monotonic(), self._limits
         suspects = sorted(self._workers_on(self._waiting))
-        if now < self._next_pulse:
+        if now < self._next_heartbeat:
             return {}
-        self._next_pulse = now + limits.pulse_seconds / _PULSES_IN_LIMIT
-        self._pulses.take(suspects, now)
+        self._next_heartbeat = now + limits.heartbeat_seconds / _HEARTBEATS_IN_LIMIT
+        self._heartbeats.take(suspects, now)
         hung = {}
         for member in suspects:
-            silent, still = now - self._pulses.heard_at(member), self._pulses.still_seconds(member)
-            if silent > limits.pulse_seconds:
+            silent, still = now - self._heartbeats.heard_at(member), self._heartbeats.still_seconds(member)
+            if silent > limits.heartbeat_seconds:
                 hung[member] = f"gave no sign of life for {silent:.1f} s"
             elif still > limits.progress_seconds:
                 hung[member] = f"made no progress in {still:.1f} s, though its process answers"
         return hung
 
 
-class Pulses:
-    """Pulses of the members of a run: asked for without waiting, and never more than one at a time of each."""
+class Heartbeats:
+    """Heartbeats of the members of a run: asked for without waiting, and never more than one at a time of each."""
 
     def __init__(self, pool: DaskWorkers, run_id: str, began: float) -> None:
         self._pool = pool
         self._run_id = run_id
         self._began = began
         self._asked: dict[str, Any] = {}
-        self._heard: dict[str, tuple[float, Pulse]] = {}
+        self._heard: dict[str, tuple[float, Heartbeat]] = {}
 
     def take(self, members: Sequence[str], now: float) -> None:
-        """Read the pulses that have come, and ask for the next ones."""
+        """Read the heartbeats that have come, and ask for the next ones."""
         for member in members:
             asked = self._asked.get(member)
             if asked is not None and asked.done():
-                pulse = None if asked.cancelled() or asked.exception() else asked.result()
-                if pulse is not None:
-                    self._heard[member] = now, pulse
+                heartbeat = None if asked.cancelled() or asked.exception() else asked.result()
+                if heartbeat is not None:
+                    self._heard[member] = now, heartbeat
                 asked = None
-            self._asked[member] = asked or self._pool.ask_pulse(member, self._run_id)
+            self._asked[member] = asked or self._pool.ask_heartbeat(member, self._run_id)
 
     def excuse(self, seconds: float) -> None:
         """Let all that was heard be so much younger."""
         self._began += seconds
-        self._heard = {member: (at + seconds, pulse) for member, (at, pulse) in self._heard.items()}
+        self._heard = {member: (at + seconds, heartbeat) for member, (at, heartbeat) in self._heard.items()}
 
     def heard_at(self, member: str) -> float:
         """When a member gave its last sign of life, or the wait began."""
@@ -195,8 +195,8 @@ class Pulses:
 
     def still_seconds(self, member: str) -> float:
         """How long a member has made no progress, as far as is known; 0 for one that waits for partners."""
-        _, pulse = self._heard.get(member, (0.0, Pulse(0.0, False)))
-        return 0.0 if pulse.waiting else pulse.still_seconds
+        _, heartbeat = self._heard.get(member, (0.0, Heartbeat(0.0, False)))
+        return 0.0 if heartbeat.waiting else heartbeat.still_seconds
 
     def waits(self, member: str) -> bool:
         """Whether a member waits for partners."""

@@ -1,4 +1,4 @@
-"""The cluster behind a local pool: processes on loopback that a janitor watches and that come back when they die."""
+"""The cluster behind a local pool: processes on loopback that a reaper watches and that come back when they die."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from distributed import LocalCluster, Nanny
 from distributed.core import Status
 from distributed.deploy import Cluster
 
-from parakit.workers.dask.fork_server import Nursery
-from parakit.workers.dask.reaper import Janitor
+from parakit.workers.dask.fork_server import ForkServer
+from parakit.workers.dask.reaper import Reaper
 
 __all__ = ["WatchedCluster"]
 
@@ -41,10 +41,10 @@ def _calm() -> dict[str, Any]:
 
 
 class WatchedCluster(LocalCluster):
-    """Dask's local cluster, but one that a janitor watches, and that a failure does not leave half started."""
+    """Dask's local cluster, but one that a reaper watches, and that a failure does not leave half started."""
 
-    def __init__(self, count: int, janitor: Janitor, nursery: Nursery) -> None:
-        folder = str(janitor.folder)
+    def __init__(self, count: int, reaper: Reaper, fork_server: ForkServer) -> None:
+        folder = str(reaper.folder)
         try:
             with dask.config.set(_calm()):
                 super().__init__(  # type: ignore[no-untyped-call]  # Dask's, without annotations
@@ -52,7 +52,7 @@ class WatchedCluster(LocalCluster):
                     threads_per_worker=1,
                     processes=True,
                     worker_class=_WatchedNanny,
-                    watch=lambda pid: janitor.watch(pid, forked_by=nursery.pid),
+                    watch=lambda pid: reaper.watch(pid, forked_by=fork_server.pid),
                     local_directory=folder,
                     scheduler_kwargs={"local_directory": folder},
                     host=_LOOPBACK,

@@ -83,7 +83,7 @@ def _do_some(
     outcome = watch(pool, _NOBODY, list(futures.values()), list(owners.values()), Limits(_SILENT_SECONDS, left, left))
     if outcome.waiting:
         pool.client.cancel(list(outcome.waiting))
-    pool.banish(outcome.hung)  # and not those that are late: somebody else may need them
+    pool.exclude(outcome.hung)  # and not those that are late: somebody else may need them
     for number, future in futures.items():
         if future not in outcome.waiting and _is_an_answer(future):
             results[number] = future.result(timeout=_SILENT_SECONDS)

@@ -20,11 +20,11 @@ from distributed.deploy import Cluster
 from parakit.errors import ConnectError, WorkerLost
 from parakit.system.devices import WHY_NO_GPU, gpus_here, share_out
 from parakit.system.threads import in_thread
-from parakit.workers.commands import Pulse
+from parakit.workers.commands import Heartbeat
 from parakit.workers.dask import store
 from parakit.workers.dask.map import map_on
-from parakit.workers.dask.session import DaskCrew
-from parakit.workers.dask.worker_ids import Lives, address_of, host_of
+from parakit.workers.dask.session import DaskSession
+from parakit.workers.dask.worker_ids import Incarnations, address_of, host_of
 from parakit.workers.pool import Workers
 from parakit.workers.session import Job
 
@@ -34,7 +34,7 @@ _CLOSE_SECONDS = 20.0
 _FAMILIAR = ("broadcast to", "Removing worker", "Couldn't gather keys")
 _ASK_SECONDS = 30.0
 _LOOK_SECONDS = 0.25
-_PARDON_SECONDS = 1.0
+_READMIT_SECONDS = 1.0
 _CANCELLED = (asyncio.CancelledError, CancelledError)
 
 
@@ -73,7 +73,7 @@ class DaskWorkers(Workers):
         self._most = most
         self._cluster = cluster
         self._ours = tuple(ours)
-        self._lives = Lives()
+        self._lives = Incarnations()
         self._ready: set[str] = set()
         if self._local:
             for logger in ("distributed.scheduler", "distributed.nanny"):
@@ -166,13 +166,13 @@ class DaskWorkers(Workers):
         if count > planned:
             self._cluster.scale(count)
 
-    def open(self, job: Job) -> DaskCrew:
+    def open(self, job: Job) -> DaskSession:
         """Begin a run."""
         self.check_open()
-        self._pardon()
-        return DaskCrew(self, job)
+        self._readmit()
+        return DaskSession(self, job)
 
-    def banish(self, names: Iterable[str]) -> None:
+    def exclude(self, names: Iterable[str]) -> None:
         """Do without workers that hang.
 
         A local one is killed, which frees those that wait for it at once, and Dask starts another in its place. One of
@@ -184,26 +184,26 @@ class DaskWorkers(Workers):
                 with contextlib.suppress(OSError):
                     os.kill(self._pids[name], signal.SIGKILL)
 
-    def _pardon(self) -> None:
+    def _readmit(self) -> None:
         """Take banished workers back that answer by now."""
-        asked = {name: self.ask_pulse(name, "") for name in self._banished & set(self._workers())}
+        asked = {name: self.ask_heartbeat(name, "") for name in self._banished & set(self._workers())}
         for name, answer in asked.items():
             with contextlib.suppress(Exception):
-                answer.result(_PARDON_SECONDS)
+                answer.result(_READMIT_SECONDS)
                 self._banished.discard(name)
 
-    def ask_pulse(self, name: str, run_id: str) -> LocalFuture[Pulse]:
-        """Ask a worker for its pulse in a run, without waiting; fails if the worker cannot be asked."""
+    def ask_heartbeat(self, name: str, run_id: str) -> LocalFuture[Heartbeat]:
+        """Ask a worker for its heartbeat in a run, without waiting; fails if the worker cannot be asked."""
         scheduler, loop, address = self.client.scheduler, self.client.loop, address_of(name)
         assert scheduler is not None
         assert loop is not None
 
-        async def ask() -> Pulse:
+        async def ask() -> Heartbeat:
             message = {"op": store.PULSE, "run_id": run_id}
             told = await scheduler.broadcast(msg=message, workers=[address], on_error="ignore")
             if address not in told:
                 raise WorkerLost(f"{address} cannot be asked.")
-            return Pulse(**told[address]) if told[address] else Pulse(0.0, False)
+            return Heartbeat(**told[address]) if told[address] else Heartbeat(0.0, False)
 
         return asyncio.run_coroutine_threadsafe(ask(), loop.asyncio_loop)  # type: ignore[attr-defined]
 

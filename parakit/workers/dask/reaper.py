@@ -1,12 +1,12 @@
-"""The janitor of a local pool: a small process that outlives the notebook's, and clears up what it leaves.
+"""The reaper of a local pool: a small process that outlives the notebook's, and clears up what it leaves.
 
 Dask's workers end by themselves when their owner dies, unless they are stopped or sit in code that holds the
 interpreter's lock; and nobody removes their folders, or the semaphores of a process group that was killed as a whole,
-as Jupyter kills a kernel. The janitor is outside that group. It owns the pool's scratch folder, and knows the pool's
+as Jupyter kills a kernel. The reaper is outside that group. It owns the pool's scratch folder, and knows the pool's
 processes as the owner tells of them through a pipe. When the pipe ends, or the owner does, it waits a moment, kills
 those that are left, removes what is left of the folder, and ends.
 
-The owner imports this module; the janitor's process runs the same file as a script, which therefore imports nothing
+The owner imports this module; the reaper's process runs the same file as a script, which therefore imports nothing
 but the standard library. It refuses to touch a process that was not the owner's child, or one's that forks for the
 owner, or is not the one it was told of; and semaphores that the owner had before the pool. Where there is no /proc,
 `ps` tells of processes, and semaphores are nowhere to be found. See signal(7) and multiprocessing's resource tracker,
@@ -28,7 +28,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO
 
-__all__ = ["Janitor"]
+__all__ = ["Reaper"]
 
 _GRACE_SECONDS = 1.0  # for processes that end by themselves, as Dask's do
 _KILL_SECONDS = 3.0
@@ -40,8 +40,8 @@ _PROC = Path("/proc")
 _SHARED_MEMORY = Path("/dev/shm")
 
 
-class Janitor:
-    """The owner's hold on its janitor.
+class Reaper:
+    """The owner's hold on its reaper.
 
     Parameters
     ----------
@@ -58,7 +58,7 @@ class Janitor:
         self.folder = Path(place or tempfile.gettempdir(), f"parakit-{os.urandom(8).hex()}")
         self._semaphores = _mapped_semaphores()
         # A session of its own keeps a terminal's and a kernel's signals away. Were the output not cut off, whoever
-        # reads the owner's would wait for the janitor's end too. Python hands the pipe to no process that it starts.
+        # reads the owner's would wait for the reaper's end too. Python hands the pipe to no process that it starts.
         self._process = subprocess.Popen(
             [sys.executable, "-I", "-S", __file__, str(os.getpid()), str(self.folder)],
             stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
@@ -78,7 +78,7 @@ class Janitor:
         self._tell(f"{pid} {forked_by or 0} {' '.join(map(str, fresh))}")
 
     def close(self, timeout: float = _CLOSE_SECONDS) -> None:
-        """Let the janitor do its work, and wait for its end."""
+        """Let the reaper do its work, and wait for its end."""
         self._tell(_DONE)  # the pipe need not end: whoever forked from the owner holds it too
         with contextlib.suppress(OSError):
             self._pipe.close()
@@ -87,7 +87,7 @@ class Janitor:
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
-        shutil.rmtree(self.folder, ignore_errors=True)  # had somebody killed the janitor
+        shutil.rmtree(self.folder, ignore_errors=True)  # had somebody killed the reaper
 
     @property
     def _pipe(self) -> IO[bytes]:
@@ -95,7 +95,7 @@ class Janitor:
         return self._process.stdin
 
     def _tell(self, line: str) -> None:
-        # The janitor may have been killed, or closed already: the pool works without it.
+        # The reaper may have been killed, or closed already: the pool works without it.
         with contextlib.suppress(OSError, ValueError):
             self._pipe.write(f"{line}\n".encode())
             self._pipe.flush()
@@ -111,7 +111,7 @@ def _mapped_semaphores() -> set[int]:
 
 
 def _serve(owner: int, folder: Path) -> None:
-    """What the janitor's process does."""
+    """What the reaper's process does."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)  # it ends soon after its owner, and not before
     births: dict[int, str] = {}
@@ -124,7 +124,7 @@ def _serve(owner: int, folder: Path) -> None:
         pid, forker, *fresh = map(int, line.split())
         semaphores.update(fresh)
         life = _life(pid)
-        elders = {owner, os.getppid()}  # who adopts the owner's orphans adopts the janitor
+        elders = {owner, os.getppid()}  # who adopts the owner's orphans adopts the reaper
         if forker and (forkers := _life(forker)) is not None and forkers[0] in elders:
             elders.add(forker)
         if life is not None and life[0] in elders:

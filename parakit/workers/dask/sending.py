@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from parakit.errors import WorkerLost
 from parakit.system.threads import in_thread
-from parakit.workers.dask.liveness import Pulses
+from parakit.workers.dask.liveness import Heartbeats
 from parakit.workers.dask.worker_ids import address_of
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ def send(pool: DaskWorkers, run_id: str, value: Any, name: str, silent_seconds: 
     ----------
     pool : DaskWorkers
     run_id : str
-        In which the worker is asked for its pulse.
+        In which the worker is asked for its heartbeat.
     value : object
     name : str
         The worker.
@@ -38,15 +38,15 @@ def send(pool: DaskWorkers, run_id: str, value: Any, name: str, silent_seconds: 
         If it gives none, and is done without from then on; or if it is gone.
     """
     sending = in_thread(pool.client.scatter, [value], workers=[address_of(name)], hash=False)
-    pulses = Pulses(pool, run_id, time.monotonic())
+    heartbeats = Heartbeats(pool, run_id, time.monotonic())
     while not sending.done():
         try:
             sending.exception(_LOOK_SECONDS)
         except TimeoutError:
             now = time.monotonic()
-            pulses.take([name], now)
-            if now - pulses.heard_at(name) > silent_seconds:
-                pool.banish([name])
+            heartbeats.take([name], now)
+            if now - heartbeats.heard_at(name) > silent_seconds:
+                pool.exclude([name])
                 raise WorkerLost(
                     f"{pool.label(name)} gave no sign of life for {silent_seconds:g} s while data were sent to it."
                 ) from None

@@ -1,4 +1,4 @@
-"""A run's crew on Dask workers: orders go out as pinned tasks, answers come back, and nobody is waited for in vain."""
+"""A run's session on Dask workers: orders go out as pinned tasks, answers come back, each wait has a limit."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from distributed import Future
 
-from parakit.checkpoints.in_shared_memory import OpenVault, open_vault
+from parakit.checkpoints.in_shared_memory import SnapshotsReader, open_snapshots
 from parakit.checkpoints.state import State, copy_state
 from parakit.data.samples import Samples
 from parakit.engines.evaluation import Tally
@@ -24,24 +24,24 @@ from parakit.system.malloc import return_free_memory
 from parakit.system.threads import in_thread
 from parakit.trees import pack, unpack
 from parakit.workers import remote
-from parakit.workers.assignment import Remnant, Roster
-from parakit.workers.commands import Answer, Failure, Orders, Segment, Standing
+from parakit.workers.assignment import GroupAssignment, Survivors
+from parakit.workers.commands import Answer, Failure, Orders, RollbackReport, Segment
 from parakit.workers.dask.liveness import Limits, Outcome, watch
 from parakit.workers.dask.sending import send
-from parakit.workers.dask.store import WorkerBoard, forget
-from parakit.workers.dask.task_team import DriverTeam, settled
+from parakit.workers.dask.store import WorkerStore, forget
+from parakit.workers.dask.task_team import TaskTeam, settled
 from parakit.workers.dask.worker_ids import address_of, host_of, is_here
 from parakit.workers.session import Job, Report
 
 if TYPE_CHECKING:
     from parakit.workers.dask.pool import DaskWorkers
 
-__all__ = ["DaskCrew"]
+__all__ = ["DaskSession"]
 
 _Held = tuple[tuple[int, ...], tuple[int, ...]]
 
 _FETCH_SECONDS = 0.2  # after which a fetch looks whether everybody is still there
-_PULSE_SECONDS = 0.5  # for a pulse of a member that nothing else is heard of
+_HEARTBEAT_SECONDS = 0.5  # for a heartbeat of a member that nothing else is heard of
 _DISMISS_SECONDS = 5.0  # how long a member may take to let go of a run
 # Times the limit for which code may make no progress:
 _SETTING_UP = 3.0  # while data and recipes are unpacked
@@ -51,7 +51,7 @@ _SLOW_STEPS = 10.0  # so many times as long as the last ones may a step take
 _TELLING = ("diverged", "checked", "code", "stale", "group")  # which failure explains the others
 
 
-class DaskCrew:
+class DaskSession:
     """A run's hold on Dask workers.
 
     Parameters
@@ -64,15 +64,15 @@ class DaskCrew:
         self._pool = pool
         self._client = pool.client
         self._job = job
-        self._resident = job.strategy.runs_on == "workers"
-        self.orders_ahead = self._resident
+        self._member = job.strategy.runs_on == "workers"
+        self.orders_ahead = self._member
         self._blob = dumps(job.recipe)
         #: Names of the active workers, in the order of their ranks.
         self.members: tuple[str, ...] = ()
         self._generation = -1
         self._held: dict[str, _Held] = {}  # the chunks that members hold, for training and for validation
         self._intact: tuple[str, ...] = ()  # members that have the present state
-        self._vault: OpenVault | None = None  # of the member of rank 0, if it can be reached
+        self._snapshots: SnapshotsReader | None = None  # of the member of rank 0, if it can be reached
         self._step_seconds: float | None = None
         self._ordered: deque[_Ordered] = deque()  # segments without a report yet
         self._numbers = itertools.count(1)  # of the segments that this generation ordered
@@ -81,13 +81,13 @@ class DaskCrew:
         self._touched: set[str] = set()  # workers that hold something of this run
         self._released = False
         self._count = itertools.count()
-        self._driver = None if self._resident else DriverTeam(self, job)
+        self._driver = None if self._member else TaskTeam(self, job)
 
     # --- membership
 
-    def prepare(self, roster: Roster) -> LocalFuture[None]:
+    def stage(self, assignment: GroupAssignment) -> LocalFuture[None]:
         """Bring chunks and recipe to those who need them, while the run goes on."""
-        return self._go_on_beside(self._bring, roster)
+        return self._go_on_beside(self._bring, assignment)
 
     def _go_on_beside(self, function: Callable[..., None], *args: Any) -> LocalFuture[None]:
         going_on = in_thread(function, *args)
@@ -95,13 +95,13 @@ class DaskCrew:
         going_on.add_done_callback(self._beside.discard)
         return going_on
 
-    def _bring(self, roster: Roster) -> None:
-        newcomers = [member for member in roster.members if member not in self._held]
+    def _bring(self, assignment: GroupAssignment) -> None:
+        newcomers = [member for member in assignment.members if member not in self._held]
         threads = self._job.threads or self._pool.threads
         try:
-            self._pool.make_ready(roster.members)
-            self._prepare(newcomers, threads)
-            self._brought[roster.generation] = self._load_for(roster)
+            self._pool.make_ready(assignment.members)
+            self._stage(newcomers, threads)
+            self._brought[assignment.generation] = self._load_for(assignment)
             return_free_memory()  # of what was copied on its way
         finally:
             self._touched.update(newcomers)
@@ -109,7 +109,7 @@ class DaskCrew:
                 self._brought.clear()
                 self._dismiss(newcomers)
 
-    def _prepare(self, newcomers: Sequence[str], threads: int) -> None:
+    def _stage(self, newcomers: Sequence[str], threads: int) -> None:
         """Let newcomers make their copies of what is trained; those on this machine map the memory that it lies in."""
         memory = self._job.recipe.frozen.memory
         assert memory is not None
@@ -125,7 +125,7 @@ class DaskCrew:
         def order(member: str) -> tuple[Any, ...]:
             return self._job.run_id, self._sent(self._blob, member), memory(member), threads, self._pool.device
 
-        futures = self._submit(members, remote.prepare, order)
+        futures = self._submit(members, remote.stage, order)
         self.watch(list(futures.values()), members, self.patience(_SETTING_UP))
         failures = {m: f for m, answer in self._fetched(futures).items() if (f := answer.failure) is not None}
         others = {member: failure for member, failure in failures.items() if failure.kind != "unreachable"}
@@ -133,11 +133,11 @@ class DaskCrew:
             raise self.explained(others)
         return list(failures)
 
-    def _load_for(self, roster: Roster) -> dict[str, tuple[Any, Any]]:
+    def _load_for(self, assignment: GroupAssignment) -> dict[str, tuple[Any, Any]]:
         """Place the chunks that each member gains; Dask's copy is let go of once the member has taken them."""
-        wanted = _chunks_of(roster)
+        wanted = _chunks_of(assignment)
         placed = {}
-        for member in roster.members:
+        for member in assignment.members:
             training, validation = (
                 tuple(chunk for chunk in chunks if chunk not in held)
                 for chunks, held in zip(wanted[member], self._held.get(member, ((), ())), strict=True)
@@ -158,29 +158,36 @@ class DaskCrew:
     def _sent(self, value: Any, member: str) -> Any:
         return send(self._pool, self._job.run_id, value, member, self._job.limit_seconds)
 
-    def muster(self, roster: Roster, state: State | None) -> None:
-        """Make a prepared roster the active one."""
-        brought = self._brought.pop(roster.generation)
-        staying = [m for m in roster.members if m in self._intact]
-        given = None if state is None else self.spread(pack(state), roster.members)
+    def form(self, assignment: GroupAssignment, state: State | None) -> None:
+        """Make a staged assignment the active one."""
+        brought = self._brought.pop(assignment.generation)
+        staying = [m for m in assignment.members if m in self._intact]
+        given = None if state is None else self.spread(pack(state), assignment.members)
         joining = given
-        if state is None and len(staying) < len(roster.members):
-            joining = self._state_for_newcomers(staying, [m for m in roster.members if m not in staying])
+        if state is None and len(staying) < len(assignment.members):
+            joining = self._state_for_newcomers(staying, [m for m in assignment.members if m not in staying])
 
         def order(member: str) -> tuple[Any, ...]:
             training, validation = brought[member]
             start = given if member in staying else joining
-            return self._job.run_id, self._orders(roster, member), training, validation, start, self._board(roster)
+            return (
+                self._job.run_id,
+                self._orders(assignment, member),
+                training,
+                validation,
+                start,
+                self._store(assignment),
+            )
 
-        self._belong(roster.members, roster.generation)
-        answers = self._answers(self._submit(roster.members, remote.muster, order), self.patience(_SETTING_UP))
-        self._vault = open_vault(answers[roster.members[0]], self._vault)
+        self._belong(assignment.members, assignment.generation)
+        answers = self._answers(self._submit(assignment.members, remote.form, order), self.patience(_SETTING_UP))
+        self._snapshots = open_snapshots(answers[assignment.members[0]], self._snapshots)
         if self._driver is not None and state is not None:
             self._driver.replica.load(state)
-        self._intact, self._held = roster.members, _chunks_of(roster)
-        self._dismiss([member for member in self._touched if member not in roster.members])
+        self._intact, self._held = assignment.members, _chunks_of(assignment)
+        self._dismiss([member for member in self._touched if member not in assignment.members])
 
-    def regroup(self, generation: int, step: int) -> Remnant:
+    def regroup(self, generation: int, step: int) -> Survivors:
         """After a loss: who is left, each of them back at a step and deaf to older orders."""
         self._brought.clear()
         self._abandon()
@@ -196,7 +203,7 @@ class DaskCrew:
         else:
             intact = tuple(m for m, standing in standings.items() if standing.intact)
             self._intact = intact[:1]  # from whom all others get it
-        return Remnant(
+        return Survivors(
             {m: held for m, (held, _) in self._held.items()}, {m: held for m, (_, held) in self._held.items()}, intact
         )
 
@@ -204,7 +211,7 @@ class DaskCrew:
         """Speak for a group from now on."""
         self.members, self._generation, self._numbers = members, generation, itertools.count(1)
 
-    def _those_who_answer(self, futures: Mapping[str, Future[Any]], limits: Limits) -> dict[str, Standing]:
+    def _those_who_answer(self, futures: Mapping[str, Future[Any]], limits: Limits) -> dict[str, RollbackReport]:
         """What members answer; those that are gone, hang or fail are left out."""
         outcome = watch(self._pool, self._job.run_id, list(futures.values()), list(futures), limits)
         self._give_up(outcome)
@@ -244,18 +251,19 @@ class DaskCrew:
                 cause="a worker that is gone or hangs, or a very slow network",
             ) from error
 
-    def _orders(self, roster: Roster, member: str) -> Orders:
-        training, validation = _chunks_of(roster)[member]
-        hosts, rank = tuple(host_of(member) for member in roster.members), roster.members.index(member)
-        # Whoever hangs is found by its pulse, and killed where that is possible; otherwise this limit frees the others.
+    def _orders(self, assignment: GroupAssignment, member: str) -> Orders:
+        training, validation = _chunks_of(assignment)[member]
+        hosts, rank = tuple(host_of(member) for member in assignment.members), assignment.members.index(member)
+        # Whoever hangs is found by its heartbeat, and killed where that is possible; otherwise this limit frees the
+        # others.
         limit = self.patience().progress_seconds
         return Orders(
-            roster.generation, rank, hosts, limit,
-            training, validation, self._resident, self._resident and rank == 0 and is_here(hosts[rank]),
+            assignment.generation, rank, hosts, limit,
+            training, validation, self._member, self._member and rank == 0 and is_here(hosts[rank]),
         )  # fmt: skip
 
-    def _board(self, roster: Roster) -> WorkerBoard:
-        return WorkerBoard(address_of(roster.members[0]), self._job.run_id, roster.generation)
+    def _store(self, assignment: GroupAssignment) -> WorkerStore:
+        return WorkerStore(address_of(assignment.members[0]), self._job.run_id, assignment.generation)
 
     def order_for(self, member: str, *more: Any) -> tuple[Any, ...]:
         """The arguments of an order of the present generation."""
@@ -269,7 +277,7 @@ class DaskCrew:
         """Let go of everything on the pool."""
         self._released = True
         self._brought.clear()
-        self._vault = None
+        self._snapshots = None
         deadline = time.monotonic() + _DISMISS_SECONDS
         for going_on in tuple(self._beside):  # a pool may close next, and cut connections off that are being opened
             with suppress(Exception):
@@ -287,13 +295,13 @@ class DaskCrew:
 
     # --- segments
 
-    def order(self, first: int, count: int, wish: int, expected_seconds: float) -> None:
+    def order(self, first: int, count: int, request: int, expected_seconds: float) -> None:
         """Order a segment; workers begin it as soon as they have done the one before it."""
         futures = {}
         if self._driver is None:
-            order = next(self._numbers), first, count, wish, bool(self._ordered), self._vault is not None
+            order = next(self._numbers), first, count, request, bool(self._ordered), self._snapshots is not None
             futures = self._submit(self.members, remote.advance, lambda member: self.order_for(member, *order))
-        self._ordered.append(_Ordered(first, count, wish, expected_seconds, futures))
+        self._ordered.append(_Ordered(first, count, request, expected_seconds, futures))
 
     def report(self) -> Report:
         """Wait for the end of a segment; if a user's code fails in it, all members are back where it began."""
@@ -310,10 +318,10 @@ class DaskCrew:
 
     def _report(self, ordered: _Ordered) -> Report:
         if self._driver is not None:
-            return self._driver.segment(ordered.first, ordered.count, ordered.wish)
+            return self._driver.segment(ordered.first, ordered.count, ordered.request)
         answers = self._answers(ordered.futures, self.patience(work_seconds=ordered.expected_seconds))
         segments: list[Segment] = list(answers.values())
-        self._vault = open_vault(segments[0].vault, self._vault)
+        self._snapshots = open_snapshots(segments[0].snapshots, self._snapshots)
         spans = [segment.seconds for segment in segments if segment.seconds is not None]
         return Report(
             tuple(s.records for s in segments), max(s.commit_seconds for s in segments), max(spans, default=None)
@@ -339,17 +347,17 @@ class DaskCrew:
             orders = self._submit(present, remote.roll_back, lambda member: self.order_for(member, step))
             self._answers(orders, self.patience())
 
-    def halt(self, wish: int) -> None:
+    def halt(self, request: int) -> None:
         """Let one member vote for the end of the segment; one vote ends it for all at the same step."""
         members = self.members
         if self._driver is not None:
-            self._driver.halted = max(self._driver.halted, wish)
+            self._driver.halted = max(self._driver.halted, request)
         elif members and not self._released:
-            self._go_on_beside(self._halt_one, members[0], wish)
+            self._go_on_beside(self._halt_one, members[0], request)
 
-    def _halt_one(self, member: str, wish: int) -> None:
+    def _halt_one(self, member: str, request: int) -> None:
         with suppress(Exception):  # a member that is gone ends the segment anyhow
-            self._client.run(remote.halt, self._job.run_id, wish, workers=[address_of(member)])
+            self._client.run(remote.halt, self._job.run_id, request, workers=[address_of(member)])
 
     def set_learning_rate(self, value: float) -> None:
         """Let whoever updates go on at another learning rate: the driver, or else every member."""
@@ -370,21 +378,21 @@ class DaskCrew:
         return dict(unpack(answers[present[0]]))
 
     @property
-    def vault(self) -> OpenVault | None:
+    def snapshots(self) -> SnapshotsReader | None:
         """The commits of rank 0, in memory that it shares with this process, if it does."""
-        return self._vault
+        return self._snapshots
 
     def settle(self) -> None:
-        """Let rank 0 keep the present state in its vault, if that can be reached."""
-        if self._vault is None or self._driver is not None:
+        """Let rank 0 keep the present state in its snapshots, if that can be reached."""
+        if self._snapshots is None or self._driver is not None:
             return
         keeping = self._submit(self.members[:1], remote.commit, self.order_for)
         answers = self._answers(keeping, self.patience(_SETTING_UP))
-        self._vault = open_vault(answers[self.members[0]], self._vault)
+        self._snapshots = open_snapshots(answers[self.members[0]], self._snapshots)
 
-    def salvage(self, step: int) -> State | None:
+    def read_surviving_snapshot(self, step: int) -> State | None:
         """The newest commit of at most a step in the memory that rank 0 shares with this process, if it does."""
-        return None if self._vault is None else self._vault.newest(step)
+        return None if self._snapshots is None else self._snapshots.newest(step)
 
     def evaluate(self) -> Tally:
         """Evaluate the present model on the validation chunks."""
@@ -435,7 +443,7 @@ class DaskCrew:
                 break
         else:
             silent = self._silent(futures)
-            self._pool.banish(silent)
+            self._pool.exclude(silent)
             if silent:
                 raise self._hanging(silent)
             raise WorkerLost(f"{len(futures)} answers could not be fetched within {self._job.limit_seconds:g} s.")
@@ -453,12 +461,16 @@ class DaskCrew:
 
     def _silent(self, members: Iterable[str]) -> dict[str, str]:
         """Of members that answered, but whose answers cannot be had: those that hang since, and what is seen of it."""
-        asked = {member: self._pool.ask_pulse(member, self._job.run_id) for member in members}
-        deadline = time.monotonic() + _PULSE_SECONDS
-        while time.monotonic() < deadline and not all(pulse.done() for pulse in asked.values()):
+        asked = {member: self._pool.ask_heartbeat(member, self._job.run_id) for member in members}
+        deadline = time.monotonic() + _HEARTBEAT_SECONDS
+        while time.monotonic() < deadline and not all(heartbeat.done() for heartbeat in asked.values()):
             time.sleep(_FETCH_SECONDS / 10)
-        seen = f"gave no sign of life for {self._job.limit_seconds + _PULSE_SECONDS:.1f} s"
-        return {member: seen for member, pulse in asked.items() if not pulse.done() or pulse.exception() is not None}
+        seen = f"gave no sign of life for {self._job.limit_seconds + _HEARTBEAT_SECONDS:.1f} s"
+        return {
+            member: seen
+            for member, heartbeat in asked.items()
+            if not heartbeat.done() or heartbeat.exception() is not None
+        }
 
     def _hanging(self, hang: Mapping[str, str]) -> WorkerLost:
         told = "; ".join(f"{self.label(m)} {seen}" for m, seen in hang.items())
@@ -472,7 +484,7 @@ class DaskCrew:
         """Let go of orders that nobody will carry out, and of workers that hang."""
         if outcome.waiting:
             self._client.cancel(list(outcome.waiting))
-        self._pool.banish({**outcome.late, **outcome.hung})
+        self._pool.exclude({**outcome.late, **outcome.hung})
 
     def _lost(self, gone: set[str]) -> WorkerLost:
         names = ", ".join(sorted(self.label(m) for m in gone))
@@ -522,12 +534,12 @@ class _Ordered:
 
     first: int
     count: int
-    wish: int
+    request: int
     expected_seconds: float
     futures: dict[str, Future[Any]]
 
 
-def _chunks_of(roster: Roster) -> dict[str, _Held]:
+def _chunks_of(assignment: GroupAssignment) -> dict[str, _Held]:
     """The chunks of each member, for training and for validation."""
-    validation = roster.validation.chunks_of if roster.validation else {}
-    return {member: (chunks, validation.get(member, ())) for member, chunks in roster.training.chunks_of.items()}
+    validation = assignment.validation.chunks_of if assignment.validation else {}
+    return {member: (chunks, validation.get(member, ())) for member, chunks in assignment.training.chunks_of.items()}

@@ -1,7 +1,7 @@
-"""How the members of a process group find each other: a board kept by one worker, read through Dask's own connections.
+"""How the members of a process group find each other: a store kept by one worker, read through Dask's own connections.
 
 No port is opened and no file written for it, and on a cluster with TLS the notes are as safe as everything else. A
-board belongs to one generation of one run; a note for an older one is refused, so a late task cannot join.
+store belongs to one generation of one run; a note for an older one is refused, so a late task cannot join.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from distributed.utils import sync
 from parakit.collectives.base import GroupBroken
 from parakit.errors import StaleGeneration
 from parakit.system.devices import own
-from parakit.workers.remote import pulse, release
+from parakit.workers.remote import heartbeat, release
 
-__all__ = ["PULSE", "WorkerBoard", "forget", "install", "take_gpu"]
+__all__ = ["PULSE", "WorkerStore", "forget", "install", "take_gpu"]
 
 _HANDLER = "parakit_board"
-#: What a worker is asked for a pulse by.
+#: What a worker is asked for a heartbeat by.
 PULSE = "parakit_pulse"
 _POLL_SECONDS = 0.002
 _ASK_SECONDS = 10.0
@@ -33,8 +33,8 @@ _lock = threading.Lock()
 
 
 @dataclass(frozen=True)
-class WorkerBoard:
-    """The board of a generation, as a member sees it.
+class WorkerStore:
+    """The store of a generation, as a member sees it.
 
     Parameters
     ----------
@@ -48,11 +48,11 @@ class WorkerBoard:
     run_id: str
     generation: int
 
-    def put(self, key: str, value: bytes) -> None:
+    def set(self, key: str, value: bytes) -> None:
         """Leave a note."""
         self._ask(key, value)
 
-    def take(self, key: str, limit_seconds: float) -> bytes:
+    def get(self, key: str, limit_seconds: float) -> bytes:
         """Read a note, waiting until it is there."""
         deadline = time.monotonic() + limit_seconds
         while (value := self._ask(key, None)) is None:
@@ -70,7 +70,7 @@ class WorkerBoard:
                 found = sync(worker.loop, self._ask_keeper, worker, key, value, callback_timeout=_ASK_SECONDS)
             except (OSError, TimeoutError) as error:
                 raise GroupBroken(
-                    f"The member that keeps the board cannot be reached: {type(error).__name__}: {error}",
+                    f"The member that keeps the store cannot be reached: {type(error).__name__}: {error}",
                     cause="it died while the group was formed",
                 ) from error
         if found.get("stale"):
@@ -85,7 +85,7 @@ class WorkerBoard:
         )
         if reply is None:  # what Dask answers where nobody taught the worker to keep boards
             raise GroupBroken(
-                "The member that was to keep the board is gone, and another process is at its address.",
+                "The member that was to keep the store is gone, and another process is at its address.",
                 cause="it died while the group was formed, and was started anew",
             )
         return reply
@@ -105,14 +105,14 @@ def _answer(run_id: str, generation: int, key: str, value: bytes | None) -> dict
 
 
 def install(dask_worker: Worker) -> None:
-    """Let a worker keep boards and give pulses; done once on every worker of a pool."""
+    """Let a worker keep boards and give heartbeats; done once on every worker of a pool."""
 
     def handle(run_id: str, generation: int, key: str, value: bytes | None) -> dict[str, Any]:
         return _answer(run_id, generation, key, value)
 
     def give_pulse(run_id: str) -> dict[str, Any]:
         # On the event loop, beside the thread that carries out orders.
-        found = pulse(run_id)
+        found = heartbeat(run_id)
         return {} if found is None else {"still_seconds": found.still_seconds, "waiting": found.waiting}
 
     dask_worker.handlers[_HANDLER] = handle

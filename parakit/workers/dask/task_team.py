@@ -21,32 +21,32 @@ from parakit.workers.commands import Answer, Failure
 from parakit.workers.session import Job, Report
 
 if TYPE_CHECKING:
-    from parakit.workers.dask.session import DaskCrew
+    from parakit.workers.dask.session import DaskSession
 
-__all__ = ["DriverTeam", "settled", "squared_norm"]
+__all__ = ["TaskTeam", "settled", "squared_norm"]
 
 
-class DriverTeam:
+class TaskTeam:
     """The team that a strategy's text sees when it runs beside the notebook: parts are tasks on Dask workers."""
 
-    def __init__(self, crew: DaskCrew, job: Job) -> None:
-        self._crew = crew
+    def __init__(self, session: DaskSession, job: Job) -> None:
+        self._session = session
         self._job = job
         with job.recipe.settings.in_force():
             self.replica = Replica(job.recipe)
-        self.replica.settle_down()
+        self.replica.own_memory()
         self.halted = 0
         self._measuring = False
         self._norms: list[Future[Any]] = []  # of the members' mean gradients in the first step of a segment
 
-    def segment(self, first: int, count: int, wish: int) -> Report:
+    def segment(self, first: int, count: int, request: int) -> Report:
         """Run the strategy's text for some steps."""
         committed = self.replica.commit()
-        self._measuring, self._norms = len(self._crew.members) > 1, []
+        self._measuring, self._norms = len(self._session.members) > 1, []
         for step in range(first, first + count):
             self._make(step)
             self.replica.share_norm = None
-            if self.halted > wish:
+            if self.halted > request:
                 break
         self.replica.check_parameters()
         return Report(self._collect(), committed)
@@ -66,25 +66,26 @@ class DriverTeam:
 
     def map_gradients(self, step: int) -> list[Future[Any]]:
         """One task a member, over the chunks it holds, at the present parameters."""
-        crew = self._crew
+        session = self._session
         flat = flatten(self.replica.model.parameters(), self.replica.buffer.dtype).numpy()
-        parameters = crew.spread(flat, crew.members)
+        parameters = session.spread(flat, session.members)
         parts = [
-            crew.submit_to([member], remote.map_gradient, *crew.order_for(member, step, rank, parameters))
-            for rank, member in enumerate(crew.members)
+            session.submit_to([member], remote.map_gradient, *session.order_for(member, step, rank, parameters))
+            for rank, member in enumerate(session.members)
         ]
         if self._measuring:
             self._measuring = False
             # Where the parts are: they need not travel for it, and nobody waits before the segment's end.
             self._norms = [
-                crew.submit_to([member], squared_norm, part) for member, part in zip(crew.members, parts, strict=True)
+                session.submit_to([member], squared_norm, part)
+                for member, part in zip(session.members, parts, strict=True)
             ]
             self.replica.share_norm = math.nan  # the driver has no share, but the replica is to measure the sum's
         return parts
 
     def add(self, parts: Sequence[Future[Any]]) -> Future[Any]:
         """A task that adds some parts."""
-        return self._crew.submit_to(self._crew.members, remote.add, *parts)
+        return self._session.submit_to(self._session.members, remote.add, *parts)
 
     def update(self, summed: Callable[[], Future[Any]]) -> None:
         """One step of the driver's optimizer."""
@@ -94,15 +95,15 @@ class DriverTeam:
         """The sum that the members' tasks come to; the wait for it is no part of the update."""
         began = perf_counter()
         total = self._fetch(summed())
-        self.replica.spent[EXCHANGE] += perf_counter() - began
+        self.replica.phase_seconds[EXCHANGE] += perf_counter() - began
         return total
 
     def _fetch(self, root: Future[Any]) -> GradientSum:
-        crew = self._crew
-        crew.watch([root], crew.members)
+        session = self._session
+        session.watch([root], session.members)
         answer = settled(root, self._job.limit_seconds)
         if answer.failure is not None:
-            raise crew.explained({crew.members[max(0, answer.failure.rank)]: answer.failure})
+            raise session.explained({session.members[max(0, answer.failure.rank)]: answer.failure})
         total: GradientSum = answer.value
         return total
 
@@ -126,9 +127,9 @@ class DriverTeam:
 
     def _collect(self) -> tuple[list[StepRecord], ...]:
         """Every member's accounts, completed by what the driver knows; averages the running statistics."""
-        crew, replica = self._crew, self.replica
-        alone = len(crew.members) == 1
-        collected = list(crew.everyone(remote.collect, alone, limits=crew.patience()).values())
+        session, replica = self._session, self.replica
+        alone = len(session.members) == 1
+        collected = list(session.everyone(remote.collect, alone, limits=session.patience()).values())
         replica.computation.buffers.take([one.buffers for one in collected])
         for other in collected[1:]:
             replica.agreement.check(collected[0].marks, other.marks)

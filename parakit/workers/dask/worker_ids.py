@@ -10,13 +10,13 @@ from __future__ import annotations
 import threading
 from typing import Any
 
-__all__ = ["Lives", "address_of", "host_of", "is_here"]
+__all__ = ["Incarnations", "address_of", "host_of", "is_here"]
 
 _HERE = ("127.0.0.1", "::1", "localhost")
 _LIFE = "#"
 
 
-class Lives:
+class Incarnations:
     """The processes that were seen at each address, told apart by the folders that Dask makes for them."""
 
     def __init__(self) -> None:

@@ -25,8 +25,8 @@ from parakit.engines.evaluation import Tally
 from parakit.engines.optimizers import learning_rate
 from parakit.errors import InputError, WorkerCountError
 from parakit.strategies.base import Strategy
-from parakit.workers.assignment import Roster
-from parakit.workers.inline import InlineCrew, InlineTeam
+from parakit.workers.assignment import GroupAssignment
+from parakit.workers.inline import InlineSession, InlineTeam
 from parakit.workers.pool import Workers
 from parakit.workers.session import Job, Report
 from parakit.workers.virtual.team import SimulatedTeam
@@ -43,7 +43,7 @@ ORDINARY = CostModel(
 
 _BETWEEN_NODES = "10GbE"  # where a machine was calibrated, and nobody says what connects several of them
 _FORM_SECONDS = 0.1  # to form a group of processes that are there: 20 to 500 ms with gloo
-_REAL_SECONDS = 0.25  # that a segment may take of the real clock, so that wishes and pictures do not wait
+_REAL_SECONDS = 0.25  # that a segment may take of the real clock, so that requests and pictures do not wait
 
 
 class VirtualClock:
@@ -252,7 +252,7 @@ def _cores(costs: CostModel, count: int) -> int:
     return nodes * costs.cores
 
 
-class SimulatedCrew(InlineCrew):
+class SimulatedCrew(InlineSession):
     """A run's hold on simulated workers: what is computed is computed inline, and the clock is moved beside it."""
 
     def __init__(self, job: Job, costs: CostModel, clock: VirtualClock, seed: int) -> None:
@@ -268,29 +268,29 @@ class SimulatedCrew(InlineCrew):
     def _inner_team(self) -> InlineTeam | None:
         return self._team
 
-    def muster(self, roster: Roster, state: State | None) -> None:
-        """Make a roster the active one, in virtual time."""
-        super().muster(roster, state)
-        self._seat(roster)
+    def form(self, assignment: GroupAssignment, state: State | None) -> None:
+        """Make an assignment the active one, in virtual time."""
+        super().form(assignment, state)
+        self._seat(assignment)
 
-    def _seat(self, roster: Roster) -> None:
-        self._timed.seat(roster)
-        self._workers = len(roster.members)
+    def _seat(self, assignment: GroupAssignment) -> None:
+        self._timed.seat(assignment)
+        self._workers = len(assignment.members)
         self._clock.advance(_FORM_SECONDS)
 
-    def _advance(self, first: int, count: int, wish: int) -> Report:
-        """Do a segment; a shorter one, where the real clock would let wishes wait."""
+    def _advance(self, first: int, count: int, request: int) -> Report:
+        """Do a segment; a shorter one, where the real clock would let requests wait."""
         began = perf_counter()
-        records = self._do(first, min(count, self._steps_at_once), wish)
+        records = self._do(first, min(count, self._steps_at_once), request)
         steps = len(records[0])
         pace = max(1e-9, (perf_counter() - began) / steps)
         self._steps_at_once = max(1, min(4 * self._steps_at_once, int(_REAL_SECONDS / pace)))
         self._clock.advance(self._timed.take_seconds() + self._costs.control_seconds)
         return Report(records, 0.0, excerpt=self._timed.take_excerpt())
 
-    def _do(self, first: int, count: int, wish: int) -> tuple[list[StepRecord], ...]:
+    def _do(self, first: int, count: int, request: int) -> tuple[list[StepRecord], ...]:
         self._timed.forget()  # what a segment left that was rolled back
-        return super()._advance(first, count, wish).records
+        return super()._advance(first, count, request).records
 
     def evaluate(self) -> Tally:
         """Evaluate the present model on the validation chunks, in virtual time."""
@@ -310,20 +310,20 @@ class TimedCrew(SimulatedCrew):
     def _inner_team(self) -> InlineTeam | None:
         return None
 
-    def muster(self, roster: Roster, state: State | None) -> None:
-        """Make a roster the active one; no chunk is loaded."""
+    def form(self, assignment: GroupAssignment, state: State | None) -> None:
+        """Make an assignment the active one; no chunk is loaded."""
         if state is not None:
             self._replica.load(state)
-        self._validation_rows = 0 if roster.validation is None else sum(roster.validation.sizes)
-        self._seat(roster)
+        self._validation_rows = 0 if assignment.validation is None else sum(assignment.validation.sizes)
+        self._seat(assignment)
 
-    def _do(self, first: int, count: int, wish: int) -> tuple[list[StepRecord], ...]:
+    def _do(self, first: int, count: int, request: int) -> tuple[list[StepRecord], ...]:
         self._timed.forget()
         self._timed.rate = learning_rate(self._replica.optimizer)
         for step in range(first, first + count):
             self._job.strategy.step(self._timed, step)
             self._replica.step = step + 1
-            if self._halt > wish:
+            if self._halt > request:
                 break
         return self._timed.take_records()
 

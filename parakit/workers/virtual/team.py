@@ -17,9 +17,9 @@ import numpy.typing as npt
 from parakit.costs.model import CostModel
 from parakit.data.chunks import EpochOrder
 from parakit.engines.base import StepRecord
-from parakit.workers.assignment import Roster
+from parakit.workers.assignment import GroupAssignment
 from parakit.workers.inline import InlineTeam
-from parakit.workers.session import Excerpt
+from parakit.workers.session import SampledRanks
 
 __all__ = ["SimulatedTeam", "TimedPart"]
 
@@ -57,12 +57,12 @@ class SimulatedTeam:
         self.rate = math.nan
         self.forget()
 
-    def seat(self, roster: Roster) -> None:
-        """Let the workers of a roster be the team."""
-        names = roster.members
+    def seat(self, assignment: GroupAssignment) -> None:
+        """Let the workers of an assignment be the team."""
+        names = assignment.members
         self._size = len(names)
-        self._owner = np.zeros(len(roster.training.sizes), np.int64)
-        for rank, chunks in enumerate(roster.training.chunks_of.values()):
+        self._owner = np.zeros(len(assignment.training.sizes), np.int64)
+        for rank, chunks in enumerate(assignment.training.chunks_of.values()):
             self._owner[list(chunks)] = rank
         every = range(self._size)
         some = np.linspace(0, self._size - 1, _EXCERPT).round().astype(int).tolist()
@@ -191,7 +191,7 @@ class SimulatedTeam:
         taken, self._seconds = self._seconds, 0.0
         return taken
 
-    def take_excerpt(self) -> Excerpt | None:
+    def take_excerpt(self) -> SampledRanks | None:
         """Whose accounts these are, where there are not everybody's."""
         exchanges, self._exchanges = tuple(self._exchanges), []
-        return None if len(self._shown) == self._size else Excerpt(self._shown, self._size, exchanges)
+        return None if len(self._shown) == self._size else SampledRanks(self._shown, self._size, exchanges)

@@ -215,7 +215,7 @@ def test_an_interrupt_before_anything_was_measured_goes_on(inline: pk.Workers, m
     def interrupted(*_: Any) -> Any:
         raise KeyboardInterrupt
 
-    for name in ("timed", "Rivals"):
+    for name in ("timed", "PlainArm"):
         monkeypatch.setattr(advise, name, interrupted)
     with pytest.raises(KeyboardInterrupt):
         advised(inline)

@@ -18,7 +18,7 @@ from parakit.baselines.plain_loop import PlainTrial, measure
 from parakit.data.chunks import EpochOrder
 from parakit.data.samples import Samples
 from parakit.engines.recipe import Parts, Recipe, Traits
-from parakit.events.records import Asked, Baseline, Resized, Said
+from parakit.events.records import Baseline, Requested, Resized, Said
 from parakit.serialization import dumps
 from parakit.system.cores import usable_cores
 from tests.runs.test_exact import LIMIT, wait_for
@@ -183,13 +183,13 @@ def test_a_run_is_the_same_with_a_baseline_in_its_middle(
     run.wait(LIMIT, progress=False)
     assert run.history.losses.tolist() == usual.history.losses.tolist()
     assert on.map(lambda _: torch.get_num_threads(), list(range(8)), LIMIT) == threads
-    assert [event.wish for event in run.history.of(Asked)] == ["measure", "pause", "measure", "resume"]
+    assert [event.request for event in run.history.of(Requested)] == ["measure", "pause", "measure", "resume"]
     for found in run.history.of(Baseline):
         assert (found.name, found.cores) == ("plain PyTorch", usable_cores())
         assert found.steps >= 5
         assert 0 < found.low <= found.samples_per_second <= found.high < BATCH / 0.01
     # The seconds of the measurements are in no segment.
-    began, ended = (run.history.of(kind)[0].at_seconds for kind in (Asked, Baseline))
+    began, ended = (run.history.of(kind)[0].at_seconds for kind in (Requested, Baseline))
     assert max(step.seconds for step in run.history.steps) < ended - began
 
 
@@ -282,7 +282,7 @@ def test_a_resize_tells_its_whole_wait_also_what_a_baseline_took_of_it(pool: pk.
     assert run.measuring
     time.sleep(0.2)
     run.resize(2)
-    asked_at = run.history.of(Asked)[-1].at_seconds
+    asked_at = run.history.of(Requested)[-1].at_seconds
     wait_for(run, lambda: run.world_size == 2)
     assert not run.measuring
     resized = run.history.latest(Resized)

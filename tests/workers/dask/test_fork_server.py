@@ -1,4 +1,4 @@
-"""The nursery of local workers: one for all pools of a process, as long as one of them is there."""
+"""The fork server of local workers: one for all pools of a process, as long as one of them is there."""
 
 from __future__ import annotations
 
@@ -39,11 +39,11 @@ def about(_: int) -> dict[str, Any]:
 
 def test_pools_of_a_process_share_one_and_it_goes_with_the_last(nothing_left: None) -> None:
     with pk.connect(1) as first:
-        (nursery,) = parents(first)
+        (fork_server,) = parents(first)
         with pk.connect(1) as second:
-            assert parents(second) == {nursery}
-        assert psutil.Process(nursery).is_running()
-        assert psutil.Process(nursery).num_threads() == 1  # what is forked with threads may hang later
+            assert parents(second) == {fork_server}
+        assert psutil.Process(fork_server).is_running()
+        assert psutil.Process(fork_server).num_threads() == 1  # what is forked with threads may hang later
 
 
 def test_workers_have_the_environment_of_their_pool_and_draw_each_their_own(
@@ -84,7 +84,7 @@ if __name__ == "__main__":
 
 
 @pytest.mark.parametrize("when", ["waited", "at once"])
-def test_workers_whose_nursery_is_killed_are_replaced_and_nothing_stays(tmp_path: Path, when: str) -> None:
+def test_workers_whose_fork_server_is_killed_are_replaced_and_nothing_stays(tmp_path: Path, when: str) -> None:
     (tmp_path / "killed.py").write_text(KILLED)
     told = subprocess.run(
         [sys.executable, tmp_path / "killed.py", when], capture_output=True, text=True, timeout=90, check=True

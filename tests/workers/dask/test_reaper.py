@@ -1,4 +1,4 @@
-"""The janitor: whatever ends the owner of a local pool, and whenever, nothing of the pool stays."""
+"""The reaper: whatever ends the owner of a local pool, and whenever, nothing of the pool stays."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ import pytest
 
 import parakit as pk
 from parakit.workers.dask import reaper
-from parakit.workers.dask.reaper import Janitor
+from parakit.workers.dask.reaper import Reaper
 
 pytestmark = pytest.mark.dask
 GONE_SECONDS = 8.0
@@ -99,9 +99,9 @@ class Owner:
             return _runs(process, "forkserver") and process.ppid() != self.process.pid
         return False
 
-    def janitor(self) -> psutil.Process:
-        """Its janitor, as soon as there is one."""
-        return self.wait_for(lambda: next((p for p in self.family() if _runs(p, "janitor.py")), None))
+    def reaper(self) -> psutil.Process:
+        """Its reaper, as soon as there is one."""
+        return self.wait_for(lambda: next((p for p in self.family() if _runs(p, "reaper.py")), None))
 
     def wait_for(self, found: Callable[[], Any], seconds: float = START_SECONDS) -> Any:
         """What is found, once it is."""
@@ -118,7 +118,7 @@ class Owner:
         everybody = [psutil.Process(self.process.pid), *family]
         ports = {c.laddr.port for p in everybody for c in p.net_connections() if c.status == psutil.CONN_LISTEN}
         shared = set().union(*(_shared(p.pid) for p in everybody))
-        folders = {Path(p.cmdline()[-1]) for p in family if _runs(p, "janitor.py")}
+        folders = {Path(p.cmdline()[-1]) for p in family if _runs(p, "reaper.py")}
 
         def left() -> dict[str, list[Any]]:
             found = {
@@ -250,7 +250,7 @@ def test_nothing_stays_of_a_pool_that_starts(owner: Owner) -> None:
 
 
 def test_nothing_stays_of_a_pool_without_a_worker_yet(owner: Owner) -> None:
-    owner.janitor()
+    owner.reaper()
     left = owner.traces()
     owner.process.kill()
     gone(left)
@@ -269,7 +269,7 @@ def test_nothing_stays_of_a_worker_that_is_stopped_as_it_starts(owner: Owner) ->
 @pytest.mark.slow
 @pytest.mark.parametrize("until", ["early", "imports", "worker"])
 def test_an_interrupt_while_the_pool_starts_leaves_an_owner_without_one(until: str, owner: Owner) -> None:
-    owner.janitor()
+    owner.reaper()
     if until == "imports":
         time.sleep(1.0)
     started = owner.worker() if until == "worker" else None
@@ -288,7 +288,7 @@ def test_an_interrupt_while_the_pool_starts_leaves_an_owner_without_one(until: s
 @pytest.mark.slow
 @pytest.mark.parametrize("stopped", [False, True], ids=["", "stopped"])
 @pytest.mark.parametrize("owner", ["close"], indirect=True)
-def test_a_pool_that_is_closed_takes_its_janitor_along(owner: Owner, stopped: bool) -> None:
+def test_a_pool_that_is_closed_takes_its_reaper_along(owner: Owner, stopped: bool) -> None:
     workers = owner.told("workers")
     left = owner.traces()
     if stopped:
@@ -303,8 +303,8 @@ def test_a_pool_that_is_closed_takes_its_janitor_along(owner: Owner, stopped: bo
 
 @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="only /proc shows what a process has open")
 def test_the_workers_do_not_hold_the_pipe(pool: pk.Workers) -> None:
-    janitors = [child for child in psutil.Process().children() if _runs(child, "janitor.py")]
-    pipes = {Path(f"/proc/{child.pid}/fd/0").readlink() for child in janitors}
+    reapers = [child for child in psutil.Process().children() if _runs(child, "reaper.py")]
+    pipes = {Path(f"/proc/{child.pid}/fd/0").readlink() for child in reapers}
     assert pipes & _open(os.getpid())
     for pid in pool.client.run(os.getpid).values():  # type: ignore[attr-defined]
         assert not pipes & _open(pid)
@@ -327,13 +327,13 @@ def child() -> Iterator[subprocess.Popen[str]]:
         os.killpg(process.pid, signal.SIGKILL)
 
 
-def test_a_janitor_ends_only_what_it_was_told_of_and_what_was_its_owners(
+def test_a_reaper_ends_only_what_it_was_told_of_and_what_was_its_owners(
     nothing_left: None, child: subprocess.Popen[str]
 ) -> None:
     assert child.stdout is not None
     grandchild = psutil.Process(int(child.stdout.readline()))
     with subprocess.Popen(["sleep", "60"]) as stopped:
-        hold = Janitor()
+        hold = Reaper()
         os.kill(stopped.pid, signal.SIGSTOP)
         hold.watch(stopped.pid)
         hold.watch(grandchild.pid)
@@ -347,8 +347,8 @@ def test_a_janitor_ends_only_what_it_was_told_of_and_what_was_its_owners(
     hold.close()  # twice does nothing
 
 
-def test_the_folder_goes_although_somebody_killed_the_janitor(nothing_left: None) -> None:
-    hold = Janitor()
+def test_the_folder_goes_although_somebody_killed_the_reaper(nothing_left: None) -> None:
+    hold = Reaper()
     assert hold.folder.stat().st_mode & 0o777 == 0o700
     (hold.folder / "file").touch()
     hold._process.kill()
@@ -358,8 +358,8 @@ def test_the_folder_goes_although_somebody_killed_the_janitor(nothing_left: None
     assert not hold.folder.exists()
 
 
-def test_a_process_that_forked_from_the_owner_does_not_keep_the_janitor(nothing_left: None) -> None:
-    hold = Janitor()
+def test_a_process_that_forked_from_the_owner_does_not_keep_the_reaper(nothing_left: None) -> None:
+    hold = Reaper()
     pipe = hold._pipe.fileno()
     with subprocess.Popen(["sleep", "60"], pass_fds=[pipe]) as holder:
         began = time.monotonic()
@@ -371,9 +371,9 @@ def test_a_process_that_forked_from_the_owner_does_not_keep_the_janitor(nothing_
 
 FORKS = """
 import os, time
-from parakit.workers.dask.reaper import Janitor
+from parakit.workers.dask.reaper import Reaper
 
-hold = Janitor()
+hold = Reaper()
 if os.fork():
     print(hold.folder, flush=True)
 time.sleep(60)
@@ -388,7 +388,7 @@ def test_the_owner_is_missed_although_a_process_that_forked_from_it_lives() -> N
             assert process.stdout is not None
             folder = Path(process.stdout.readline().strip())
             children = psutil.Process(process.pid).children()
-            hold, forked = sorted(children, key=lambda child: not _runs(child, "janitor.py"))
+            hold, forked = sorted(children, key=lambda child: not _runs(child, "reaper.py"))
             assert folder.is_dir()
             process.kill()
             psutil.wait_procs([hold], timeout=GONE_SECONDS)

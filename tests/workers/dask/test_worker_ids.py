@@ -19,8 +19,8 @@ from parakit.errors import WorkerLost
 from parakit.events.records import Recovered, WorkersLost
 from parakit.workers import remote
 from parakit.workers.dask.local_cluster import WatchedCluster
-from parakit.workers.dask.store import WorkerBoard
-from parakit.workers.dask.worker_ids import Lives, address_of, host_of
+from parakit.workers.dask.store import WorkerStore
+from parakit.workers.dask.worker_ids import Incarnations, address_of, host_of
 from tests.mortal import arm
 from tests.runs.test_exact import wait_for
 from tests.runs.test_recovery import LIMIT, assert_as_if_nothing_had_happened, train, undisturbed  # noqa: F401  # a fixture
@@ -30,7 +30,7 @@ HOST = "127.0.0.1"
 
 
 def test_each_process_at_an_address_has_a_name_of_its_own() -> None:
-    lives = Lives()
+    lives = Incarnations()
     here, there = f"tcp://{HOST}:4001", f"tcp://{HOST}:4002"
     assert lives.name(here, "worker-a") == lives.name(here, "worker-a") == here
     assert lives.name(there, "worker-b") == there
@@ -148,9 +148,9 @@ class TestOnFixedPorts:
     def test_who_asks_for_a_board_where_its_keeper_was_is_told(self, cluster: SpecCluster, pool: Any) -> None:
         keeper, other = pool.names[:2]
         restart(pool, keeper)  # and nobody has taught the second one to keep boards
-        board = WorkerBoard(address_of(keeper), "a run", 1)
+        store = WorkerStore(address_of(keeper), "a run", 1)
         with Client(cluster) as client:
-            asked = client.submit(board.put, "key", b"value", workers=[address_of(other)])
+            asked = client.submit(store.put, "key", b"value", workers=[address_of(other)])
             with pytest.raises(GroupBroken, match="another process is at its address"):
                 asked.result(30)
 
