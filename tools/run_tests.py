@@ -20,7 +20,7 @@ LANES = {
     "others": [["-m", "not (dask or notebook or browser)"], ["-m", "browser"], ["-m", _CLUSTERS, "-k", _SHIFTED]],
 }
 PYTEST = [sys.executable, "-m", "pytest"]
-# Files whose tests belong together stay together, and the last ones are shared out again as a process runs out of work.
+# Tests are shared out again as a process runs out of work.
 QUICK = [*PYTEST, "-n", "2", "--dist", "worksteal", "-q", "-m", "not (dask or notebook or browser)"]
 STYLE = (
     [sys.executable, "-m", "ruff", "check"],
