@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
 from typing import Any, Literal, Protocol
+
+from parakit.collectives.base import Exchange
 
 __all__ = [
     "Part",
+    "Requirements",
     "RunsOn",
     "Strategy",
     "Team",
+    "requirements_of",
 ]
 
 Part = Any
@@ -46,7 +51,7 @@ class Team(Protocol):
 
 
 class Strategy(Protocol):
-    """An algorithm of data-parallel training.
+    """An algorithm of data-parallel training; it may have any of the attributes of `Requirements` too.
 
     Attributes
     ----------
@@ -60,3 +65,25 @@ class Strategy(Protocol):
 
     def step(self, team: Team, step: int) -> None:
         """Do one step of training."""
+
+
+@dataclass(frozen=True)
+class Requirements:
+    """What a strategy asks of the workers that it runs on, with what holds where it does not say.
+
+    Attributes
+    ----------
+    exchange : {"auto", "shared memory", "gloo"}
+        How gradients are to be added up.
+    shard : bool
+        Whether workers that share memory may divide the update among them; `sum_for_update` heeds it.
+    """
+
+    exchange: Exchange = "auto"
+    shard: bool = False
+
+
+def requirements_of(strategy: Strategy) -> Requirements:
+    """What a strategy asks for, by its attributes of these names."""
+    asked: dict[str, Any] = {each.name: getattr(strategy, each.name, each.default) for each in fields(Requirements)}
+    return Requirements(**asked)

@@ -17,11 +17,9 @@ from time import perf_counter
 from types import TracebackType
 from typing import Any, Self
 
-from parakit.collectives.topology import equal_counts, hierarchical
 from parakit.data.chunks import DEFAULT_CHUNKS
 from parakit.errors import PoolError, WorkerCountError
 from parakit.formatting import unit_of
-from parakit.strategies.base import Strategy
 from parakit.workers.session import Job, Session
 
 __all__ = ["Workers"]
@@ -112,25 +110,6 @@ class Workers(ABC):
     def hosts(self) -> tuple[str, ...]:
         """The host of each worker, in their order, as far as a group can tell; empty where nobody knows."""
         return ()
-
-    def exchange_of(self, strategy: Strategy) -> str:
-        """How a strategy's gradients are added up on this pool: one of `parakit.events.records.EXCHANGE_WAYS`.
-
-        What is expected at the start of a run: where a host has too little shared memory after all, workers that may
-        choose make connections instead, and an optimizer whose update cannot be divided is run by all of them.
-        """
-        if strategy.runs_on == "driver":
-            return "tasks"
-        if self.device != "cpu":
-            return "gloo"
-        requested = getattr(strategy, "exchange", "auto")
-        if requested == "auto" and hierarchical(self.hosts):
-            way = "hierarchical"
-        elif requested == "shared memory" or (requested == "auto" and (self.one_host or len(set(self.hosts)) == 1)):
-            way = "shared memory"
-        else:
-            return "gloo"
-        return f"{way}, divided update" if equal_counts(self.hosts) and getattr(strategy, "shard", False) else way
 
     def check_count(self, count: Any, *, most: int | None = None) -> int:
         """A number of workers that this pool can serve.

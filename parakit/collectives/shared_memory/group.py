@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from parakit.collectives.base import GroupBroken, ReduceScatterGroup, Store, Summed
+from parakit.collectives.base import ExchangeMethod, GroupBroken, ReduceScatterGroup, Store, Summed
 from parakit.collectives.shared_memory.barrier import Barrier
 from parakit.collectives.shared_memory.join import join
 from parakit.collectives.shared_memory.layout import MemoryLayout, Plan
@@ -89,6 +89,7 @@ class SharedMemoryGroup(ReduceScatterGroup):
         futex: bool | None = None,
     ) -> None:
         self.rank, self.size = rank, size
+        self.method = ExchangeMethod("shared memory", divided=common > 0)
         if spin_seconds is None:
             spin_seconds = _SPIN_SECONDS if size * torch.get_num_threads() <= usable_cores() else 0.0
         plan = Plan(size, capacity, common, piece_bytes)

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from parakit.checkpoints.state import State
+from parakit.collectives.base import ExchangeMethod
 from parakit.costs.model import CostModel, costs_of
 from parakit.costs.networks import network_named
 from parakit.data.chunks import DEFAULT_CHUNKS
@@ -24,7 +25,6 @@ from parakit.engines.base import StepRecord
 from parakit.engines.evaluation import Tally
 from parakit.engines.optimizers import learning_rate
 from parakit.errors import InputError, WorkerCountError
-from parakit.strategies.base import Strategy
 from parakit.workers.assignment import GroupAssignment
 from parakit.workers.inline import InlineSession, InlineTeam
 from parakit.workers.pool import Workers
@@ -208,10 +208,6 @@ class SimulatedWorkers(Workers):
         """As many as there are."""
         return len(self._names)
 
-    def exchange_of(self, strategy: Strategy) -> str:
-        """What is priced: the algorithm of the cost model, or tasks."""
-        return "tasks" if strategy.runs_on == "driver" else self.costs.algorithm
-
     def grow(self, count: int) -> None:
         """Refused: that many are all there are.
 
@@ -268,15 +264,17 @@ class SimulatedCrew(InlineSession):
     def _inner_team(self) -> InlineTeam | None:
         return self._team
 
-    def form(self, assignment: GroupAssignment, state: State | None) -> None:
+    def form(self, assignment: GroupAssignment, state: State | None) -> ExchangeMethod:
         """Make an assignment the active one, in virtual time."""
         super().form(assignment, state)
-        self._seat(assignment)
+        return self._seat(assignment)
 
-    def _seat(self, assignment: GroupAssignment) -> None:
+    def _seat(self, assignment: GroupAssignment) -> ExchangeMethod:
+        """Seat the workers; what is priced is the algorithm of the cost model, or tasks."""
         self._timed.seat(assignment)
         self._workers = len(assignment.members)
         self._clock.advance(_FORM_SECONDS)
+        return ExchangeMethod("tasks" if self._job.strategy.runs_on == "driver" else self._costs.algorithm)
 
     def _advance(self, first: int, count: int, request: int) -> Report:
         """Do a segment; a shorter one, where the real clock would let requests wait."""
@@ -310,12 +308,12 @@ class TimedCrew(SimulatedCrew):
     def _inner_team(self) -> InlineTeam | None:
         return None
 
-    def form(self, assignment: GroupAssignment, state: State | None) -> None:
+    def form(self, assignment: GroupAssignment, state: State | None) -> ExchangeMethod:
         """Make an assignment the active one; no chunk is loaded."""
         if state is not None:
             self._replica.load(state)
         self._validation_rows = 0 if assignment.validation is None else sum(assignment.validation.sizes)
-        self._seat(assignment)
+        return self._seat(assignment)
 
     def _do(self, first: int, count: int, request: int) -> tuple[list[StepRecord], ...]:
         self._timed.forget()
