@@ -77,6 +77,10 @@ class ProcessGroup(ABC):
     def all_reduce(self, vector: Tensor) -> None:
         """Replace a vector by the sum of every member's, in place."""
 
+    def all_reduce_gradient(self, vector: Tensor, tail: int) -> None:  # noqa: ARG002  # here all travels alike
+        """The same for a gradient; its last elements, so many, are counts that must arrive as they are."""
+        self.all_reduce(vector)
+
     @abstractmethod
     def close(self) -> None:
         """Leave the group: the others' operations fail at once instead of at their limit."""

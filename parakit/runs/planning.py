@@ -267,7 +267,7 @@ def _may_divide(strategy: Strategy, pool: Workers) -> bool:
     """Whether workers may have the update in common, as far as that is known before they form a group."""
     asked, hosts = requirements_of(strategy), pool.hosts
     together = pool.one_host or len(set(hosts)) == 1 or hierarchical(hosts)
-    return asked.shard and asked.exchange != "gloo" and together and equal_counts(hosts)
+    return asked.divides and together and equal_counts(hosts)
 
 
 def _check_threads(threads: Any, pool: Workers) -> None:

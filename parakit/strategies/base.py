@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 from typing import Any, Literal, Protocol
 
 from parakit.collectives.base import Exchange
+from parakit.collectives.compressed import Codec
 
 __all__ = [
     "Part",
@@ -77,10 +78,18 @@ class Requirements:
         How gradients are to be added up.
     shard : bool
         Whether workers that share memory may divide the update among them; `sum_for_update` heeds it.
+    codec : Codec or None
+        In which form gradients travel from worker to worker; then each of them does the whole update.
     """
 
     exchange: Exchange = "auto"
     shard: bool = False
+    codec: Codec | None = None
+
+    @property
+    def divides(self) -> bool:
+        """Whether the update may be divided, where workers have memory in common."""
+        return self.shard and self.exchange != "gloo" and self.codec is None
 
 
 def requirements_of(strategy: Strategy) -> Requirements:

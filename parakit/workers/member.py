@@ -15,6 +15,7 @@ from parakit.checkpoints.in_memory import InMemorySnapshots
 from parakit.checkpoints.in_shared_memory import Room, SharedMemorySnapshots, SnapshotsKey
 from parakit.checkpoints.state import State
 from parakit.collectives.base import ExchangeMethod, GroupBroken, ProcessGroup, ReduceScatterGroup, Store
+from parakit.collectives.compressed import CompressedGroup
 from parakit.collectives.form import form_group
 from parakit.data.local_chunks import LocalChunks
 from parakit.engines.recipe import Recipe
@@ -133,11 +134,12 @@ class Member:
         """Form the group, and let the gradient live where the group adds it from."""
         buffer = self.replica.buffer
         asked = requirements_of(self.strategy)
-        common = self.replica.common_nbytes if asked.shard else 0
-        self.group, place = form_group(
+        common = self.replica.common_nbytes if asked.divides else 0
+        group, place = form_group(
             store, orders.rank, orders.hosts, orders.limit_seconds,
             exchange=asked.exchange, numel=buffer.numel, dtype=buffer.dtype, common=common, device=self.device,
         )  # fmt: skip
+        self.group = group if asked.codec is None else CompressedGroup(group, asked.codec)
         buffer.live_in(buffer.fresh_vector() if place is None else place, alone=orders.size == 1)
         self.replica.speak_to(ALONE if orders.size == 1 else _Peers(self, self.group, orders))
         if self.group.method.divided and isinstance(self.group, ReduceScatterGroup):
@@ -289,7 +291,7 @@ class Member:
         assert self.group is not None
         if not self._alone:
             with self.exchanging():
-                self.group.all_reduce(part.vector)
+                self.group.all_reduce_gradient(part.vector, part.tail)
         self._ended = self._ended or part.votes > 0
         return part
 

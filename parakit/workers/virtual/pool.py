@@ -25,6 +25,7 @@ from parakit.engines.base import StepRecord
 from parakit.engines.evaluation import Tally
 from parakit.engines.optimizers import learning_rate
 from parakit.errors import InputError, WorkerCountError
+from parakit.strategies.base import requirements_of
 from parakit.workers.assignment import GroupAssignment
 from parakit.workers.inline import InlineSession, InlineTeam
 from parakit.workers.pool import Workers
@@ -228,6 +229,8 @@ class SimulatedWorkers(Workers):
         if self._fitting:
             sizes = [4 * p.numel() for p in job.recipe.parts().model.parameters() if p.requires_grad]
             costs = costs.with_(nbytes=sum(sizes))
+        if (codec := requirements_of(job.strategy).codec) is not None:
+            costs = costs.with_(nbytes=codec.nbytes(round(costs.nbytes / 4), torch.float32))
         kind = SimulatedCrew if self.arithmetic else TimedCrew
         return kind(job, costs, self._virtual, self._seed)
 
