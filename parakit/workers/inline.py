@@ -81,14 +81,6 @@ class InlineWorkers(Workers):
         """Begin a run."""
         return InlineSession(job, job.threads or self.threads, device_here(self.device))
 
-    def map(self, function: Callable[[Any], Any], items: Sequence[Any], limit_seconds: float) -> list[Any]:
-        """Apply a function to items, here."""
-        self.check_open()
-        return [function(item) for item in items]
-
-    def _close(self) -> None:
-        pass
-
 
 class InlineSession:
     """A run's hold on the workers of this process."""

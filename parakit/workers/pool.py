@@ -65,25 +65,25 @@ class Workers(ABC):
     def names(self) -> tuple[str, ...]:
         """The workers there are now, in the order in which they become active."""
 
-    @property
-    @abstractmethod
-    def most(self) -> int:
-        """The most workers that this pool can have or grow to."""
-
-    @abstractmethod
-    def grow(self, count: int) -> None:
-        """Begin to grow to a number of workers; returns at once."""
-
     @abstractmethod
     def open(self, job: Job) -> Session:
         """Begin a run."""
 
-    @abstractmethod
-    def map(self, function: Callable[[Any], Any], items: Sequence[Any], limit_seconds: float) -> list[Any]:
-        """Apply an importable function to items, on the workers."""
+    @property
+    def most(self) -> int:
+        """The most workers that this pool can have or grow to."""
+        return self.size
 
-    @abstractmethod
-    def _close(self) -> None:
+    def grow(self, count: int) -> None:
+        """Begin to grow to a number of workers; returns at once. Refused where there are no more to be had."""
+        self.check_count(count)
+
+    def map(self, function: Callable[[Any], Any], items: Sequence[Any], limit_seconds: float) -> list[Any]:
+        """Apply an importable function to items, on the workers; here, where they are in this process."""
+        self.check_open()
+        return [function(item) for item in items]
+
+    def _close(self) -> None:  # noqa: B027  # a pool may have started nothing
         """Stop what was started here."""
 
     @property

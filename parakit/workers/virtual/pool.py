@@ -9,7 +9,6 @@ show virtual seconds; the losses are real. Nothing here is a measurement, and `k
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
 from time import perf_counter
 from typing import Any
 
@@ -204,11 +203,6 @@ class SimulatedWorkers(Workers):
         """All workers that there could be."""
         return self._names
 
-    @property
-    def most(self) -> int:
-        """As many as there are."""
-        return len(self._names)
-
     def grow(self, count: int) -> None:
         """Refused: that many are all there are.
 
@@ -233,14 +227,6 @@ class SimulatedWorkers(Workers):
             costs = costs.with_(nbytes=codec.nbytes(round(costs.nbytes / 4), torch.float32))
         kind = SimulatedCrew if self.arithmetic else TimedCrew
         return kind(job, costs, self._virtual, self._seed)
-
-    def map(self, function: Callable[[Any], Any], items: Sequence[Any], limit_seconds: float) -> list[Any]:
-        """Apply a function to items, here; the virtual clock stands still."""
-        self.check_open()
-        return [function(item) for item in items]
-
-    def _close(self) -> None:
-        pass
 
 
 def _cores(costs: CostModel, count: int) -> int:
