@@ -300,10 +300,13 @@ class Membership:
     ) -> None:
         began = self._pool.clock()
         self._generation = max(self._generation, assignment.generation)
-        self.session.form(assignment, state)
+        method = self.session.form(assignment, state)
         self.assignment, self.formed = assignment, True
         ended = self._pool.clock()
         waited = ended - self._requests.asked_at if requested else 0.0
         self._history.append(
-            Resized(self._now(), step, assignment.generation, self.labels, moved, ended - began, waited)
+            Resized(
+                self._now(), step, assignment.generation, self.labels, moved, ended - began, waited, method.way,
+                method.divided,
+            )
         )  # fmt: skip
