@@ -191,7 +191,8 @@ def test_orders_of_an_older_generation_are_refused(pool: pk.Workers) -> None:
     wait_for(run, lambda: run.world_size == 1)
     run.resize(2)
     wait_for(run, lambda: run.world_size == 2)
-    client, worker, run_id = pool.client, address_of(pool.names[1]), run._plan.job.run_id  # type: ignore[attr-defined]
+    client, worker = pool.client, address_of(pool.names[1])  # type: ignore[attr-defined]
+    (run_id,) = client.run(remote.survey, workers=[worker])[worker]["runs"]
     for generation in (0, 1):
         order = client.submit(
             remote.advance, run_id, generation, 1, 0, 1, 0, False, False, workers=[worker], pure=False
