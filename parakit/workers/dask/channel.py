@@ -100,19 +100,15 @@ class Channel:
 
     # --- out
 
-    def order_for(self, member: str, *more: Any) -> tuple[Any, ...]:
-        """The arguments of an order of the present generation."""
-        return self._job.run_id, self._generation, *more
-
-    def everyone(self, function: Callable[..., Answer], *args: Any, limits: Limits) -> dict[str, Any]:
-        """Give all members an order of the present generation; what each answered, in the order of ranks."""
-        return self.answers(self.submit(self.members, function, lambda m: self.order_for(m, *args)), limits)
+    def order(self, members: Sequence[str], function: Callable[..., Answer], *args: Any) -> dict[str, Future[Any]]:
+        """Give some members an order of the present generation."""
+        return self.submit(members, function, lambda _: (self._generation, *args))
 
     def submit(
         self, members: Sequence[str], function: Callable[..., Answer], args: Callable[[str], tuple[Any, ...]]
     ) -> dict[str, Future[Any]]:
-        """A task for each of some members, on it."""
-        return {member: self.submit_to([member], function, *args(member)) for member in members}
+        """A task for each of some members, on it: what it is to do in this run, and with what."""
+        return {m: self.submit_to([m], function, self._job.run_id, *args(m)) for m in members}
 
     def submit_to(self, members: Sequence[str], function: Callable[..., Answer], *args: Any) -> Future[Any]:
         """A task on one of some members; never shared with an equal one."""
@@ -142,6 +138,10 @@ class Channel:
             ) from error
 
     # --- in
+
+    def ask(self, members: Sequence[str], function: Callable[..., Answer], *args: Any, limits: Limits) -> list[Any]:
+        """Give some members an order of the present generation; what each answered, in their order."""
+        return list(self.answers(self.order(members, function, *args), limits).values())
 
     def answers(self, futures: Mapping[str, Future[Any]], limits: Limits) -> dict[str, Any]:
         """Wait for answers, and return their values; the first failure that explains the others is raised."""

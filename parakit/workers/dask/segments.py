@@ -39,13 +39,7 @@ class _Ordered:
 
 
 class MemberSegments:
-    """Segments of a text that runs on the members; they begin one as soon as they have done the one before.
-
-    Parameters
-    ----------
-    channel : Channel
-    job : Job
-    """
+    """Segments of a text that runs on the members; they begin one as soon as they have done the one before."""
 
     on_members = True
 
@@ -66,7 +60,7 @@ class MemberSegments:
         if not staying:
             return None
         channel = self._channel
-        asked = channel.submit(staying[:1], remote.state, channel.order_for)
+        asked = channel.order(staying[:1], remote.state)
         channel.wait(list(asked.values()), staying[:1], channel.patience(SETTING_UP))
         return asked[staying[0]]
 
@@ -88,7 +82,7 @@ class MemberSegments:
         """Order a segment; workers begin it as soon as they have done the one before it."""
         channel = self._channel
         order = next(self._numbers), first, count, request, bool(self._ordered), self.snapshots is not None
-        futures = channel.submit(channel.members, remote.advance, lambda member: channel.order_for(member, *order))
+        futures = channel.order(channel.members, remote.advance, *order)
         self._ordered.append(_Ordered(first, expected_seconds, futures))
 
     def report(self) -> Report:
@@ -117,9 +111,7 @@ class MemberSegments:
     def _roll_back(self, step: int) -> None:
         channel = self._channel
         with suppress(RunFailed, WorkerLost):
-            present = channel.present(channel.members)
-            orders = channel.submit(present, remote.roll_back, lambda member: channel.order_for(member, step))
-            channel.answers(orders, channel.patience())
+            channel.ask(channel.present(channel.members), remote.roll_back, step, limits=channel.patience())
 
     def halt(self, request: int) -> None:
         """Let one member vote for the end of the segment; one vote ends it for all at the same step."""
@@ -134,7 +126,8 @@ class MemberSegments:
 
     def set_learning_rate(self, value: float) -> None:
         """Every member updates."""
-        self._channel.everyone(remote.set_learning_rate, value, limits=self._channel.patience())
+        channel = self._channel
+        channel.ask(channel.members, remote.set_learning_rate, value, limits=channel.patience())
 
     def state(self, step: int) -> State:
         """Any member that has it tells it."""
@@ -142,15 +135,15 @@ class MemberSegments:
         present = channel.present(self.intact)[:1]
         if not present:
             raise WorkerLost("No worker of the run is left to fetch the state from.")
-        asked = channel.submit(present, remote.state, lambda member: channel.order_for(member, step))
-        return dict(unpack(channel.answers(asked, channel.patience(SETTING_UP))[present[0]]))
+        (state,) = channel.ask(present, remote.state, step, limits=channel.patience(SETTING_UP))
+        return dict(unpack(state))
 
     def settle(self) -> None:
         """Let rank 0 keep the present state in its snapshots, if that can be reached."""
         if self.snapshots is not None:
             channel = self._channel
-            keeping = channel.submit(channel.members[:1], remote.commit, channel.order_for)
-            self._look_at(channel.answers(keeping, channel.patience(SETTING_UP))[channel.members[0]])
+            (key,) = channel.ask(channel.members[:1], remote.commit, limits=channel.patience(SETTING_UP))
+            self._look_at(key)
 
     def evaluate(self) -> Tally:
         """Every member evaluates the chunks that it holds."""
@@ -158,13 +151,7 @@ class MemberSegments:
 
 
 class TaskSegments:
-    """Segments of a text that runs beside the notebook, and keeps the state here.
-
-    Parameters
-    ----------
-    channel : Channel
-    job : Job
-    """
+    """Segments of a text that runs beside the notebook, and keeps the state here."""
 
     on_members = False
     snapshots: SnapshotsReader | None = None
@@ -229,5 +216,4 @@ Segments = MemberSegments | TaskSegments
 
 
 def _tally(channel: Channel, values: State | None) -> Tally:
-    tallies = channel.everyone(remote.evaluate, values, limits=channel.patience(EVALUATING)).values()
-    return sum(tallies, Tally())
+    return sum(channel.ask(channel.members, remote.evaluate, values, limits=channel.patience(EVALUATING)), Tally())

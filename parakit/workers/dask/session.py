@@ -62,7 +62,7 @@ class DaskSession:
 
         def order(member: str) -> tuple[Any, ...]:
             start = given if member in staying else joining
-            return self._job.run_id, self._orders(assignment, member), *brought[member], start, store
+            return self._orders(assignment, member), *brought[member], start, store
 
         channel.speak_for(members, assignment.generation)
         answers = channel.answers(channel.submit(members, remote.form, order), channel.patience(SETTING_UP))
@@ -89,7 +89,7 @@ class DaskSession:
         self._segments.abandon()
         # Those of a change that was under way as well: they may have become members already.
         reachable = channel.present([*dict.fromkeys([*channel.members, *channel.held])])
-        orders = channel.submit(reachable, remote.fall_back, lambda _: (self._job.run_id, generation, step))
+        orders = channel.submit(reachable, remote.fall_back, lambda _: (generation, step))
         standings = channel.answers_of_survivors(orders, channel.patience(SETTING_UP))
         channel.speak_for(tuple(standings), generation)
         channel.held = {m: (standing.training, standing.validation) for m, standing in standings.items()}

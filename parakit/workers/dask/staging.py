@@ -75,8 +75,7 @@ class Staging:
         channel = self._channel
 
         def order(member: str) -> tuple[Any, ...]:
-            blob = channel.send(self._blob, member)
-            return self._job.run_id, blob, memory(member), self._threads, channel.cluster.device
+            return channel.send(self._blob, member), memory(member), self._threads, channel.cluster.device
 
         futures = channel.submit(members, remote.stage, order)
         channel.wait(list(futures.values()), members, channel.patience(SETTING_UP))

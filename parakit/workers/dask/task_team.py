@@ -68,7 +68,7 @@ class TaskTeam:
         flat = flatten(self.replica.model.parameters(), self.replica.buffer.dtype).numpy()
         parameters = channel.spread(flat, channel.members)
         parts = [
-            channel.submit_to([member], remote.map_gradient, *channel.order_for(member, step, rank, parameters))
+            channel.order([member], remote.map_gradient, step, rank, parameters)[member]
             for rank, member in enumerate(channel.members)
         ]
         if self._measuring:
@@ -127,7 +127,7 @@ class TaskTeam:
         """Every member's accounts, completed by what the driver knows; averages the running statistics."""
         channel, replica = self._channel, self.replica
         alone = len(channel.members) == 1
-        collected = list(channel.everyone(remote.collect, alone, limits=channel.patience()).values())
+        collected = channel.ask(channel.members, remote.collect, alone, limits=channel.patience())
         replica.computation.buffers.take([one.buffers for one in collected])
         for other in collected[1:]:
             replica.agreement.check(collected[0].marks, other.marks)
