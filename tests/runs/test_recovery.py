@@ -18,7 +18,7 @@ from distributed import Client, LocalCluster
 
 import parakit as pk
 from parakit.errors import Diverged, InputError, RunError, RunFailed
-from parakit.events.records import Recovered, RunEnd, Said, SegmentDone, WorkersLost
+from parakit.events.records import EpochEnded, Recovered, RunEnd, Said, SegmentDone, WorkersLost
 from parakit.workers import remote
 from parakit.workers.dask import map as mapping
 from parakit.workers.dask.session import DaskSession
@@ -152,8 +152,7 @@ def test_a_worker_that_is_killed_while_it_evaluates(three: pk.Workers, tmp_path:
     assert len(run.history.of(WorkersLost)) == 1
     assert_as_if_nothing_had_happened(run, undisturbed)
     mine, other = (
-        [(end.epoch, end.step, end.validation_accuracy) for end in r.history.of(pk.events.EpochEnded)]
-        for r in (run, undisturbed)
+        [(end.epoch, end.step, end.validation_accuracy) for end in r.history.of(EpochEnded)] for r in (run, undisturbed)
     )
     assert mine == other
 
