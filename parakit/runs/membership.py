@@ -182,18 +182,21 @@ class Membership:
         began = self._pool.clock()
         self._known = set(self._pool.names)
         self._generation = max(self._generation, assignment.generation)
-        self.session.form(assignment, state)
+        method = self.session.form(assignment, state)
         self.assignment, self._recovery = assignment, None
         self._note(members=assignment.members, formed=True, recovering=False, in_vain=0)
         ended = self._pool.clock()
         waited = ended - self._requests.goals.asked_at if requested else 0.0
-        now, labels = self._now(), self.labels
+        labels = self.labels
         self._history.append(
-            Resized(now, goes_on, assignment.generation, labels, change.moved, ended - began, waited)
+            Resized(
+                self._now(), goes_on, assignment.generation, labels, change.moved, ended - began, waited, method.way,
+                method.divided,
+            )
         )  # fmt: skip
         if recovery is not None:
-            spent, again = self._now() - recovery.began, recovery.step - goes_on
-            self._history.append(Recovered(self._now(), labels, goes_on, spent, recovery.loaded, again))
+            now, again = self._now(), recovery.step - goes_on
+            self._history.append(Recovered(now, labels, goes_on, now - recovery.began, recovery.loaded, again))
         return goes_on
 
     # --- the worker count that is wanted

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from parakit.checkpoints import Checkpoint, Checkpoints, check_fits, check_plain, load
+from parakit.collectives.topology import equal_counts, hierarchical
 from parakit.data.chunks import DEFAULT_CHUNKS, EpochOrder, check_chunks, chunk_count, cut
 from parakit.data.ownership import ChunkAssignment
 from parakit.data.samples import Samples
@@ -30,7 +31,7 @@ from parakit.runs.identity import identity_of
 from parakit.runs.plan import Plan, Resumption, Saving
 from parakit.runs.run import Run
 from parakit.strategies import AllReduce
-from parakit.strategies.base import Strategy
+from parakit.strategies.base import Strategy, requirements_of
 from parakit.system.process_settings import Settings, foreign_hooks
 from parakit.validation import brief, check_choice, check_positive, check_rate, check_whole, plain
 from parakit.workers.assignment import GroupAssignment
@@ -128,7 +129,7 @@ def plan(
     identity = identity_of(recipe, trial.parts, samples)
     parameters = sum(p.numel() for p in trial.model.parameters() if p.requires_grad)
     if not pool.simulated and pool.device == "cpu":
-        divided = "divided" in pool.exchange_of(chosen)
+        divided = _may_divide(chosen, pool)
         needs = needs_of(trial.model, optimizing.states, active, divided=divided, in_turns=pool.in_turns)
         check_fits_memory(needs, parameters, pool.memory_limits, here=pool.maps_memory)
     del trial  # its copy of the model is not held while the run goes on
@@ -150,7 +151,7 @@ def plan(
     assignment = _assignment(members, order, validation_pieces)
     start = RunStart(
         0.0, repr(chosen), members, pool.kind, pool.cores, threads or pool.threads, parameters, len(samples),
-        len(pieces), batch, total, order.steps_per_epoch, seed, pool.exchange_of(chosen), pool.simulated, pool.device,
+        len(pieces), batch, total, order.steps_per_epoch, seed, simulated=pool.simulated, device=pool.device,
     )  # fmt: skip
     return Plan(job, assignment, active, total, start, rate, identity, resumption, saving, optimizing.notes)
 
@@ -254,12 +255,19 @@ def _check_meets(traits: Traits, strategy: Strategy) -> None:
 
 
 def _check_exchange(strategy: Strategy, pool: Workers) -> None:
-    if pool.device != "cpu" and getattr(strategy, "exchange", "auto") == "shared memory":
+    if pool.device != "cpu" and requirements_of(strategy).exchange == "shared memory":
         raise InputError(
             "The strategy exchanges gradients in shared memory, but these workers compute on GPUs.",
             cause="gradients are in the memory of the GPUs, which processes do not share",
             remedy='leave the choice to parakit: AllReduce(), or AllReduce(exchange="gloo")',
         )
+
+
+def _may_divide(strategy: Strategy, pool: Workers) -> bool:
+    """Whether workers may have the update in common, as far as that is known before they form a group."""
+    asked, hosts = requirements_of(strategy), pool.hosts
+    together = pool.one_host or len(set(hosts)) == 1 or hierarchical(hosts)
+    return asked.divides and together and equal_counts(hosts)
 
 
 def _check_threads(threads: Any, pool: Workers) -> None:

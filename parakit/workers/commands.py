@@ -13,12 +13,13 @@ from typing import Any
 from torch import Tensor
 
 from parakit.checkpoints.in_shared_memory import SnapshotsKey
+from parakit.collectives.base import ExchangeMethod
 from parakit.engines.base import StepRecord
 from parakit.errors import ParakitError
 from parakit.failures.source_lines import Place, places_of, raised_by_parakit
 from parakit.serialization import dumps
 
-__all__ = ["Answer", "Failure", "Heartbeat", "Orders", "RollbackReport", "Segment"]
+__all__ = ["Answer", "Failure", "Formed", "Heartbeat", "Orders", "RollbackReport", "Segment"]
 
 
 @dataclass(frozen=True)
@@ -115,6 +116,22 @@ class Orders:
     def size(self) -> int:
         """How many members there are."""
         return len(self.hosts)
+
+
+@dataclass(frozen=True)
+class Formed:
+    """What a member tells of the group that it is in now.
+
+    Attributes
+    ----------
+    method : ExchangeMethod
+        How it exchanges gradients.
+    snapshots : SnapshotsKey or None
+        Where the member's commits can be found, if others can reach them.
+    """
+
+    method: ExchangeMethod
+    snapshots: SnapshotsKey | None
 
 
 @dataclass(frozen=True)

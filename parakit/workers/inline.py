@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from parakit.checkpoints.state import State, copy_state
+from parakit.collectives.base import ExchangeMethod
 from parakit.data.chunks import DEFAULT_CHUNKS
 from parakit.data.local_chunks import LocalChunks
 from parakit.engines.base import StepRecord
@@ -24,7 +25,6 @@ from parakit.engines.share_gradient import BACKWARD
 from parakit.errors import RunFailed
 from parakit.failures.run_failed import code_failed
 from parakit.gradients.gradient_sum import GradientSum
-from parakit.strategies.base import Strategy
 from parakit.system.cores import usable_cores
 from parakit.system.devices import CPU, device_here, give_back, use
 from parakit.system.process_settings import undisturbed
@@ -66,10 +66,6 @@ class InlineWorkers(Workers):
         """All are in this process."""
         return True
 
-    def exchange_of(self, strategy: Strategy) -> str:
-        """Nothing has to travel."""
-        return "in turns"
-
     def check_count(self, count: Any, *, most: int | None = None) -> int:
         """As for any pool; but virtual workers come into being when a run asks for more than there are."""
         checked = super().check_count(count, most=max(self.most, most or 0))
@@ -84,14 +80,6 @@ class InlineWorkers(Workers):
     def open(self, job: Job) -> InlineSession:
         """Begin a run."""
         return InlineSession(job, job.threads or self.threads, device_here(self.device))
-
-    def map(self, function: Callable[[Any], Any], items: Sequence[Any], limit_seconds: float) -> list[Any]:
-        """Apply a function to items, here."""
-        self.check_open()
-        return [function(item) for item in items]
-
-    def _close(self) -> None:
-        pass
 
 
 class InlineSession:
@@ -121,8 +109,8 @@ class InlineSession:
         done.set_result(None)
         return done
 
-    def form(self, assignment: GroupAssignment, state: State | None) -> None:
-        """Make an assignment the active one."""
+    def form(self, assignment: GroupAssignment, state: State | None) -> ExchangeMethod:
+        """Make an assignment the active one; nothing has to travel in it."""
         job = self._job
         held = {
             name: self._by_name.get(name) or LocalChunks(job.recipe.order, self._device) for name in assignment.members
@@ -138,6 +126,7 @@ class InlineSession:
             self._validation.change((), {chunk: job.load_validation(chunk) for chunk in every})
         if state is not None:
             self._replica.load(state)
+        return ExchangeMethod("in turns")
 
     def order(self, first: int, count: int, request: int, expected_seconds: float) -> None:
         """Note what is to be done."""

@@ -14,7 +14,8 @@ from torch import Tensor
 from parakit.checkpoints.in_memory import InMemorySnapshots
 from parakit.checkpoints.in_shared_memory import Room, SharedMemorySnapshots, SnapshotsKey
 from parakit.checkpoints.state import State
-from parakit.collectives.base import GroupBroken, ProcessGroup, ReduceScatterGroup, Store
+from parakit.collectives.base import ExchangeMethod, GroupBroken, ProcessGroup, ReduceScatterGroup, Store
+from parakit.collectives.compressed import CompressedGroup
 from parakit.collectives.form import form_group
 from parakit.data.local_chunks import LocalChunks
 from parakit.engines.recipe import Recipe
@@ -22,15 +23,16 @@ from parakit.engines.replicated import EXCHANGE, Replica
 from parakit.errors import ParakitError, StaleGeneration
 from parakit.gradients.gradient_sum import GradientSum
 from parakit.model_state.peers import ALONE
-from parakit.strategies.base import Strategy
+from parakit.strategies.base import Strategy, requirements_of
 from parakit.system.devices import CPU, use
 from parakit.system.malloc import return_free_memory
 from parakit.trees import unpack
-from parakit.workers.commands import Answer, Heartbeat, Orders, RollbackReport, Segment
+from parakit.workers.commands import Answer, Formed, Heartbeat, Orders, RollbackReport, Segment
 
 __all__ = []
 
 _COMMITS = 2  # that a member keeps: the driver may be one segment behind
+_TASKS = ExchangeMethod("tasks")  # where members form no group
 
 
 class Member:
@@ -98,8 +100,8 @@ class Member:
 
     def follow(
         self, orders: Orders, training: Any, validation: Any, state: State | Answer | None, store: Store | None
-    ) -> SnapshotsKey | None:
-        """Become what an assignment says; tells where the commits can be found, if others can reach them."""
+    ) -> Formed:
+        """Become what an assignment says."""
         if orders.generation <= self.generation:
             raise StaleGeneration(f"Generation {orders.generation} comes after {self.generation}.")
         self.rank = orders.rank
@@ -126,20 +128,21 @@ class Member:
         self._room, self._unsettled = self.replica.room, 0
         self._commit_to_shared_memory(orders.snapshots)
         self._untidy = bool(training or validation) or state is not None
-        return self.snapshots_key
+        return Formed(self.group.method if self.group is not None else _TASKS, self.snapshots_key)
 
     def _meet(self, orders: Orders, store: Store) -> None:
         """Form the group, and let the gradient live where the group adds it from."""
         buffer = self.replica.buffer
-        common = self.replica.common_nbytes if getattr(self.strategy, "shard", False) else 0
-        self.group, place = form_group(
+        asked = requirements_of(self.strategy)
+        common = self.replica.common_nbytes if asked.divides else 0
+        group, place = form_group(
             store, orders.rank, orders.hosts, orders.limit_seconds,
-            exchange=getattr(self.strategy, "exchange", "auto"), numel=buffer.numel, dtype=buffer.dtype, common=common,
-            device=self.device,
+            exchange=asked.exchange, numel=buffer.numel, dtype=buffer.dtype, common=common, device=self.device,
         )  # fmt: skip
+        self.group = group if asked.codec is None else CompressedGroup(group, asked.codec)
         buffer.live_in(buffer.fresh_vector() if place is None else place, alone=orders.size == 1)
         self.replica.speak_to(ALONE if orders.size == 1 else _Peers(self, self.group, orders))
-        if common and isinstance(self.group, ReduceScatterGroup) and self.group.divides:
+        if self.group.method.divided and isinstance(self.group, ReduceScatterGroup):
             self.replica.share(_Common(self, self.group))
         self.replica.own_memory()
 
@@ -288,7 +291,7 @@ class Member:
         assert self.group is not None
         if not self._alone:
             with self.exchanging():
-                self.group.all_reduce(part.vector)
+                self.group.all_reduce_gradient(part.vector, part.tail)
         self._ended = self._ended or part.votes > 0
         return part
 

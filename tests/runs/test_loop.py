@@ -46,9 +46,9 @@ class AheadCrew(InlineSession):
         self._log.append(("report", first, report.steps))
         return report
 
-    def form(self, *args: Any) -> None:
+    def form(self, *args: Any) -> Any:
         self._log.append(("form", len(self._queue)))
-        super().form(*args)
+        return super().form(*args)
 
     def state(self, step: int) -> Any:
         self._log.append(("state", len(self._queue)))
@@ -196,11 +196,11 @@ class UnreadyCrew(InlineSession):
         super().__init__(job, 1)
         self._losses = losses
 
-    def form(self, *args: Any) -> None:
+    def form(self, *args: Any) -> Any:
         self._losses -= 1
         if self._losses >= 0:
             raise WorkerLost("worker 3 could not be sent its data")
-        super().form(*args)
+        return super().form(*args)
 
 
 class UnreadyWorkers(InlineWorkers):

@@ -22,7 +22,7 @@ from parakit.data.samples import Samples
 from parakit.engines.recipe import OptimizerFactory
 from parakit.errors import InputError, ParakitError, RunError, Unreachable
 from parakit.events.history import History
-from parakit.events.records import RunStart
+from parakit.events.records import Resized, RunStart
 from parakit.formatting import many
 from parakit.runs.arguments import check_on_cores, check_pool
 from parakit.runs.plan import Plan
@@ -246,6 +246,8 @@ class _Sweeping:
         start = run.history.latest(RunStart)
         if start is not None and history.latest(RunStart) is None:
             history.append(replace(start, at_seconds=0.0))
+        if any(formed.generation == workers for formed in history.of(Resized)):
+            timed = replace(timed, groups=())  # what that one says is known
         history.append(*timed.excerpt(self._pool.clock() - self._began - run.elapsed_seconds))
 
     def _summary(self) -> str:

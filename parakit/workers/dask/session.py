@@ -15,6 +15,7 @@ from distributed import Future
 
 from parakit.checkpoints.in_shared_memory import SnapshotsReader, open_snapshots
 from parakit.checkpoints.state import State, copy_state
+from parakit.collectives.base import ExchangeMethod
 from parakit.data.samples import Samples
 from parakit.engines.evaluation import Tally
 from parakit.errors import BatchDependent, Diverged, RunFailed, WorkerLost
@@ -25,7 +26,7 @@ from parakit.system.threads import in_thread
 from parakit.trees import pack, unpack
 from parakit.workers import remote
 from parakit.workers.assignment import GroupAssignment, Survivors
-from parakit.workers.commands import Answer, Failure, Orders, RollbackReport, Segment
+from parakit.workers.commands import Answer, Failure, Formed, Orders, RollbackReport, Segment
 from parakit.workers.dask.liveness import Limits, Outcome, watch
 from parakit.workers.dask.sending import send
 from parakit.workers.dask.store import WorkerStore, forget
@@ -158,7 +159,7 @@ class DaskSession:
     def _sent(self, value: Any, member: str) -> Any:
         return send(self._pool, self._job.run_id, value, member, self._job.limit_seconds)
 
-    def form(self, assignment: GroupAssignment, state: State | None) -> None:
+    def form(self, assignment: GroupAssignment, state: State | None) -> ExchangeMethod:
         """Make a staged assignment the active one."""
         brought = self._brought.pop(assignment.generation)
         staying = [m for m in assignment.members if m in self._intact]
@@ -181,11 +182,13 @@ class DaskSession:
 
         self._belong(assignment.members, assignment.generation)
         answers = self._answers(self._submit(assignment.members, remote.form, order), self.patience(_SETTING_UP))
-        self._snapshots = open_snapshots(answers[assignment.members[0]], self._snapshots)
+        first: Formed = answers[assignment.members[0]]
+        self._snapshots = open_snapshots(first.snapshots, self._snapshots)
         if self._driver is not None and state is not None:
             self._driver.replica.load(state)
         self._intact, self._held = assignment.members, _chunks_of(assignment)
         self._dismiss([member for member in self._touched if member not in assignment.members])
+        return first.method
 
     def regroup(self, generation: int, step: int) -> Survivors:
         """After a loss: who is left, each of them back at a step and deaf to older orders."""
