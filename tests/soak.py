@@ -118,14 +118,14 @@ class Soak:
         kind = self._random.choices(list(FAULTS), list(FAULTS.values()))[0]
         if kind in ("killed", "stopped") and self._pool.size < 3:
             kind = "resized"  # where nobody is left, a run has to fail
-        began, seen = run._loop.now(), run.step
+        began, seen = run.elapsed_seconds, run.step
         with suppress(psutil.Error, OSError, LookupError, ParakitError):  # nobody is there to strike
             getattr(self, f"_{kind}")(run)
             self.tally.faults[kind] += 1
             self._await_step(run, kind, began, seen)
 
     def _victim(self, run: pk.Run) -> int:
-        members = [m for m in run._loop.members if m in self._pool.names]
+        members = [m for m in run.members if m in self._pool.names]
         member = self._random.choice(members)
         return self._pool.pids[self._pool.cluster.label(member)]
 

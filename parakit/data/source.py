@@ -37,7 +37,9 @@ class Source(Protocol):
         Differs whenever the rows do; a run is resumed only on data with the same one.
     """
 
-    loaded_by: Literal["notebook", "worker"]
+    @property
+    def loaded_by(self) -> Literal["notebook", "worker"]:
+        """Who reads the rows of a chunk."""
 
     @property
     def fingerprint(self) -> str:

@@ -180,11 +180,11 @@ def test_who_watches_has_news_more_often(inline: pk.Workers) -> None:
         with pytest.raises(InputError, match=r"seconds is .*; it must be a number above 0, or None"):
             run.want_news(wrong)  # type: ignore[arg-type]
     run.want_news(0.5)
-    assert run._requests.news_seconds == 0.5
+    assert run.news_seconds == 0.5
     panel = pk.panel(run)
-    assert run._requests.news_seconds == NEWS_SECONDS
+    assert run.news_seconds == NEWS_SECONDS
     panel.close()
-    assert run._requests.news_seconds == float("inf")
+    assert run.news_seconds == float("inf")
     run.stop()
     run.wait(LIMIT, progress=False)
 

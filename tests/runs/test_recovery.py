@@ -18,7 +18,7 @@ from distributed import Client, LocalCluster
 
 import parakit as pk
 from parakit.errors import Diverged, InputError, RunError, RunFailed
-from parakit.events.records import Recovered, RunEnd, Said, SegmentDone, WorkersLost
+from parakit.events.records import EpochEnded, Recovered, RunEnd, Said, SegmentDone, WorkersLost
 from parakit.workers import remote
 from parakit.workers.dask import map as mapping
 from parakit.workers.dask.staging import Staging
@@ -70,7 +70,7 @@ def pid_of(on: pk.Workers, name: str) -> int:
 
 
 def members(run: pk.Run) -> tuple[str, ...]:
-    return run._loop.members
+    return run.members
 
 
 def the_only_loss(run: pk.Run) -> WorkersLost:
@@ -152,8 +152,7 @@ def test_a_worker_that_is_killed_while_it_evaluates(three: pk.Workers, tmp_path:
     assert len(run.history.of(WorkersLost)) == 1
     assert_as_if_nothing_had_happened(run, undisturbed)
     mine, other = (
-        [(end.epoch, end.step, end.validation_accuracy) for end in r.history.of(pk.events.EpochEnded)]
-        for r in (run, undisturbed)
+        [(end.epoch, end.step, end.validation_accuracy) for end in r.history.of(EpochEnded)] for r in (run, undisturbed)
     )
     assert mine == other
 
@@ -320,7 +319,7 @@ def test_recovery_takes_less_than_a_second(three: pk.Workers, tmp_path: Path) ->
         wait_for(run, lambda seen=seen: run.step > seen + 20)
         before = len(run.history.of(Recovered))
         victim = pid_of(three, members(run)[0])
-        struck = run._loop.now()
+        struck = run.elapsed_seconds
         os.kill(victim, signal.SIGKILL)
         wait_for(run, lambda before=before: len(run.history.of(Recovered)) > before, 20)
         ready = run.history.of(Recovered)[-1].at_seconds
