@@ -15,8 +15,8 @@ from torch import nn
 from parakit.checkpoints import Saver
 from parakit.checkpoints.in_shared_memory import SnapshotsReader
 from parakit.checkpoints.state import State, copy_state
-from parakit.engines.recipe import Recipe
-from parakit.engines.replicated import load_parts, set_mode
+from parakit.engines.optimizers import set_mode
+from parakit.engines.recipe import Recipe, load_parts
 from parakit.workers.session import Session
 
 __all__ = ["LatestState"]

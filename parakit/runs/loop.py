@@ -23,7 +23,7 @@ from torch import nn
 from parakit.baselines.measure import measure_plain
 from parakit.checkpoints import Saver
 from parakit.checkpoints.state import State, copy_state
-from parakit.engines.replicated import Replica
+from parakit.engines.make import make_engine
 from parakit.errors import Diverged, ParakitError, RunError, RunFailed, WorkerLost
 from parakit.events.history import History
 from parakit.events.records import EpochEnded, RunEnd, Said, SegmentDone, StepDone
@@ -167,7 +167,7 @@ class RunLoop:
         if resumption:
             return resumption.state
         with self._plan.job.recipe.settings.in_force():
-            return dict(copy_state(Replica(self._plan.job.recipe).live_state()))
+            return dict(copy_state(make_engine(self._plan.job.recipe).live_state()))
 
     def _say(self, text: str) -> None:
         self._history.append(Said(self.now(), text))

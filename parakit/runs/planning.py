@@ -16,10 +16,10 @@ from parakit.checkpoints import Checkpoint, Checkpoints, check_fits, check_plain
 from parakit.data.chunks import DEFAULT_CHUNKS, EpochOrder, check_chunks, chunk_count, cut
 from parakit.data.ownership import ChunkAssignment
 from parakit.data.samples import Samples
+from parakit.engines.make import make_engine
 from parakit.engines.memory_needs import check_fits_memory, needs_of
 from parakit.engines.optimizers import AtRate
 from parakit.engines.recipe import OptimizerFactory, Parts, Recipe, SchedulerFactory, Traits
-from parakit.engines.replicated import Replica
 from parakit.errors import CheckpointError, DataError, InputError
 from parakit.events.records import RunStart
 from parakit.model_state.buffers import check_rules
@@ -135,7 +135,7 @@ def plan(
     resumption = None if resume is None else _resumption(resume, identity, total, learning_rate)
     saving = None if checkpoint is None else Saving(Checkpoints(checkpoint, keep=checkpoint_keep), checkpoint_seconds)
     if saving is not None:
-        check_plain(Replica(recipe).live_state())
+        check_plain(make_engine(recipe).live_state())
 
     validation_pieces = _pieces_in_order(held_out, batch if recipe.traits.gather else None)
     job = Job(

@@ -13,7 +13,7 @@ import numpy.typing as npt
 from parakit.checkpoints.in_shared_memory import SnapshotsReader
 from parakit.checkpoints.state import State
 from parakit.data.samples import Samples
-from parakit.engines.base import StepRecord
+from parakit.engines.account import StepRecord
 from parakit.engines.evaluation import Tally
 from parakit.engines.recipe import Recipe
 from parakit.strategies.base import Strategy
