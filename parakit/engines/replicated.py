@@ -144,7 +144,7 @@ class Replica(Engine):
     @property
     def sharded(self) -> bool:
         """Whether this worker updates its own slice alone."""
-        return self.placed is not self._whole_update
+        return isinstance(self.placed, Shard)
 
     def join(self, group: Group) -> None:
         """Belong to a group: gradients live where it adds them, and the update is divided where that can be."""

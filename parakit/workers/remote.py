@@ -13,7 +13,7 @@ import gc
 import os
 import pickle
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Concatenate, ParamSpec
 
@@ -189,6 +189,17 @@ def state(member: Member, step: int | None = None) -> State:
     if found is None:
         raise ParakitError(f"This worker is at step {engine.step} and has no state of step {step}.")
     return dict(pack(copy_state(found, device=CPU)))
+
+
+def merge(run_id: str, generation: int, *parts: Answer) -> Answer:
+    """The state of the run, of the parts that its members hold; hands on the first failure among them."""
+    failed = next((part for part in parts if part.failure is not None), None)
+    return failed or _merge(run_id, generation, [unpack(part.value) for part in parts])
+
+
+@_order
+def _merge(member: Member, parts: Sequence[State]) -> State:
+    return dict(pack(member.engine.merge(parts)))
 
 
 @_order

@@ -17,6 +17,7 @@ from parakit.checkpoints.in_shared_memory import SnapshotsReader, open_snapshots
 from parakit.checkpoints.state import State, copy_state
 from parakit.data.samples import Samples
 from parakit.engines.evaluation import Tally
+from parakit.engines.make import holds_parts
 from parakit.errors import BatchDependent, Diverged, RunFailed, WorkerLost
 from parakit.failures.run_failed import code_failed
 from parakit.serialization import dumps
@@ -65,6 +66,7 @@ class DaskSession:
         self._client = pool.client
         self._job = job
         self._member = job.strategy.runs_on == "workers"
+        self._in_parts = holds_parts(job.strategy)
         self.orders_ahead = self._member
         self._blob = dumps(job.recipe)
         #: Names of the active workers, in the order of their ranks.
@@ -161,11 +163,12 @@ class DaskSession:
     def form(self, assignment: GroupAssignment, state: State | None) -> None:
         """Make a staged assignment the active one."""
         brought = self._brought.pop(assignment.generation)
-        staying = [m for m in assignment.members if m in self._intact]
+        staying = [m for m in assignment.members if m in self._intact and not self._in_parts]
         given = None if state is None else self.spread(pack(state), assignment.members)
         joining = given
         if state is None and len(staying) < len(assignment.members):
-            joining = self._state_for_newcomers(staying, [m for m in assignment.members if m not in staying])
+            holders = self._intact if self._in_parts else staying
+            joining = self._state_for_newcomers(holders, [m for m in assignment.members if m not in staying])
 
         def order(member: str) -> tuple[Any, ...]:
             training, validation = brought[member]
@@ -201,8 +204,10 @@ class DaskSession:
             intact = self.members if self._driver.replica.fall_back(step) else ()
             self._intact = ()  # the state is the driver's, and everybody gets it anew
         else:
-            intact = tuple(m for m, standing in standings.items() if standing.intact)
-            self._intact = intact[:1]  # from whom all others get it
+            holders, intact = self._intact, tuple(m for m, standing in standings.items() if standing.intact)
+            if self._in_parts:  # of no use unless every part is left
+                intact = holders if set(holders) <= set(intact) else ()
+            self._intact = intact if self._in_parts else intact[:1]  # from whom all others get it
         return Survivors(
             {m: held for m, (held, _) in self._held.items()}, {m: held for m, (_, held) in self._held.items()}, intact
         )
@@ -225,6 +230,16 @@ class DaskSession:
         if gone:
             raise self._lost(gone)
 
+    def _asked_for_state(self, holders: Sequence[str], *step: int) -> Future[Any]:
+        """The state that members have, at the first of them: its own, or what their parts make together."""
+        asking = holders if self._in_parts else holders[:1]
+        asked = self._submit(asking, remote.state, lambda member: self.order_for(member, *step))
+        state = asked[holders[0]]
+        if self._in_parts:
+            state = self.submit_to(holders[:1], remote.merge, *self.order_for(holders[0]), *asked.values())
+        self.watch([state], asking, self.patience(_SETTING_UP))
+        return state
+
     def _state_for_newcomers(self, staying: Sequence[str], newcomers: Sequence[str]) -> Any:
         if self._driver is not None:
             return self.spread(pack(copy_state(self._driver.replica.live_state())), newcomers)
@@ -232,9 +247,7 @@ class DaskSession:
             return None
         # Newcomers fetch it from the first of those who stay. It must be there before that one is told to wait for
         # the newcomers: a worker with several threads might do both at once.
-        asked = self._submit(staying[:1], remote.state, self.order_for)
-        self.watch(list(asked.values()), staying[:1], self.patience(_SETTING_UP))
-        return asked[staying[0]]
+        return self._asked_for_state(staying)
 
     def spread(self, value: Any, members: Sequence[str]) -> Any:
         """Scatter a value to members, each of which gets a copy."""
@@ -370,12 +383,11 @@ class DaskSession:
         """The state of a step to which the last report came."""
         if self._driver is not None:
             return dict(copy_state(self._driver.replica.live_state()))
-        present = [m for m in self._intact if m in self._pool.names][:1]
-        if not present:
+        present = [m for m in self._intact if m in self._pool.names]
+        if not present or (self._in_parts and len(present) < len(self._intact)):
             raise WorkerLost("No worker of the run is left to fetch the state from.")
-        asked = self._submit(present, remote.state, lambda member: self.order_for(member, step))
-        answers = self._answers(asked, self.patience(_SETTING_UP))
-        return dict(unpack(answers[present[0]]))
+        asked = self._asked_for_state(present, step)
+        return dict(unpack(self._answers({present[0]: asked}, self.patience(_SETTING_UP))[present[0]]))
 
     @property
     def snapshots(self) -> SnapshotsReader | None:
