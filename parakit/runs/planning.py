@@ -24,10 +24,10 @@ from parakit.data.chunks import DEFAULT_CHUNKS, EpochOrder, check_chunks, chunk_
 from parakit.data.ownership import ChunkAssignment
 from parakit.data.samples import Samples
 from parakit.data.source import ChunkLoader, InMemory
+from parakit.engines.make import make_engine
 from parakit.engines.memory_needs import check_fits_memory, needs_of
 from parakit.engines.optimizers import AtRate
 from parakit.engines.recipe import Parts, Recipe, Traits
-from parakit.engines.replicated import Replica
 from parakit.errors import CheckpointError, DataError, InputError
 from parakit.events.records import RunStart
 from parakit.preflight import Trial, check_model, frozen_parts, traits_of
@@ -283,7 +283,7 @@ def _saving(options: TrainOptions, recipe: Recipe) -> Saving | None:
     if options["checkpoint"] is None:
         return None
     checkpoints = Checkpoints(options["checkpoint"], keep=options["checkpoint_keep"])
-    check_plain(Replica(recipe).live_state())
+    check_plain(make_engine(recipe).live_state())
     return Saving(checkpoints, options["checkpoint_seconds"])
 
 

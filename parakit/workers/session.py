@@ -14,7 +14,7 @@ from parakit.checkpoints.in_shared_memory import SnapshotsReader
 from parakit.checkpoints.state import State
 from parakit.collectives.base import ExchangeMethod
 from parakit.data.samples import Samples
-from parakit.engines.base import StepRecord
+from parakit.engines.account import StepRecord
 from parakit.engines.evaluation import Tally
 from parakit.engines.recipe import Recipe
 from parakit.strategies.base import Strategy

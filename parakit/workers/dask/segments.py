@@ -17,6 +17,7 @@ from distributed import Future
 from parakit.checkpoints.in_shared_memory import SnapshotsKey, SnapshotsReader, open_snapshots
 from parakit.checkpoints.state import State, copy_state
 from parakit.engines.evaluation import Tally
+from parakit.engines.make import holds_parts
 from parakit.errors import RunFailed, WorkerLost
 from parakit.trees import pack, unpack
 from parakit.workers import remote
@@ -46,23 +47,35 @@ class MemberSegments:
     def __init__(self, channel: Channel, job: Job) -> None:
         self._channel = channel
         self._job = job
+        self._in_parts = holds_parts(job.strategy)  # each member has a part of the state, and all are needed
         self.intact: tuple[str, ...] = ()
         self.snapshots: SnapshotsReader | None = None
         self._ordered: deque[_Ordered] = deque()  # segments without a report yet
         self._numbers = itertools.count(1)  # of the segments that this generation ordered
 
+    def staying(self, members: Sequence[str]) -> list[str]:
+        """Members that go on from what they have; none where that is a part of the state, which is cut anew."""
+        return [] if self._in_parts else [m for m in members if m in self.intact]
+
     def start_for(self, newcomers: Sequence[str], staying: Sequence[str]) -> Any:
-        """Newcomers fetch it from the first of those who stay.
+        """Newcomers fetch it from the first of those who have it.
 
         It must be there before that one is told to wait for the newcomers: a worker with several threads might do both
         at once.
         """
-        if not staying:
-            return None
-        channel = self._channel
-        asked = channel.order(staying[:1], remote.state)
-        channel.wait(list(asked.values()), staying[:1], channel.patience(SETTING_UP))
-        return asked[staying[0]]
+        holders = self.intact if self._in_parts else staying
+        return self._state_at(holders) if holders else None
+
+    def _state_at(self, holders: Sequence[str], *step: int) -> Future[Any]:
+        """The state that members have, at the first of them: its own, or what the parts of all make together."""
+        channel, first = self._channel, holders[0]
+        asking = holders if self._in_parts else holders[:1]
+        asked = channel.order(asking, remote.state, *step)
+        state = asked[first]
+        if self._in_parts:
+            state = channel.order([first], remote.merge, *asked.values())[first]
+        channel.wait([state], asking, channel.patience(SETTING_UP))
+        return state
 
     def begin(self, state: State | None, key: SnapshotsKey | None) -> None:
         """Every member has the state by now."""
@@ -73,9 +86,11 @@ class MemberSegments:
         self.snapshots = open_snapshots(key, self.snapshots)
 
     def fall_back(self, step: int, standings: Mapping[str, RollbackReport]) -> tuple[str, ...]:
-        """Those who say that they have it; all others get it from the first of them."""
-        intact = tuple(m for m, standing in standings.items() if standing.intact)
-        self.intact, self._numbers = intact[:1], itertools.count(1)
+        """Those who say that they have it; all others get it from the first of them. Parts are of no use alone."""
+        holders, intact = self.intact, tuple(m for m, standing in standings.items() if standing.intact)
+        if self._in_parts:
+            intact = holders if set(holders) <= set(intact) else ()
+        self.intact, self._numbers = intact if self._in_parts else intact[:1], itertools.count(1)
         return intact
 
     def order(self, first: int, count: int, request: int, expected_seconds: float) -> None:
@@ -130,13 +145,13 @@ class MemberSegments:
         channel.ask(channel.members, remote.set_learning_rate, value, limits=channel.patience())
 
     def state(self, step: int) -> State:
-        """Any member that has it tells it."""
+        """Any member that has it tells it, or all tell their parts."""
         channel = self._channel
-        present = channel.present(self.intact)[:1]
-        if not present:
+        present = channel.present(self.intact)
+        if not present or (self._in_parts and len(present) < len(self.intact)):
             raise WorkerLost("No worker of the run is left to fetch the state from.")
-        (state,) = channel.ask(present, remote.state, step, limits=channel.patience(SETTING_UP))
-        return dict(unpack(state))
+        asked = {present[0]: self._state_at(present, step)}
+        return dict(unpack(channel.answers(asked, channel.patience(SETTING_UP))[present[0]]))
 
     def settle(self) -> None:
         """Let rank 0 keep the present state in its snapshots, if that can be reached."""
@@ -161,6 +176,10 @@ class TaskSegments:
         self._team = TaskTeam(channel, job)
         self.intact: tuple[str, ...] = ()
         self._ordered = (0, 0, 0)
+
+    def staying(self, members: Sequence[str]) -> list[str]:
+        """Members that have what is here."""
+        return [m for m in members if m in self.intact]
 
     def start_for(self, newcomers: Sequence[str], staying: Sequence[str]) -> Any:
         """A copy of what is here."""

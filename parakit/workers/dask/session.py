@@ -54,7 +54,7 @@ class DaskSession:
         """Make a staged assignment the active one."""
         channel, members = self._channel, assignment.members
         brought = self._staging.take(assignment.generation)
-        staying = [m for m in members if m in self._segments.intact]
+        staying = self._segments.staying(members)
         given = None if state is None else channel.spread(pack(state), members)
         joining = given
         if state is None and len(staying) < len(members):

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from time import perf_counter
 from typing import Any
 
 from distributed import Future
 
-from parakit.checkpoints.state import State, copy_state
-from parakit.engines.base import StepRecord
-from parakit.engines.replicated import EXCHANGE, UPDATE, Replica, evaluated
+from parakit.checkpoints.state import State
+from parakit.engines.account import EXCHANGE, UPDATE, StepRecord
+from parakit.engines.make import make_engine
 from parakit.errors import RunError
 from parakit.failures.run_failed import code_failed
-from parakit.gradients.gradient_sum import GradientSum, flatten
+from parakit.gradients.gradient_sum import GradientSum
 from parakit.trees import pack
 from parakit.workers import remote
 from parakit.workers.commands import Answer, Failure
@@ -31,7 +30,7 @@ class TaskTeam:
         self._channel = channel
         self._job = job
         with job.recipe.settings.in_force():
-            self.replica = Replica(job.recipe)
+            self.replica = make_engine(job.recipe)
         self.replica.own_memory()
         self.halted = 0
         self._measuring = False
@@ -41,12 +40,13 @@ class TaskTeam:
         """Run the strategy's text for some steps."""
         committed = self.replica.commit()
         self._measuring, self._norms = len(self._channel.members) > 1, []
+        if self._measuring:
+            self.replica.measure_norms()
         for step in range(first, first + count):
             self._make(step)
-            self.replica.share_norm = None
             if self.halted > request:
                 break
-        self.replica.check_parameters()
+        self.replica.finish_segment(alone=True)
         return Report(self._collect(), committed)
 
     def _make(self, step: int) -> None:
@@ -65,7 +65,7 @@ class TaskTeam:
     def map_gradients(self, step: int) -> list[Future[Any]]:
         """One task a member, over the chunks it holds, at the present parameters."""
         channel = self._channel
-        flat = flatten(self.replica.model.parameters(), self.replica.buffer.dtype).numpy()
+        flat = self.replica.flat_parameters().numpy()
         parameters = channel.spread(flat, channel.members)
         parts = [
             channel.order([member], remote.map_gradient, step, rank, parameters)[member]
@@ -78,7 +78,6 @@ class TaskTeam:
                 channel.submit_to([member], squared_norm, part)
                 for member, part in zip(channel.members, parts, strict=True)
             ]
-            self.replica.share_norm = math.nan  # the driver has no share, but the replica is to measure the sum's
         return parts
 
     def add(self, parts: Sequence[Future[Any]]) -> Future[Any]:
@@ -93,7 +92,7 @@ class TaskTeam:
         """The sum that the members' tasks come to; the wait for it is no part of the update."""
         began = perf_counter()
         total = self._fetch(summed())
-        self.replica.phase_seconds[EXCHANGE] += perf_counter() - began
+        self.replica.account.seconds[EXCHANGE] += perf_counter() - began
         return total
 
     def _fetch(self, root: Future[Any]) -> GradientSum:
@@ -119,20 +118,15 @@ class TaskTeam:
 
     def values(self) -> State:
         """The present parameters and buffers, as arrays."""
-        with evaluated(self.replica.optimizer):
-            state = self.replica.live_state()
-            return {part: pack(copy_state(state[part])) for part in ("parameters", "buffers")}
+        return dict(pack(self.replica.values()))
 
     def _collect(self) -> tuple[list[StepRecord], ...]:
         """Every member's accounts, completed by what the driver knows; averages the running statistics."""
-        channel, replica = self._channel, self.replica
+        channel = self._channel
         alone = len(channel.members) == 1
         collected = channel.ask(channel.members, remote.collect, alone, limits=channel.patience())
-        replica.computation.buffers.take([one.buffers for one in collected])
-        for other in collected[1:]:
-            replica.agreement.check(collected[0].marks, other.marks)
-        replica.computation.attributes.write(collected[0].attributes)
-        together = self.replica.take_records()
+        self.replica.adopt(collected)
+        together = self.replica.account.take_records()
         norms = [settled(norm, self._job.limit_seconds).value for norm in self._norms] or [None] * len(collected)
         return tuple(
             [_completed(record, one.records, norm) for record in together]
