@@ -23,10 +23,10 @@ from parakit.gradients.gradient_sum import GradientSum
 from parakit.model_state.peers import speaking_to
 from parakit.system.process_settings import seed_all
 
-__all__ = ["Update", "Worker", "gradient", "update"]
+__all__ = ["Updater", "Worker", "gradient", "update"]
 
 
-class Update(Protocol):
+class Updater(Protocol):
     """How the sum of a batch becomes a step of the optimizer: of the whole model, or of this worker's part of it."""
 
     def load(self, total: Any) -> None:
@@ -52,7 +52,7 @@ class Worker(Protocol):
     device: torch.device
     account: StepAccount
     passes: Passes
-    placed: Update
+    updater: Updater
     step: int
 
     @property
@@ -100,7 +100,7 @@ def gradient(worker: Worker, step: int, chunks: LocalChunks, rank: int) -> Gradi
 
 def update(worker: Worker, summed: Callable[[], Any]) -> None:
     """One step of the optimizer, by the gradient over the whole batch."""
-    recipe, account, placed = worker.recipe, worker.account, worker.placed
+    recipe, account, updater = worker.recipe, worker.account, worker.updater
     losses: list[float] = []
     norms: list[tuple[float, float]] = []
     rate = worker.learning_rate
@@ -114,15 +114,15 @@ def update(worker: Worker, summed: Callable[[], Any]) -> None:
         first = len(losses) == 1  # a line search may well try what is not finite
         if first:
             worker.check_loss(losses[0], rate)
-        placed.load(total)
+        updater.load(total)
         if first and account.measuring:
-            norms.append((account.share_norm, placed.squared_norm()))
-        placed.call_hooks()
+            norms.append((account.share_norm, updater.squared_norm()))
+        updater.call_hooks()
         if recipe.clip_norm is not None:
-            placed.clip(recipe.clip_norm)
+            updater.clip(recipe.clip_norm)
         return losses[-1]
 
-    placed.step(evaluate)
+    updater.step(evaluate)
     worker.advance_schedule()
     account.close(worker.step, losses[0], rate, norms[0] if norms else None)
     worker.end_update()
