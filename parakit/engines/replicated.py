@@ -97,23 +97,6 @@ class Replica(Engine):
         summed = self._group.reduce_scatter(vector, tail=part.tail, own=own)
         return GradientSlice(summed.pieces, summed.tail, part.unit)
 
-    def loss_of(self, total: Counts) -> float:
-        """The loss of a batch; not a number if it is a mean over nothing, as where every label is ignored."""
-        return math.nan if self.loss.divides and total.count == 0 else total.mean_loss
-
-    def check_loss(self, loss: float, rate: float) -> None:
-        """Refuse a loss that no step can go on from, if the recipe says so."""
-        if self.recipe.stop_on_nonfinite and not math.isfinite(loss):
-            raise Diverged(f"The loss of step {self.step} is {loss}, at learning rate {rate:g}.", step=self.step)
-
-    def advance_schedule(self) -> None:
-        """Let the scheduler step, at the end of an epoch or of each step."""
-        if self.scheduler is None:
-            return
-        at_epoch_end = (self.step + 1) % self.recipe.order.steps_per_epoch == 0
-        if self.recipe.scheduler_every == "step" or at_epoch_end:
-            self.scheduler.step()
-
     @property
     def learning_rate(self) -> float:
         """Of the first parameter group; NaN where an optimizer has none."""
