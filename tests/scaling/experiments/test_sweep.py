@@ -225,7 +225,7 @@ def test_a_run_that_fails_half_way_keeps_what_was_measured(inline: pk.Workers, m
 
     def broken(run: pk.Run, *args: Any) -> Any:
         if len(made) == 2:  # from here on the third visit cannot succeed
-            run._conductor._membership.session._replica.model.fails_after = 0
+            run._loop._membership.session._replica.model.fails_after = 0
         made.append(timed(run, *args))
         return made[-1]
 
