@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 import parakit as pk
-from parakit.events.records import Baseline, Recovered, RunStart
+from parakit.events.records import Baseline, Recovered, Resized, RunStart
 from parakit.system.devices import gpus_here
 from tests.runs.test_exact import (
     BATCH,
@@ -72,10 +72,11 @@ def test_workers_compute_on_the_gpu(gpu_pool: pk.Workers, strategy: Any) -> None
     losses, final = expected(model, inputs, targets, **how)
     assert_same(run, losses, final)
     assert not any(p.is_cuda for p in run.model.parameters())
-    start = run.history.latest(RunStart)
+    start, formed = run.history.latest(RunStart), run.history.latest(Resized)
     assert start is not None
+    assert formed is not None
     assert (start.device, start.cores) == ("cuda", len(gpus_here()))
-    assert start.exchange == ("gloo" if strategy.runs_on == "workers" else "tasks")
+    assert formed.exchange == ("gloo" if strategy.runs_on == "workers" else "tasks")
 
 
 @pytest.mark.dask

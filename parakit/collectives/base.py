@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Literal, NamedTuple, Protocol
 
 import torch
@@ -14,6 +15,7 @@ from parakit.errors import RunError
 __all__ = [
     "EXCHANGES",
     "Exchange",
+    "ExchangeMethod",
     "GroupBroken",
     "ProcessGroup",
     "ReduceScatterGroup",
@@ -36,14 +38,48 @@ class Store(Protocol):
         """Read a note, waiting until it is there; raises TimeoutError at the limit."""
 
 
+@dataclass(frozen=True)
+class ExchangeMethod:
+    """How a group that was formed adds its gradients up.
+
+    Attributes
+    ----------
+    way : str
+        One of `parakit.events.records.EXCHANGE_WAYS`, or the algorithm that a simulation prices.
+    divided : bool
+        Whether members divide the update among them.
+    """
+
+    way: str
+    divided: bool = False
+
+    @classmethod
+    def of(cls, text: str) -> ExchangeMethod:
+        """The method that is written so."""
+        way = text.removesuffix(_DIVIDED)
+        return cls(way, way != text)
+
+    def __str__(self) -> str:
+        return self.way + _DIVIDED * self.divided
+
+
+_DIVIDED = ", divided update"
+
+
 class ProcessGroup(ABC):
     """Members that add vectors together."""
 
     size: int
+    #: How they do.
+    method: ExchangeMethod
 
     @abstractmethod
     def all_reduce(self, vector: Tensor) -> None:
         """Replace a vector by the sum of every member's, in place."""
+
+    def all_reduce_gradient(self, vector: Tensor, tail: int) -> None:  # noqa: ARG002  # here all travels alike
+        """The same for a gradient; its last elements, so many, are counts that must arrive as they are."""
+        self.all_reduce(vector)
 
     @abstractmethod
     def close(self) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from parakit.collectives.base import Exchange, ProcessGroup, ReduceScatterGroup, Store
+from parakit.collectives.base import Exchange, ExchangeMethod, ProcessGroup, ReduceScatterGroup, Store
 from parakit.collectives.gloo import GlooGroup
 from parakit.collectives.hierarchical import HierarchicalGroup
 from parakit.collectives.shared_memory import CannotShare, SharedMemoryGroup
@@ -46,14 +46,15 @@ def form_group(
     dtype : torch.dtype
         Of the vector that is to be added most often.
     common : int
-        Bytes of memory that the members of a host are to have in common, where they share memory.
+        Bytes of memory that the members of a host are to have in common, where they share memory; 0 if they are not to
+        divide the update.
     device : torch.device
         Where the vector lies. From a GPU it is added by connections, whatever the exchange.
 
     Returns
     -------
     ProcessGroup
-        The group.
+        The group, which says by its `method` how it exchanges.
     tensor or None
         A vector, zero, from which the group adds without a copy; None if any place is as good.
 
@@ -65,7 +66,8 @@ def form_group(
         If the others do not come in time.
     """
     size, capacity = len(hosts), numel * dtype.itemsize
-    if exchange != "gloo" and size > 1 and device.type == "cpu":
+    shares = exchange != "gloo" and device.type == "cpu"
+    if shares and size > 1:
         try:
             group: ReduceScatterGroup
             if exchange == "auto" and hierarchical(hosts):
@@ -80,4 +82,7 @@ def form_group(
         except CannotShare:
             if exchange == "shared memory":
                 raise
-    return GlooGroup(store, rank, size, hosts[rank], limit_seconds), None
+    gloo = GlooGroup(store, rank, size, hosts[rank], limit_seconds)
+    if shares and size == 1:  # its memory is its own, and so is the update
+        gloo.method = ExchangeMethod("shared memory", divided=common > 0)
+    return gloo, None

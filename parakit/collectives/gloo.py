@@ -15,7 +15,7 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
-from parakit.collectives.base import GroupBroken, ProcessGroup, Store
+from parakit.collectives.base import ExchangeMethod, GroupBroken, ProcessGroup, Store
 
 __all__ = ["GlooGroup"]
 
@@ -59,6 +59,8 @@ class GlooGroup(ProcessGroup):
     GroupBroken
         If the others do not come in time.
     """
+
+    method = ExchangeMethod("gloo")
 
     def __init__(self, store: Store, rank: int, size: int, host: str, limit_seconds: float) -> None:
         self.rank, self.size = rank, size

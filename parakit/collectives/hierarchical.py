@@ -16,7 +16,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from parakit.collectives.base import GroupBroken, ReduceScatterGroup, Store, Summed
+from parakit.collectives.base import ExchangeMethod, GroupBroken, ReduceScatterGroup, Store, Summed
 from parakit.collectives.gloo import GlooGroup
 from parakit.collectives.shared_memory import CannotShare, SharedMemoryGroup
 from parakit.collectives.topology import equal_counts
@@ -64,6 +64,7 @@ class HierarchicalGroup(ReduceScatterGroup):
         here, within = places.index(hosts[rank]), neighbours.index(rank)
         self.rank, self.size = rank, len(hosts)
         self.divides = equal_counts(hosts)
+        self.method = ExchangeMethod("hierarchical", divided=common > 0 and self.divides)
         self._local = _of_host(
             store, here, within, counts, limit_seconds=limit_seconds, capacity=capacity, common=common
         )

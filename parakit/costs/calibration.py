@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from parakit.costs.collectives import Link, algorithm_named, all_reduce_seconds
 from parakit.costs.networks import NETWORKS, Network
-from parakit.costs.settled_steps import DIVIDED, FEWEST_STEPS, WARM_UP_STEPS, Group, groups_of
+from parakit.costs.settled_steps import FEWEST_STEPS, WARM_UP_STEPS, Group, groups_of
 from parakit.errors import InputError
 from parakit.events.history import History
 from parakit.events.records import EXCHANGE_WAYS, RunStart, SegmentDone
@@ -115,35 +115,36 @@ def calibrate(histories: History | Iterable[History], *, algorithm: str | None =
     remarks: list[str] = []
     sample_seconds, fixed_seconds, contention = _computing(groups, remarks)
     spread, stragglers, times = _variation(groups, remarks)
-    chosen = algorithm_named(algorithm or _algorithm(start, remarks))
+    method = next((group for group in groups if group.travels), groups[0]).method
+    chosen = algorithm_named(algorithm or _algorithm(method.way, remarks))
     simulated = any(start.simulated for start in starts)
     if simulated:
         remarks.append("Calibrated from simulated runs: these are the numbers that they were priced with.")
     nbytes = _BYTES * start.parameters
-    network = _network(groups, start, chosen, nbytes, remarks)
+    network = _network(groups, chosen, nbytes, remarks)
     control = [segment.control_seconds for history in every for segment in history.of(SegmentDone)]
     return Calibration(
         sample_seconds, fixed_seconds, contention, spread, _phase_shares(groups), stragglers, times,
         usual_seconds(np.concatenate([g.updating(contention).ravel() for g in groups])),
         usual_seconds(np.array(control)) if control else 0.0,
         nbytes, start.batch_size, start.cores, start.threads_per_worker,
-        any(start.exchange == DIVIDED for start in starts), chosen, network, simulated,
+        any(group.divided for group in groups), chosen, network, simulated,
         tuple(remarks),
     )  # fmt: skip
 
 
-def _algorithm(start: RunStart, remarks: list[str]) -> str:
-    """By which algorithm a run exchanges, by what it says of itself."""
-    if start.exchange not in EXCHANGE_WAYS:
-        return start.exchange or "ring"
-    if start.exchange == "tasks":
+def _algorithm(way: str, remarks: list[str]) -> str:
+    """By which algorithm a run exchanges, by what its groups say of themselves."""
+    if way not in EXCHANGE_WAYS:
+        return way or "ring"
+    if way == "tasks":
         remarks.append("Gradients travelled as tasks, which no formula here is made for: they are priced as a ring.")
-    if start.exchange.startswith("hierarchical"):
+    if way == "hierarchical":
         remarks.append(
             "Gradients were added up within hosts before they travelled: they are priced as a ring of all workers, and "
             "an update that those of a host divided as each made its part. workers_per_node=... prices hosts."
         )
-    return "shared memory" if start.exchange.startswith("shared memory") else "ring"
+    return "shared memory" if way == "shared memory" else "ring"
 
 
 def _start(history: Any) -> RunStart:
@@ -262,12 +263,10 @@ def _phase_shares(groups: Sequence[Group]) -> tuple[float, float, float]:
     return float(data), float(forward), float(backward)
 
 
-def _network(groups: Sequence[Group], start: RunStart, algorithm: str, nbytes: int, remarks: list[str]) -> Network:
+def _network(groups: Sequence[Group], algorithm: str, nbytes: int, remarks: list[str]) -> Network:
     """Latency and bandwidth from the exchange at several worker counts; what cannot be told is assumed."""
     assumed = NETWORKS["shared memory" if algorithm == "shared memory" else "loopback"]
-    exchanging = [group for group in groups if group.workers > 1]
-    if start.exchange == "in turns":
-        exchanging = []
+    exchanging = [group for group in groups if group.travels]
     alone = [group for group in exchanging if group.crowding == 1.0]
     if exchanging and not alone:
         remarks.append("Workers shared cores in every exchange, so its time holds waiting for a core too.")

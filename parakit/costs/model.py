@@ -1,37 +1,23 @@
-"""The mechanistic cost model: the numbers that a step costs, and what would change that.
+"""The mechanistic cost model: what a training step costs on any number of workers, and what would change that.
 
-Owns these numbers and what they can be; their formula is in `parakit.costs.terms`. Every term has a cause, so the
-model can be asked what-if questions that a curve through throughputs cannot answer. It refuses to fit curves, and to
-know where its numbers came from.
+Every term has a cause, so the model can be asked what-if questions that a curve through throughputs cannot answer. Its
+numbers are in `parakit.costs.numbers`, their formula in `parakit.costs.breakdown`. It refuses to fit curves.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterable
-from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-import numpy as np
-
-from parakit.costs import terms
-from parakit.costs.breakdown import Breakdown, explain, gains, table
+from parakit.costs.breakdown import StepCosts
 from parakit.costs.calibration import calibrate
-from parakit.costs.collectives import Counts, algorithm_named, like_given
-from parakit.costs.networks import NETWORKS, Network, machine_named, network_named
-from parakit.costs.order_statistics import check_probability
-from parakit.errors import InputError
+from parakit.costs.explanation import explain, gains, table
 from parakit.events.history import History
 
 __all__ = ["CostModel", "costs_of"]
 
-_SHARED = "shared memory"
-_ON_ONE_HOST = (_SHARED, "loopback")  # networks
-_STRATEGIES = ("all-reduce", "parameter server", "local SGD")
 
-
-@dataclass(frozen=True, kw_only=True)
-class CostModel:
+class CostModel(StepCosts):
     """What a training step costs on any number of workers.
 
     Parameters
@@ -104,42 +90,6 @@ class CostModel:
 
     name: ClassVar[str] = "mechanistic"
 
-    sample_seconds: float
-    batch_size: int
-    nbytes: float
-    fixed_seconds: float = 0.0
-    contention: float = 0.0
-    update_seconds: float = 0.0
-    divided_update: bool = False
-    control_seconds: float = 0.0
-    spread: float = 0.0
-    stragglers: float = 0.0
-    straggler_times: float = 3.0
-    phases: tuple[float, float, float] = (0.0, 1 / 3, 2 / 3)
-    network: Network = NETWORKS["loopback"]
-    algorithm: str = "ring"
-    workers_per_node: int | None = None
-    within: Network | None = None
-    ports: int | None = None
-    cores: int | None = None
-    threads: int = 1
-    relative_speed: float = 1.0
-    buckets: int = 1
-    weak: bool = False
-    strategy: str = "all-reduce"
-    servers: int = 1
-    local_steps: int = 1
-    task_seconds: float = 1e-3
-    simulated: bool = False
-    remarks: tuple[str, ...] = field(default=(), compare=False)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "network", network_named(self.network))
-        object.__setattr__(self, "algorithm", algorithm_named(self.algorithm))
-        if self.within is not None:
-            object.__setattr__(self, "within", network_named(self.within))
-        _check_numbers(self)
-
     @classmethod
     def from_history(
         cls, history: History | Iterable[History], *, algorithm: str | None = None, **changes: Any
@@ -163,103 +113,6 @@ class CostModel:
         """
         found = vars(calibrate(history, algorithm=algorithm))
         return cls(**found).with_(**changes)
-
-    def with_(self, **changes: Any) -> CostModel:
-        """What if: the same model, but for some changes.
-
-        Parameters
-        ----------
-        **changes
-            Any of the parameters, such as network="10GbE", batch_size=1024, stragglers=0.0; and machine="server, 16
-            cores", which sets the workers of a node, its cores, ports, speed and networks. Workers that shared memory
-            use a ring on a network that is named, and each updates everything, unless an algorithm or nodes are given.
-
-        Raises
-        ------
-        InputError
-            If there is no such parameter, or a value cannot be.
-        """
-        machine = changes.pop("machine", None)
-        if machine is not None:
-            changes = _of_machine(machine) | changes
-        known = [part.name for part in dataclasses.fields(self)]
-        unknown = [name for name in changes if name not in known]
-        if unknown:
-            raise InputError(
-                f"A cost model has no {', '.join(unknown)}.", remedy=f"change any of {', '.join([*known, 'machine'])}"
-            )
-        changed = dataclasses.replace(self, **changes)
-        apart = isinstance(changes.get("network"), str) and changed.network.name not in _ON_ONE_HOST
-        if apart and changed.algorithm == _SHARED and "algorithm" not in changes and changed.workers_per_node is None:
-            return dataclasses.replace(changed, algorithm="ring", divided_update=False)
-        return changed
-
-    # --- the terms
-
-    def rows(self, n: Counts, batch_size: int | None = None) -> Any:
-        """Rows in the global batch of N workers."""
-        return terms.rows(self, n, batch_size)
-
-    def crowding(self, n: Counts) -> Any:
-        """How many times as long computing takes because workers share cores; 1 where each has its own."""
-        return terms.crowding(self, n)
-
-    def computing_seconds(self, n: Counts, rows: Any) -> Any:
-        """Computing of one of N workers that has some rows of a step."""
-        return terms.computing_seconds(self, n, rows)
-
-    def updating_seconds(self, n: Counts) -> Any:
-        """The update by one of N workers: all make it, or each its part, at the same time."""
-        return terms.updating_seconds(self, n)
-
-    def breakdown(self, n: Counts, batch_size: int | None = None) -> Breakdown:
-        """Where the time of a step on N workers goes.
-
-        Parameters
-        ----------
-        n : int or array
-        batch_size : int, optional
-            Another one than the model's own.
-
-        Returns
-        -------
-        Breakdown
-            Floats for one number of workers, arrays for several.
-        """
-        return terms.breakdown(self, n, batch_size)
-
-    def exchange_seconds(self, n: Counts, nbytes: float | None = None) -> Any:
-        """One exchange among N workers, with nothing going on meanwhile.
-
-        Parameters
-        ----------
-        n : int or array
-        nbytes : float, optional
-            Of a part of the gradient. Default: all of it.
-        """
-        return terms.exchange_seconds(self, n, nbytes)
-
-    def exposed_exchange_seconds(self, n: Counts, computing_seconds: Any) -> Any:
-        """What an exchange adds to a step: with buckets, all but the part that the backward pass hides."""
-        return terms.exposed_exchange_seconds(self, n, computing_seconds)
-
-    # --- what follows
-
-    def step_seconds(self, n: Counts, batch_size: int | None = None) -> Any:
-        """Time of a step on N workers; a float, or an array where several numbers are given."""
-        return self.breakdown(n, batch_size).step_seconds
-
-    def throughput(self, n: Counts, batch_size: int | None = None) -> Any:
-        """Samples a second on N workers."""
-        return like_given(n, self.rows(n, batch_size) / np.asarray(self.step_seconds(n, batch_size)))
-
-    def predict(self, n: Counts) -> Any:
-        """The same as `throughput`, under the name that laws of scaling have for it."""
-        return self.throughput(n)
-
-    def speedup(self, n: Counts) -> Any:
-        """Throughput of N workers over that of one."""
-        return like_given(n, np.asarray(self.throughput(n)) / self.throughput(1))
 
     def gains(self, n: int) -> dict[str, float]:
         """What some changes would do at N workers: throughput with each over throughput now, the best first."""
@@ -302,47 +155,3 @@ def costs_of(given: Any) -> CostModel | None:
         return found
     history = getattr(given, "history", given)
     return CostModel.from_history(history) if isinstance(history, History) else None
-
-
-def _of_machine(machine: Any) -> dict[str, Any]:
-    """What a machine means for a cost model."""
-    node = machine_named(machine)
-    return {
-        "workers_per_node": node.cores, "cores": node.cores, "ports": node.ports, "threads": 1,
-        "relative_speed": node.relative_speed, "within": node.within, "network": node.between,
-    }  # fmt: skip
-
-
-_AT_LEAST_0 = (
-    "sample_seconds", "fixed_seconds", "contention", "update_seconds", "control_seconds", "spread", "nbytes",
-    "task_seconds",
-)  # fmt: skip
-_ABOVE_0 = ("relative_speed",)
-_WHOLE = ("batch_size", "buckets", "servers", "local_steps", "threads")
-_WHOLE_OR_NONE = ("workers_per_node", "cores", "ports")
-
-
-def _check_numbers(model: CostModel) -> None:
-    for name in (*_AT_LEAST_0, *_ABOVE_0):
-        value = getattr(model, name)
-        known = isinstance(value, int | float) and not isinstance(value, bool)
-        if not known or not 0 <= value < float("inf") or (name in _ABOVE_0 and value == 0):
-            least = "above 0" if name in _ABOVE_0 else "of at least 0"
-            raise InputError(f"{name} of a cost model is {value!r}; it must be a finite number {least}.")
-    for name in (*_WHOLE, *_WHOLE_OR_NONE):
-        value = getattr(model, name)
-        if value is None and name in _WHOLE_OR_NONE:
-            continue
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise InputError(f"{name} of a cost model is {value!r}; it must be a whole number of at least 1.")
-    if model.sample_seconds + model.fixed_seconds == 0:
-        raise InputError("A cost model computes in no time: sample_seconds and fixed_seconds are both 0.")
-    check_probability("stragglers", model.stragglers)
-    if not model.straggler_times >= 1:
-        raise InputError(f"straggler_times is {model.straggler_times!r}; stragglers take at least 1 time as long.")
-    if model.strategy not in _STRATEGIES:
-        raise InputError(
-            f"There is no strategy {model.strategy!r} to price.", remedy=f"one of {', '.join(_STRATEGIES)}"
-        )
-    if len(model.phases) != 3 or min(model.phases) < 0 or abs(sum(model.phases) - 1) > 1e-6:
-        raise InputError(f"phases is {model.phases!r}; the shares of data, forward and backward must add up to 1.")

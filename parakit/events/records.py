@@ -37,13 +37,9 @@ __all__ = [
 PLAIN = "plain PyTorch"
 #: Where a worker's time goes in a step, in the order of a step.
 PHASES = ("data", "forward", "backward", "exchange", "update", "idle")
-#: How gradients are added up: in memory that the workers of a host share, where they may divide the update too; over
-#: gloo's connections; by both, within hosts and between them; by tasks; or not at all, where workers take turns in one
-#: process.
-EXCHANGE_WAYS = (
-    "shared memory", "shared memory, divided update", "gloo", "hierarchical", "hierarchical, divided update", "tasks",
-    "in turns",
-)  # fmt: skip
+#: How gradients are added up: in memory that the workers of a host share; over gloo's connections; by both, within
+#: hosts and between them; by tasks; or not at all, where workers take turns in one process.
+EXCHANGE_WAYS = ("shared memory", "gloo", "hierarchical", "tasks", "in turns")
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,9 +86,9 @@ class Event:
 class RunStart(Event):
     """The run began: what is trained, on what, and how.
 
-    ``exchange`` says how gradients are added up: one of `EXCHANGE_WAYS`, or the algorithm that a simulation prices;
-    "" where nobody says. ``simulated`` is true where all times are those of a virtual clock. ``device`` is where the
-    workers compute: "cpu", or "cuda", in which case ``cores`` counts GPUs.
+    ``exchange`` is what older files say of how gradients are added up; since then, `Resized` says it of each group.
+    ``simulated`` is true where all times are those of a virtual clock. ``device`` is where the workers compute: "cpu",
+    or "cuda", in which case ``cores`` counts GPUs.
     """
 
     strategy: str
@@ -203,6 +199,8 @@ class Resized(Event):
 
     ``seconds`` is the time the run stood still for it; ``chunks_moved`` counts chunks that a worker had to load;
     ``waited_seconds`` is the time from the request to the moment the new group was ready (0 without a request).
+    ``exchange`` says how the group adds gradients up: one of `EXCHANGE_WAYS`, or the algorithm that a simulation
+    prices; "" where nobody says, as in older files. ``divided_update`` says whether each worker updates a slice.
     """
 
     step: int
@@ -211,6 +209,8 @@ class Resized(Event):
     chunks_moved: int
     seconds: float
     waited_seconds: float
+    exchange: str = ""
+    divided_update: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from parakit.errors import DataError, LossError
 from parakit.losses.summed import ELEMENTWISE, WEIGHTED, as_object
 from parakit.trees import Tree
 
-__all__ = ["check_kind_of_labels", "check_labels", "check_shapes"]
+__all__ = ["LabelRange", "check_kind_of_labels", "check_labels", "check_shapes"]
 
 
 def check_kind_of_labels(loss: Any, output: Any, targets: Any) -> None:
@@ -71,19 +72,54 @@ def check_labels(loss: Any, output: Any, targets: Tree, what: str) -> None:
     DataError
         Naming the first label out of range, and its row.
     """
-    loss = as_object(loss)
-    if type(loss) not in WEIGHTED:
-        return
-    if not isinstance(targets, Tensor) or targets.is_floating_point() or not isinstance(output, Tensor):
-        return
-    classes = output.shape[min(1, output.ndim - 1)]
-    labels = targets.long()
-    wrong = ((labels < 0) | (labels >= classes)) & (labels != loss.ignore_index)
-    if bool(wrong.any()):
-        place = tuple(int(i) for i in wrong.nonzero()[0])
-        raise DataError(
-            f"{what} has the label {int(labels[place])} at row {place[0]}, but the model's output has {classes} "
-            f"classes, 0 to {classes - 1}; {int(wrong.sum())} labels are out of range.",
-            cause="labels that count from 1, or a last layer that is too small",
-            remedy="map the labels to 0 to the number of classes less 1, or widen the model's last layer",
-        )
+    known = LabelRange.of(loss, output, what)
+    if known is not None:
+        known.check(targets)
+
+
+@dataclass(frozen=True)
+class LabelRange:
+    """The class labels that a model's output has classes for.
+
+    Parameters
+    ----------
+    classes : int
+        Labels are 0 to one less.
+    ignored : int
+        A label that the loss leaves out.
+    what : str
+        The argument's name, for messages.
+    """
+
+    classes: int
+    ignored: int
+    what: str
+
+    @classmethod
+    def of(cls, loss: Any, output: Any, what: str) -> LabelRange | None:
+        """Those that a loss takes beside an output for a few samples; None where that is not known."""
+        loss = as_object(loss)
+        if type(loss) not in WEIGHTED or not isinstance(output, Tensor):
+            return None
+        return cls(output.shape[min(1, output.ndim - 1)], int(loss.ignore_index), what)
+
+    def check(self, targets: Tree) -> None:
+        """Refuse targets with a label out of range.
+
+        Raises
+        ------
+        DataError
+            Naming the first one, and its row.
+        """
+        if not isinstance(targets, Tensor) or targets.is_floating_point():
+            return
+        labels = targets.long()
+        wrong = ((labels < 0) | (labels >= self.classes)) & (labels != self.ignored)
+        if bool(wrong.any()):
+            place = tuple(int(i) for i in wrong.nonzero()[0])
+            raise DataError(
+                f"{self.what} has the label {int(labels[place])} at row {place[0]}, but the model's output has "
+                f"{self.classes} classes, 0 to {self.classes - 1}; {int(wrong.sum())} labels are out of range.",
+                cause="labels that count from 1, or a last layer that is too small",
+                remedy="map the labels to 0 to the number of classes less 1, or widen the model's last layer",
+            )

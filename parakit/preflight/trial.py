@@ -36,13 +36,15 @@ class Trial:
     frozen : Frozen
         Of `Parts`.
     samples : Samples
-        All that it will be trained on.
+        What it will be trained on: all rows, or some from everywhere.
     sizes : sequence of int
         Of batches that the model may have been written for.
+    whole : bool
+        Whether these are all rows.
     """
 
-    def __init__(self, frozen: Frozen, samples: Samples, sizes: Sequence[int] = ()) -> None:
-        self.samples = samples
+    def __init__(self, frozen: Frozen, samples: Samples, sizes: Sequence[int] = (), *, whole: bool = True) -> None:
+        self.samples, self.whole = samples, whole
         self._sizes = sizes
         self._generator = torch.Generator().manual_seed(0)
         self._take(frozen)

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
 from typing import Any, Literal, Protocol
+
+from parakit.collectives.base import Exchange
+from parakit.collectives.compressed import Codec
 
 __all__ = [
     "Part",
+    "Requirements",
     "RunsOn",
     "Strategy",
     "Team",
+    "requirements_of",
 ]
 
 Part = Any
@@ -46,7 +52,7 @@ class Team(Protocol):
 
 
 class Strategy(Protocol):
-    """An algorithm of data-parallel training.
+    """An algorithm of data-parallel training; it may have any of the attributes of `Requirements` too.
 
     Attributes
     ----------
@@ -60,3 +66,33 @@ class Strategy(Protocol):
 
     def step(self, team: Team, step: int) -> None:
         """Do one step of training."""
+
+
+@dataclass(frozen=True)
+class Requirements:
+    """What a strategy asks of the workers that it runs on, with what holds where it does not say.
+
+    Attributes
+    ----------
+    exchange : {"auto", "shared memory", "gloo"}
+        How gradients are to be added up.
+    shard : bool
+        Whether workers that share memory may divide the update among them; `sum_for_update` heeds it.
+    codec : Codec or None
+        In which form gradients travel from worker to worker; then each of them does the whole update.
+    """
+
+    exchange: Exchange = "auto"
+    shard: bool = False
+    codec: Codec | None = None
+
+    @property
+    def divides(self) -> bool:
+        """Whether the update may be divided, where workers have memory in common."""
+        return self.shard and self.exchange != "gloo" and self.codec is None
+
+
+def requirements_of(strategy: Strategy) -> Requirements:
+    """What a strategy asks for, by its attributes of these names."""
+    asked: dict[str, Any] = {each.name: getattr(strategy, each.name, each.default) for each in fields(Requirements)}
+    return Requirements(**asked)

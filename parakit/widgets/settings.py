@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from parakit import strategies
 from parakit.data.chunks import DEFAULT_CHUNKS, check_chunks, chunk_count
 from parakit.errors import InputError
 from parakit.events.records import StepDone
 from parakit.runs.planning import plan
 from parakit.runs.run import Run
 from parakit.runs.train import train
-from parakit.strategies import AllReduce, MapReduce
 from parakit.strategies.base import Strategy
 from parakit.widgets.controls import Settings
 from parakit.workers.pool import Workers
@@ -88,9 +88,7 @@ def settings_of(run: Run) -> Settings:
 
 def _strategies(own: Strategy | None) -> dict[str, Strategy]:
     offered: dict[str, Strategy] = {} if own is None else {type(own).__name__: own}
-    for strategy in (AllReduce(), MapReduce()):
-        offered.setdefault(type(strategy).__name__, strategy)
-    return offered
+    return offered | {name: getattr(strategies, name)() for name in strategies.__all__ if name not in offered}
 
 
 def _finite(rate: float) -> float | None:

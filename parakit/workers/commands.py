@@ -10,15 +10,14 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
-
 from parakit.checkpoints.in_shared_memory import SnapshotsKey
-from parakit.engines.base import StepRecord
+from parakit.collectives.base import ExchangeMethod
+from parakit.engines.account import StepRecord
 from parakit.errors import ParakitError
 from parakit.failures.source_lines import Place, places_of, raised_by_parakit
 from parakit.serialization import dumps
 
-__all__ = ["Answer", "Failure", "Heartbeat", "Orders", "RollbackReport", "Segment"]
+__all__ = ["Answer", "Failure", "Formed", "Heartbeat", "Orders", "RollbackReport", "Segment"]
 
 
 @dataclass(frozen=True)
@@ -118,6 +117,22 @@ class Orders:
 
 
 @dataclass(frozen=True)
+class Formed:
+    """What a member tells of the group that it is in now.
+
+    Attributes
+    ----------
+    method : ExchangeMethod
+        How it exchanges gradients.
+    snapshots : SnapshotsKey or None
+        Where the member's commits can be found, if others can reach them.
+    """
+
+    method: ExchangeMethod
+    snapshots: SnapshotsKey | None
+
+
+@dataclass(frozen=True)
 class Segment:
     """What a worker did in a segment, and where its commits can be found, if they can.
 
@@ -134,27 +149,6 @@ class Segment:
     commit_seconds: float
     seconds: float | None
     snapshots: SnapshotsKey | None = None
-
-
-@dataclass(frozen=True)
-class Collected:
-    """What tasks of one worker did in a segment.
-
-    Attributes
-    ----------
-    records : list of StepRecord
-    buffers : dict of str to Tensor
-        Of its model.
-    attributes : dict
-        Of its model and its loss, as far as they are a part of the state.
-    marks : list of float
-        Of what all workers have alike.
-    """
-
-    records: list[StepRecord]
-    buffers: dict[str, Tensor]
-    attributes: dict[str, Any]
-    marks: list[float]
 
 
 @dataclass(frozen=True)

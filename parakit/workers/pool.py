@@ -17,11 +17,9 @@ from time import perf_counter
 from types import TracebackType
 from typing import Any, Self
 
-from parakit.collectives.topology import equal_counts, hierarchical
 from parakit.data.chunks import DEFAULT_CHUNKS
 from parakit.errors import PoolError, WorkerCountError
 from parakit.formatting import unit_of
-from parakit.strategies.base import Strategy
 from parakit.workers.session import Job, Session
 
 __all__ = ["Workers"]
@@ -67,25 +65,25 @@ class Workers(ABC):
     def names(self) -> tuple[str, ...]:
         """The workers there are now, in the order in which they become active."""
 
-    @property
-    @abstractmethod
-    def most(self) -> int:
-        """The most workers that this pool can have or grow to."""
-
-    @abstractmethod
-    def grow(self, count: int) -> None:
-        """Begin to grow to a number of workers; returns at once."""
-
     @abstractmethod
     def open(self, job: Job) -> Session:
         """Begin a run."""
 
-    @abstractmethod
-    def map(self, function: Callable[[Any], Any], items: Sequence[Any], limit_seconds: float) -> list[Any]:
-        """Apply an importable function to items, on the workers."""
+    @property
+    def most(self) -> int:
+        """The most workers that this pool can have or grow to."""
+        return self.size
 
-    @abstractmethod
-    def _close(self) -> None:
+    def grow(self, count: int) -> None:
+        """Begin to grow to a number of workers; returns at once. Refused where there are no more to be had."""
+        self.check_count(count)
+
+    def map(self, function: Callable[[Any], Any], items: Sequence[Any], limit_seconds: float) -> list[Any]:
+        """Apply an importable function to items, on the workers; here, where they are in this process."""
+        self.check_open()
+        return [function(item) for item in items]
+
+    def _close(self) -> None:  # noqa: B027  # a pool may have started nothing
         """Stop what was started here."""
 
     @property
@@ -112,25 +110,6 @@ class Workers(ABC):
     def hosts(self) -> tuple[str, ...]:
         """The host of each worker, in their order, as far as a group can tell; empty where nobody knows."""
         return ()
-
-    def exchange_of(self, strategy: Strategy) -> str:
-        """How a strategy's gradients are added up on this pool: one of `parakit.events.records.EXCHANGE_WAYS`.
-
-        What is expected at the start of a run: where a host has too little shared memory after all, workers that may
-        choose make connections instead, and an optimizer whose update cannot be divided is run by all of them.
-        """
-        if strategy.runs_on == "driver":
-            return "tasks"
-        if self.device != "cpu":
-            return "gloo"
-        requested = getattr(strategy, "exchange", "auto")
-        if requested == "auto" and hierarchical(self.hosts):
-            way = "hierarchical"
-        elif requested == "shared memory" or (requested == "auto" and (self.one_host or len(set(self.hosts)) == 1)):
-            way = "shared memory"
-        else:
-            return "gloo"
-        return f"{way}, divided update" if equal_counts(self.hosts) and getattr(strategy, "shard", False) else way
 
     def check_count(self, count: Any, *, most: int | None = None) -> int:
         """A number of workers that this pool can serve.

@@ -12,8 +12,9 @@ import numpy.typing as npt
 
 from parakit.checkpoints.in_shared_memory import SnapshotsReader
 from parakit.checkpoints.state import State
+from parakit.collectives.base import ExchangeMethod
 from parakit.data.samples import Samples
-from parakit.engines.base import StepRecord
+from parakit.engines.account import StepRecord
 from parakit.engines.evaluation import Tally
 from parakit.engines.recipe import Recipe
 from parakit.strategies.base import Strategy
@@ -125,8 +126,8 @@ class Session(Protocol):
     def stage(self, assignment: GroupAssignment) -> Future[None]:
         """Begin to bring what an assignment needs to its members, while the run goes on."""
 
-    def form(self, assignment: GroupAssignment, state: State | None) -> None:
-        """Make a staged assignment the active one.
+    def form(self, assignment: GroupAssignment, state: State | None) -> ExchangeMethod:
+        """Make a staged assignment the active one; the group that was formed says how it exchanges gradients.
 
         Parameters
         ----------

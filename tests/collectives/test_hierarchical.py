@@ -23,7 +23,7 @@ from parakit.collectives.hierarchical import HierarchicalGroup
 from parakit.collectives.shared_memory import CannotShare
 from parakit.collectives.topology import equal_counts, hierarchical
 from parakit.errors import RunError
-from parakit.events.records import Recovered, RunStart
+from parakit.events.records import Recovered, Resized
 from tests.members import FolderStore, Member, ask
 from tests.runs.test_exact import BATCH, CHUNKS, SAMPLES, SEED, assert_same, expected, problem, resized_along, trained
 from tests.serial import batches, train_serially
@@ -246,9 +246,11 @@ def test_a_cluster_of_two_hosts_equals_the_serial_loop(
     }  # fmt: skip
     run = trained(model, (inputs, targets), two_hosts, workers=workers, **how)
     assert_same(run, *expected(model, inputs, targets, **how))
-    start = run.history.latest(RunStart)
-    assert start is not None
-    assert start.exchange == "hierarchical, divided update"
+    formed = run.history.latest(Resized)
+    assert formed is not None
+    # A worker alone has all memory in common with itself; three on two hosts are not as many on each.
+    known = {1: ("shared memory", True), 3: ("hierarchical", False), 4: ("hierarchical", True)}
+    assert (formed.exchange, formed.divided_update) == known[workers]
 
 
 @pytest.mark.dask

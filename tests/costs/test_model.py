@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import parakit as pk
+from parakit.collectives.base import ExchangeMethod
 from parakit.costs import collectives
 from parakit.costs.breakdown import TERMS
 from parakit.costs.model import CostModel
@@ -17,7 +18,7 @@ from parakit.costs.networks import MACHINES, NETWORKS, Network, machine_named, n
 from parakit.costs.order_statistics import maximum_normal
 from parakit.errors import InputError
 from parakit.events.history import History
-from parakit.events.records import RunStart, SegmentDone, StepDone, WorkerStep
+from parakit.events.records import Resized, RunStart, SegmentDone, StepDone, WorkerStep
 from parakit.pacing import segment_seconds
 
 QUIET = CostModel(sample_seconds=1e-3, batch_size=240, nbytes=4e6, network=Network("test", 1e-4, 1e9, "made up"))
@@ -213,18 +214,21 @@ def history(
     contention: float = 0.0,
     partial: bool = False,
     slow_half: float = 1.0,
+    told_by_groups: bool = False,
 ) -> History:
-    """Events of a run whose cost is known, as a group of real workers would have told it."""
+    """Events of a run whose cost is known, as a group of real workers would have told it; or as older files do."""
     generator = np.random.default_rng(5)
     found = History()
     found.append(
         RunStart(
             0.0, "AllReduce()", ("a",), "inline? no: a name says nothing", cores, 1, PARAMETERS, 9600, 64, 240, 999, 40,
-            0, exchanged, simulated,
+            0, "" if told_by_groups else exchanged, simulated,
         )
     )  # fmt: skip
-    at = 0.0
+    at, method = 0.0, ExchangeMethod.of(exchanged)
     for generation, n in enumerate(counts):
+        if told_by_groups:
+            found.append(Resized(at, 0, generation, ("a",) * n, 0, 0.1, 0.0, method.way, method.divided))
         crowding = max(1.0, n / cores)
         slowdown = 1 + contention * (min(n, cores) - 1)
         for step in range(steps):
@@ -319,6 +323,26 @@ def test_what_was_calibrated_from_simulated_runs_says_so() -> None:
     assert not CostModel.from_history(history([2, 4])).simulated
 
 
+def how_it_exchanges(run: pk.Run) -> tuple[str, bool]:
+    """What the newest group of a run says, and whether it is simulated."""
+    start, formed = run.history.latest(RunStart), run.history.latest(Resized)
+    assert start is not None
+    assert formed is not None
+    return str(ExchangeMethod(formed.exchange, formed.divided_update)), start.simulated
+
+
+def test_each_group_says_how_it_exchanges_whatever_the_start_says() -> None:
+    found = history([1, 2, 4, 8], exchanged="shared memory, divided update", told_by_groups=True)
+    start = found.latest(RunStart)
+    assert start is not None
+    assert start.exchange == ""
+    costs = CostModel.from_history(found)
+    assert (costs.algorithm, costs.divided_update) == ("shared memory", True)
+    assert costs == CostModel.from_history(history([1, 2, 4, 8], exchanged="shared memory, divided update"))
+    read = CostModel.from_history(History.from_json(found.to_json()))
+    assert read == costs
+
+
 @pytest.mark.dask
 @pytest.mark.parametrize(
     ("strategy", "exchanged", "algorithm"),
@@ -335,9 +359,7 @@ def test_local_workers_are_calibrated_by_the_exchange_that_they_use(
     data = pk.datasets.digits().train
     run = pk.train(torch.nn.Linear(64, 10), data, on=pool, workers=2, steps=60, strategy=strategy)
     run.wait(60, progress=False)
-    start = run.history.latest(RunStart)
-    assert start is not None
-    assert (start.exchange, start.simulated) == (exchanged, False)
+    assert how_it_exchanges(run) == (exchanged, False)
     assert CostModel.from_history(run.history).algorithm == algorithm
 
 
@@ -353,9 +375,7 @@ def test_local_workers_are_calibrated_by_the_exchange_that_they_use(
 def test_pools_in_this_process_say_how_they_exchange(on: str, strategy: Any, exchanged: str) -> None:
     with pk.connect("inline") if on == "inline" else pk.simulated(4) as workers:
         run = pk.train(torch.nn.Linear(64, 10), pk.datasets.digits().train, on=workers, steps=2, strategy=strategy)
-        start = run.wait(60, progress=False).history.latest(RunStart)
-        assert start is not None
-        assert (start.exchange, start.simulated) == (exchanged, on == "simulated")
+        assert how_it_exchanges(run.wait(60, progress=False)) == (exchanged, on == "simulated")
 
 
 @pytest.mark.parametrize("counts", [[1], [4]])

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from matplotlib.text import Text
 
 import parakit as pk
+from parakit.collectives.base import ExchangeMethod
+from parakit.collectives.form import form_group
 from parakit.errors import ConnectError, InputError
 from parakit.events.history import History
 from parakit.events.log import sentence
@@ -16,9 +20,10 @@ from parakit.events.records import Baseline, baseline_name
 from parakit.events.summary import RunSummary
 from parakit.losses.forms import summed
 from parakit.system import devices
-from parakit.system.devices import share_out
+from parakit.system.devices import CPU, share_out
 from parakit.widgets import report
 from tests.events.test_summary import segments, started
+from tests.members import FolderStore
 
 NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU: tests/test_gpu.py is for it")
 
@@ -104,7 +109,15 @@ def test_pools_on_gpus_count_gpus(on_gpu: pk.Workers, monkeypatch: pytest.Monkey
     assert repr(on_gpu) == "<Workers: inline, in this process, 1 worker of 1 thread each, 1 GPU>"
     on_gpu.grow(2)
     assert repr(on_gpu).endswith("1 GPU; more workers than GPUs>")
-    assert pk.Workers.exchange_of(on_gpu, pk.strategies.AllReduce()) == "gloo"
+
+
+def test_what_lies_on_gpus_is_added_by_connections(tmp_path: Path) -> None:
+    store, gpu = FolderStore(str(tmp_path)), torch.device("cuda")
+    vector: dict[str, Any] = {"numel": 8, "dtype": torch.float32, "common": 64}
+    for device, method in ((gpu, ExchangeMethod("gloo")), (CPU, ExchangeMethod("shared memory", divided=True))):
+        group, _ = form_group(store, 0, ("127.0.0.1",), 5.0, exchange="auto", device=device, **vector)
+        assert group.method == method
+        group.close()
 
 
 def test_plain_pytorch_on_a_gpu_is_called_that() -> None:

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from parakit.events.history import History
-from parakit.events.records import RunStart
+from parakit.events.records import Resized, RunStart
 from parakit.runs.plan import Plan
 from parakit.runs.run import Run
 from parakit.scaling.experiments.visits import LOOK_SECONDS, Timed, check_going, end, start_run, timed
@@ -73,6 +73,9 @@ class Arm:
             began = self.run.history.latest(RunStart)
             if began is not None and history.latest(RunStart) is None:
                 history.append(replace(began, at_seconds=0.0))
+            # What a group of as many said of how it exchanges is known.
+            if any(formed.generation == found.segments[0].world_size for formed in history.of(Resized)):
+                found = replace(found, groups=())
             history.append(*found.excerpt(self._elapsed() - self.run.elapsed_seconds))
         return found
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from parakit.errors import ParakitError, RunError, Unreachable
 from parakit.events.history import History
-from parakit.events.records import GradientNorms, Said, SegmentDone, StepDone
+from parakit.events.records import GradientNorms, Resized, Said, SegmentDone, StepDone
 from parakit.formatting import many
 from parakit.runs.plan import Plan
 from parakit.runs.run import Run
@@ -48,11 +48,14 @@ class Timed:
     steps : sequence of StepDone
         Of these segments.
     norms : sequence of GradientNorms
+    groups : sequence of Resized
+        Of the group that did them: how it exchanges.
     """
 
     segments: Sequence[SegmentDone]
     steps: Sequence[StepDone]
     norms: Sequence[GradientNorms]
+    groups: Sequence[Resized] = ()
 
     @property
     def seconds(self) -> float:
@@ -81,10 +84,9 @@ class Timed:
         that anybody has to skip steps for.
         """
         places = np.unique(np.linspace(0, len(self.steps) - 1, _KEPT_STEPS).round().astype(int)).tolist()
-        events: list[Any] = [*(self.steps[place] for place in places), *self.segments]
-        moved = [
-            replace(e, at_seconds=e.at_seconds + since_seconds, generation=e.world_size) for e in events
-        ]  # fmt: skip
+        events: list[Any] = [*self.groups, *(self.steps[place] for place in places), *self.segments]
+        count = self.segments[0].world_size
+        moved = [replace(e, at_seconds=e.at_seconds + since_seconds, generation=count) for e in events]
         return [*moved, *(replace(n, at_seconds=n.at_seconds + since_seconds) for n in self.norms)]
 
 
@@ -162,7 +164,8 @@ def _timed(history: History, segments: Sequence[SegmentDone]) -> Timed:
     first, end = segments[0].first_step, segments[-1].first_step + segments[-1].steps
     steps = [step for step in history.steps if first <= step.step < end]
     norms = [found for found in history.of(GradientNorms) if first <= found.step < end]
-    return Timed(segments, steps, norms)
+    groups = [formed for formed in history.of(Resized) if formed.generation == segments[0].generation]
+    return Timed(segments, steps, norms, groups)
 
 
 def check_going(run: Run) -> None:

@@ -9,7 +9,6 @@ show virtual seconds; the losses are real. Nothing here is a measurement, and `k
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
 from time import perf_counter
 from typing import Any
 
@@ -17,14 +16,14 @@ import numpy as np
 import torch
 
 from parakit.checkpoints.state import State
+from parakit.collectives.base import ExchangeMethod
 from parakit.costs.model import CostModel, costs_of
 from parakit.costs.networks import network_named
 from parakit.data.chunks import DEFAULT_CHUNKS
-from parakit.engines.base import StepRecord
+from parakit.engines.account import StepRecord
 from parakit.engines.evaluation import Tally
-from parakit.engines.optimizers import learning_rate
 from parakit.errors import InputError, WorkerCountError
-from parakit.strategies.base import Strategy
+from parakit.strategies.base import requirements_of
 from parakit.workers.assignment import GroupAssignment
 from parakit.workers.inline import InlineSession, InlineTeam
 from parakit.workers.pool import Workers
@@ -203,15 +202,6 @@ class SimulatedWorkers(Workers):
         """All workers that there could be."""
         return self._names
 
-    @property
-    def most(self) -> int:
-        """As many as there are."""
-        return len(self._names)
-
-    def exchange_of(self, strategy: Strategy) -> str:
-        """What is priced: the algorithm of the cost model, or tasks."""
-        return "tasks" if strategy.runs_on == "driver" else self.costs.algorithm
-
     def grow(self, count: int) -> None:
         """Refused: that many are all there are.
 
@@ -232,16 +222,10 @@ class SimulatedWorkers(Workers):
         if self._fitting:
             sizes = [4 * p.numel() for p in job.recipe.parts().model.parameters() if p.requires_grad]
             costs = costs.with_(nbytes=sum(sizes))
+        if (codec := requirements_of(job.strategy).codec) is not None:
+            costs = costs.with_(nbytes=codec.nbytes(round(costs.nbytes / 4), torch.float32))
         kind = SimulatedCrew if self.arithmetic else TimedCrew
         return kind(job, costs, self._virtual, self._seed)
-
-    def map(self, function: Callable[[Any], Any], items: Sequence[Any], limit_seconds: float) -> list[Any]:
-        """Apply a function to items, here; the virtual clock stands still."""
-        self.check_open()
-        return [function(item) for item in items]
-
-    def _close(self) -> None:
-        pass
 
 
 def _cores(costs: CostModel, count: int) -> int:
@@ -268,15 +252,17 @@ class SimulatedCrew(InlineSession):
     def _inner_team(self) -> InlineTeam | None:
         return self._team
 
-    def form(self, assignment: GroupAssignment, state: State | None) -> None:
+    def form(self, assignment: GroupAssignment, state: State | None) -> ExchangeMethod:
         """Make an assignment the active one, in virtual time."""
         super().form(assignment, state)
-        self._seat(assignment)
+        return self._seat(assignment)
 
-    def _seat(self, assignment: GroupAssignment) -> None:
+    def _seat(self, assignment: GroupAssignment) -> ExchangeMethod:
+        """Seat the workers; what is priced is the algorithm of the cost model, or tasks."""
         self._timed.seat(assignment)
         self._workers = len(assignment.members)
         self._clock.advance(_FORM_SECONDS)
+        return ExchangeMethod("tasks" if self._job.strategy.runs_on == "driver" else self._costs.algorithm)
 
     def _advance(self, first: int, count: int, request: int) -> Report:
         """Do a segment; a shorter one, where the real clock would let requests wait."""
@@ -310,19 +296,19 @@ class TimedCrew(SimulatedCrew):
     def _inner_team(self) -> InlineTeam | None:
         return None
 
-    def form(self, assignment: GroupAssignment, state: State | None) -> None:
+    def form(self, assignment: GroupAssignment, state: State | None) -> ExchangeMethod:
         """Make an assignment the active one; no chunk is loaded."""
         if state is not None:
-            self._replica.load(state)
+            self._engine.load(state)
         self._validation_rows = 0 if assignment.validation is None else sum(assignment.validation.sizes)
-        self._seat(assignment)
+        return self._seat(assignment)
 
     def _do(self, first: int, count: int, request: int) -> tuple[list[StepRecord], ...]:
         self._timed.forget()
-        self._timed.rate = learning_rate(self._replica.optimizer)
+        self._timed.rate = self._engine.learning_rate
         for step in range(first, first + count):
             self._job.strategy.step(self._timed, step)
-            self._replica.step = step + 1
+            self._engine.step = step + 1
             if self._halt > request:
                 break
         return self._timed.take_records()
