@@ -10,7 +10,7 @@ from operator import itemgetter
 
 from parakit.events.records import PHASES, Resized, StepDone, baseline_name
 from parakit.events.summary import UNCERTAIN_SPREAD, RunSummary
-from parakit.formatting import many, three_digits, unit_of
+from parakit.formatting import DASH, columns, many, three_digits, unit_of
 from parakit.runs.run import Run
 from parakit.workers.pool import Workers
 
@@ -38,7 +38,6 @@ _SHORT_MEANING = (
     "efficiency: speedup over workers",
     "vs plain: relative to plain PyTorch in one process with all cores or one GPU, at the best of its measurements",
 )
-_NOT_MEASURED = "–"
 _CROWDED = "*"
 _SHORT_RIVAL, _UNSURE = "plain", "?"
 _WIDTH = 78  # of a plain text: more is broken within words by narrow windows
@@ -119,7 +118,7 @@ def _marks(summary: RunSummary) -> list[str]:
     if any(_crowded(summary, count) for count in summary.rates):
         found.append(f"{_CROWDED}: more workers than {summary.unit}s")
     if not summary.one or not summary.plain:
-        found.append(f"{_NOT_MEASURED}: not measured yet")
+        found.append(f"{DASH}: not measured yet")
     if summary.uncertain:
         found.append(f"{_UNSURE}: uncertain, quartiles more than {UNCERTAIN_SPREAD:g} times apart")
     return found
@@ -181,8 +180,7 @@ def _text_table(summary: RunSummary) -> list[str]:
     rows = [_SHORT_HEADINGS, *table_rows(summary)]
     if summary.plain:
         rows[-1] = (_SHORT_RIVAL + _UNSURE * summary.uncertain, *rows[-1][1:])
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return ["  ".join(value.rjust(width) for value, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return columns(rows)
 
 
 def _wrapped(text: str, label: str = "") -> str:
@@ -202,8 +200,8 @@ def _spread(median: float, low: float, high: float) -> str:
 
 
 def _times(value: float) -> str:
-    return f"{value:.2f}×" if math.isfinite(value) else _NOT_MEASURED
+    return f"{value:.2f}×" if math.isfinite(value) else DASH
 
 
 def _percent(value: float) -> str:
-    return f"{100 * value:.0f} %" if math.isfinite(value) else _NOT_MEASURED
+    return f"{100 * value:.0f} %" if math.isfinite(value) else DASH
