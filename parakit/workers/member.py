@@ -35,24 +35,12 @@ _TASKS = ExchangeMethod("tasks")  # where members form no group
 
 @dataclass
 class _Progress:
-    """How far the orders of a generation were carried out.
+    """How far the orders of a generation were carried out."""
 
-    Attributes
-    ----------
-    ordered : int
-        Segments that were ordered of this worker.
-    unfinished : bool
-        Whether the newest of them did not come to its end.
-    applied : int
-        The newest request that was applied when it was ordered.
-    ended : bool
-        Whether somebody voted for its end.
-    """
-
-    ordered: int = 0
-    unfinished: bool = False
-    applied: int = 0
-    ended: bool = False
+    ordered: int = 0  # segments that were ordered of this worker
+    unfinished: bool = False  # whether the newest of them did not come to its end
+    applied: int = 0  # the newest request that was applied when it was ordered
+    ended: bool = False  # whether somebody voted for its end
 
 
 class Member:
