@@ -116,11 +116,6 @@ class Channel:
         places = list(map(address_of, members))
         return self.cluster.client.submit(function, *args, key=key, pure=False, workers=places)
 
-    def cancel(self, futures: Sequence[Future[Any]]) -> None:
-        """Let go of orders."""
-        if futures:
-            self.cluster.client.cancel(list(futures))
-
     def send(self, value: Any, member: str) -> Any:
         """Place a value on a member, for as long as it gives signs of life."""
         return self.cluster.send(value, member, self._job.limit_seconds, self._job.run_id)
@@ -170,7 +165,7 @@ class Channel:
     def _outcome(self, futures: Sequence[Any], members: Sequence[str], limits: Limits) -> Outcome:
         """What comes of orders; those that nobody will carry out are let go of, and so are workers that hang."""
         outcome = await_while_alive(self.cluster, futures, members, limits, self._job.run_id)
-        self.cancel(outcome.waiting)
+        self.cluster.cancel(outcome.waiting)
         self.cluster.exclude(outcome.blamed)
         return outcome
 
@@ -188,7 +183,7 @@ class Channel:
         if not outcome.gone and fetching.exception() is None:
             return dict(zip(futures, fetching.result(), strict=True))
         # Who died after answering took the answer along, and Dask waits for somebody to compute it again.
-        self.cancel([futures[member] for member in outcome.gone])
+        self.cluster.cancel([futures[member] for member in outcome.gone])
         return {member: settled(future, limit) for member, future in futures.items()}
 
     # --- what went wrong

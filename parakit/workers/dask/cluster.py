@@ -145,13 +145,13 @@ class DaskCluster:
 
     def readmit(self) -> None:
         """Take excluded workers back that answer by now."""
-        asked = {name: self.ask_heartbeat(name, "") for name in self.excluded & set(self.known())}
+        asked = {name: self.ask_heartbeat(name) for name in self.excluded & set(self.known())}
         wait_for_threads(asked.values(), _READMIT_SECONDS)
         self.excluded -= {name for name, answer in asked.items() if _is_good(answer)}
 
     # --- what they are asked
 
-    def ask_heartbeat(self, name: str, run_id: str) -> LocalFuture[Heartbeat]:
+    def ask_heartbeat(self, name: str, run_id: str = "") -> LocalFuture[Heartbeat]:
         """Ask a worker for its heartbeat in a run, without waiting; fails if the worker cannot be asked."""
         scheduler, loop, address = self.client.scheduler, self.client.loop, address_of(name)
         assert scheduler is not None
@@ -178,7 +178,7 @@ class DaskCluster:
                 wait(futures, timeout=limit_seconds, return_when="FIRST_COMPLETED")
         return [future for future in futures if not future.done()]
 
-    def send(self, value: Any, name: str, silent_seconds: float, run_id: str) -> Any:
+    def send(self, value: Any, name: str, silent_seconds: float, run_id: str = "") -> Any:
         """A value in the memory of a worker, as a future.
 
         Parameters
@@ -190,7 +190,7 @@ class DaskCluster:
             How long it may give no sign of life. However long the value travels, it goes on while there are some; Dask
             itself would wait for a stopped worker for ever.
         run_id : str
-            In which the worker is asked for its heartbeat.
+            In which the worker is asked for its heartbeat, if it is in one.
 
         Raises
         ------
@@ -210,6 +210,11 @@ class DaskCluster:
             return sending.result()[0]
         except Exception as error:
             raise WorkerLost(f"{self.label(name)} could not be sent its data: {type(error).__name__}.") from error
+
+    def cancel(self, futures: Sequence[Any]) -> None:
+        """Let go of tasks that nobody waits for any more."""
+        if futures:
+            self.client.cancel(list(futures))
 
     def run(self, function: Callable[..., Any], names: Sequence[str], *args: Any) -> dict[str, Any]:
         """Call a function in the event loop of some workers, up to a limit, and as long as they are there."""

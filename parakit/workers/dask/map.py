@@ -21,7 +21,6 @@ __all__ = ["map_on"]
 
 _ROUNDS = 5  # each of which loses a worker
 _SILENT_SECONDS = 10.0  # without a sign of life
-_NOBODY = "no run"
 
 
 def map_on(
@@ -79,14 +78,13 @@ def _do_some(
     owners = {number: names[place % len(names)] for place, number in enumerate(items)}
     futures: dict[int, Future[Any]] = {}
     for number, item in items.items():
-        placed = cluster.send(item, owners[number], _SILENT_SECONDS, _NOBODY)
+        placed = cluster.send(item, owners[number], _SILENT_SECONDS)
         place = address_of(owners[number])
         futures[number] = cluster.client.submit(function, placed, workers=[place], pure=False)
     left = max(0.1, deadline - time.monotonic())
     limits = Limits(_SILENT_SECONDS, left, left)
-    outcome = await_while_alive(cluster, list(futures.values()), list(owners.values()), limits, _NOBODY)
-    if outcome.waiting:
-        cluster.client.cancel(list(outcome.waiting))
+    outcome = await_while_alive(cluster, list(futures.values()), list(owners.values()), limits)
+    cluster.cancel(outcome.waiting)
     cluster.exclude(outcome.hung)  # and not those that are late: somebody else may need them
     for number, future in futures.items():
         if future not in outcome.waiting and _is_an_answer(future):

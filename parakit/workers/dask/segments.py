@@ -121,7 +121,7 @@ class MemberSegments:
     def abandon(self) -> None:
         """Let go of the segments that were ordered ahead."""
         while self._ordered:
-            self._channel.cancel(list(self._ordered.popleft().futures.values()))
+            self._channel.cluster.cancel(list(self._ordered.popleft().futures.values()))
 
     def _roll_back(self, step: int) -> None:
         channel = self._channel
