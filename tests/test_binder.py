@@ -89,7 +89,7 @@ def test_it_is_what_make_pins_writes(tmp_path: Path) -> None:
 def asked_by_the_package() -> Iterator[Requirement]:
     for text in requires("parakit") or []:
         requirement = Requirement(text)
-        extras = ("", "notebook", "pandas")
+        extras = ("", "notebook")
         if requirement.marker is None or any(requirement.marker.evaluate({**MACHINE, "extra": e}) for e in extras):
             yield requirement
 

@@ -18,7 +18,7 @@ from setup_environment import CPU_INDEX, ROOT, TORCH
 
 PINS = ROOT / "requirements.txt"
 TARGET = ROOT / "binder" / "requirements.txt"
-EXTRAS = ("notebook", "pandas")
+EXTRAS = ("notebook",)
 # Binder's machines, whatever this one is; the Python is that of binder/runtime.txt.
 MACHINE = {
     "implementation_name": "cpython",

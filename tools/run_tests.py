@@ -1,6 +1,7 @@
 """Run all tests, in two lanes side by side: each waits much of its time, for processes to start and pages to load.
 
-With arguments, pytest gets them, and does nothing else.
+With --quick, style, types and the tests that need no cluster, browser or notebook, on both cores. With other arguments,
+pytest gets them, and does nothing else.
 """
 
 import subprocess
@@ -19,6 +20,13 @@ LANES = {
     "others": [["-m", "not (dask or notebook or browser)"], ["-m", "browser"], ["-m", _CLUSTERS, "-k", _SHIFTED]],
 }
 PYTEST = [sys.executable, "-m", "pytest"]
+# Tests are shared out again as a process runs out of work.
+QUICK = [*PYTEST, "-n", "2", "--dist", "worksteal", "-q", "-m", "not (dask or notebook or browser)"]
+STYLE = (
+    [sys.executable, "-m", "ruff", "check"],
+    [sys.executable, "-m", "ruff", "format", "--check"],
+    [sys.executable, "-m", "mypy"],
+)
 
 
 class Lane:
@@ -59,7 +67,19 @@ class Lane:
             self._part.terminate()
 
 
+def check(arguments: list[str]) -> int:
+    """Style and types first, for they are quick and what most often is wrong; then the quick tests."""
+    began = time.monotonic()
+    for command in (*STYLE, [*QUICK, *arguments]):
+        if code := subprocess.call(command):
+            return code
+    print(f"Style, types and quick tests: {(time.monotonic() - began) / 60:.1f} minutes")
+    return 0
+
+
 def main() -> int:
+    if sys.argv[1:2] == ["--quick"]:
+        return check(sys.argv[2:])
     if sys.argv[1:]:
         return subprocess.call([*PYTEST, *sys.argv[1:]])
     began = time.monotonic()

@@ -44,9 +44,10 @@ class Saver:
         self._errors: list[str] = []
         self._thread: threading.Thread | None = None
 
-    def due(self, now_seconds: float) -> bool:
-        """Whether it is time for a checkpoint, at a moment counted from the start of the run."""
-        return now_seconds - self._last_seconds >= self._every_seconds
+    @property
+    def due_at(self) -> float:
+        """When it is time for a checkpoint, in seconds since the start of the run."""
+        return self._last_seconds + self._every_seconds
 
     def offer(self, state: State, now_seconds: float) -> None:
         """Hand over a state to be written; it takes the place of one that still waits.

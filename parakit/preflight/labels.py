@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from parakit.data.samples import Samples
 from parakit.errors import DataError, LossError
 from parakit.losses.summed import ELEMENTWISE, WEIGHTED, as_object
 from parakit.trees import Tree
 
-__all__ = ["check_kind_of_labels", "check_labels", "check_shapes"]
+__all__ = ["LabelRange", "check_kind_of_labels", "check_labels", "check_shapes"]
 
 
 def check_kind_of_labels(loss: Any, output: Any, targets: Any) -> None:
@@ -52,7 +54,7 @@ def check_shapes(loss: Any, output: Tree, target: Tree) -> None:
         )
 
 
-def check_labels(loss: Any, output: Any, targets: Tree, what: str) -> None:
+def check_labels(loss: Any, output: Any, targets: Tree, what: str, rows: Any = None) -> None:
     """Refuse class labels that the model's output has no class for, before a worker meets them.
 
     Parameters
@@ -62,28 +64,76 @@ def check_labels(loss: Any, output: Any, targets: Tree, what: str) -> None:
     output : tree of tensors
         The model's output for a few samples.
     targets : tree of tensors
-        All targets.
+        All targets, or those of some rows.
     what : str
         The argument's name, for messages.
+    rows : sequence of int, optional
+        The numbers of these rows, where they are not all.
 
     Raises
     ------
     DataError
         Naming the first label out of range, and its row.
     """
-    loss = as_object(loss)
-    if type(loss) not in WEIGHTED:
-        return
-    if not isinstance(targets, Tensor) or targets.is_floating_point() or not isinstance(output, Tensor):
-        return
-    classes = output.shape[min(1, output.ndim - 1)]
-    labels = targets.long()
-    wrong = ((labels < 0) | (labels >= classes)) & (labels != loss.ignore_index)
-    if bool(wrong.any()):
-        place = tuple(int(i) for i in wrong.nonzero()[0])
-        raise DataError(
-            f"{what} has the label {int(labels[place])} at row {place[0]}, but the model's output has {classes} "
-            f"classes, 0 to {classes - 1}; {int(wrong.sum())} labels are out of range.",
-            cause="labels that count from 1, or a last layer that is too small",
-            remedy="map the labels to 0 to the number of classes less 1, or widen the model's last layer",
-        )
+    known = LabelRange.of(loss, output, what)
+    if known is not None:
+        known.check(targets, rows)
+
+
+@dataclass(frozen=True)
+class LabelRange:
+    """The class labels that a model's output has classes for.
+
+    Parameters
+    ----------
+    classes : int
+        Labels are 0 to one less.
+    ignored : int
+        A label that the loss leaves out.
+    what : str
+        The argument's name, for messages.
+    """
+
+    classes: int
+    ignored: int
+    what: str
+
+    @classmethod
+    def of(cls, loss: Any, output: Any, what: str) -> LabelRange | None:
+        """Those that a loss takes beside an output for a few samples; None where that is not known."""
+        loss = as_object(loss)
+        if type(loss) not in WEIGHTED or not isinstance(output, Tensor):
+            return None
+        return cls(output.shape[min(1, output.ndim - 1)], int(loss.ignore_index), what)
+
+    def __call__(self, samples: Samples, rows: Any) -> None:
+        """Refuse samples with a label out of range; errors as for `check`."""
+        self.check(samples.targets, rows)
+
+    def check(self, targets: Tree, rows: Any = None) -> None:
+        """Refuse targets with a label out of range.
+
+        Parameters
+        ----------
+        targets : tree of tensors
+        rows : sequence of int, optional
+            The numbers of their rows; counted from 0 unless they are given.
+
+        Raises
+        ------
+        DataError
+            Naming the first one, and its row.
+        """
+        if not isinstance(targets, Tensor) or targets.is_floating_point():
+            return
+        labels = targets.long()
+        wrong = ((labels < 0) | (labels >= self.classes)) & (labels != self.ignored)
+        if bool(wrong.any()):
+            place = tuple(int(i) for i in wrong.nonzero()[0])
+            row = place[0] if rows is None else int(rows[place[0]])
+            raise DataError(
+                f"{self.what} has the label {int(labels[place])} at row {row}, but the model's output has "
+                f"{self.classes} classes, 0 to {self.classes - 1}; {int(wrong.sum())} labels are out of range.",
+                cause="labels that count from 1, or a last layer that is too small",
+                remedy="map the labels to 0 to the number of classes less 1, or widen the model's last layer",
+            )

@@ -14,13 +14,7 @@ from parakit.engines.evaluation import Evaluation, Tally, tally
 from parakit.engines.recipe import Parts, Traits
 from parakit.losses.summed import SummedLoss
 from parakit.preflight import Trial, check_model, frozen_parts, traits_for_evaluation
-from parakit.runs.arguments import check_pool
-from parakit.runs.planning import (
-    _default_loss,
-    _default_optimizer,
-    _samples,
-    _warn_of_hooks,
-)
+from parakit.runs.arguments import check_pool, default_loss, default_optimizer, samples_of, warn_of_hooks
 from parakit.serialization import Frozen, dumps
 from parakit.system.devices import computing_on
 from parakit.system.process_settings import Settings
@@ -63,13 +57,13 @@ def evaluate(
         If the workers do not answer in time.
     """
     pool = check_pool(on)
-    samples = _samples(model, data)
+    samples = samples_of(model, data)
     limit_seconds = plain(limit_seconds)
     check_positive("limit_seconds", limit_seconds)
     check_model(model, training=False)
-    own_loss = _default_loss(samples.targets) if loss is None else loss
-    _warn_of_hooks(3)
-    trial = Trial(frozen_parts(Parts(model, own_loss, _default_optimizer)), samples)
+    own_loss = default_loss(samples.targets) if loss is None else loss
+    warn_of_hooks(3)
+    trial = Trial(frozen_parts(Parts(model, own_loss, default_optimizer)), samples)
     traits = traits_for_evaluation(trial)
     frozen, settings = trial.frozen, Settings.here()
     assert frozen.memory is not None

@@ -5,7 +5,6 @@ Worker count, strategy and kind of pool are no part of it: they do not change wh
 
 from __future__ import annotations
 
-import hashlib
 from importlib.metadata import version
 from typing import Any
 
@@ -13,16 +12,13 @@ import torch
 from torch import Tensor
 
 from parakit.data.chunks import ORDER
-from parakit.data.samples import Samples
+from parakit.data.source import Source
 from parakit.engines.recipe import Parts, Recipe
-from parakit.trees import leaves
 
 __all__ = ["identity_of"]
 
-_SEEN_ROWS = 64
 
-
-def identity_of(recipe: Recipe, parts: Parts, samples: Samples) -> dict[str, Any]:
+def identity_of(recipe: Recipe, parts: Parts, source: Source) -> dict[str, Any]:
     """What a run trains, on what, and in which order.
 
     Parameters
@@ -30,8 +26,8 @@ def identity_of(recipe: Recipe, parts: Parts, samples: Samples) -> dict[str, Any
     recipe : Recipe
     parts : Parts
         A living copy of it.
-    samples : Samples
-        The training data.
+    source : Source
+        Of the training data.
 
     Returns
     -------
@@ -49,7 +45,7 @@ def identity_of(recipe: Recipe, parts: Parts, samples: Samples) -> dict[str, Any
         "batch_size": order.batch_size,
         "samples": sum(order.sizes),
         "chunks": len(order.sizes),
-        "data": _fingerprint(samples),
+        "data": source.fingerprint,
         "clip_norm": recipe.clip_norm,
         "optimizer": type(made).__name__,
         "scheduler": None if schedule is None else type(schedule).__name__,
@@ -61,14 +57,3 @@ def identity_of(recipe: Recipe, parts: Parts, samples: Samples) -> dict[str, Any
 
 def _form(tensor: Tensor) -> list[Any]:
     return [list(tensor.shape), str(tensor.dtype).removeprefix("torch.")]
-
-
-def _fingerprint(samples: Samples) -> str:
-    """A short mark of the data: forms, and values of some rows spread over all of them."""
-    count = len(samples)
-    some = samples.take(torch.linspace(0, count - 1, min(count, _SEEN_ROWS)).long())
-    mark = hashlib.sha256()
-    for leaf in leaves((some.inputs, some.targets)):
-        mark.update(f"{list(leaf.shape)} {leaf.dtype}".encode())
-        mark.update(leaf.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return mark.hexdigest()[:16]

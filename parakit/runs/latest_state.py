@@ -15,8 +15,10 @@ from torch import nn
 from parakit.checkpoints import Saver
 from parakit.checkpoints.in_shared_memory import SnapshotsReader
 from parakit.checkpoints.state import State, copy_state
-from parakit.engines.recipe import Recipe
-from parakit.engines.replicated import load_parts, set_mode
+from parakit.engines.make import make_engine
+from parakit.engines.optimizers import set_mode
+from parakit.engines.recipe import Recipe, load_parts
+from parakit.runs.state import Copied
 from parakit.workers.session import Session
 
 __all__ = ["LatestState"]
@@ -34,18 +36,21 @@ class LatestState:
     ----------
     recipe : Recipe
         Of what is trained.
+    resumed : State or None
+        What it began with, if not with the recipe's own.
     saver : Saver or None
         Gets a state as often as it is due, and the last one.
     say : callable
         Told what goes wrong with saving.
     """
 
-    def __init__(self, recipe: Recipe, saver: Saver | None = None, say: Callable[[str], None] = lambda _: None) -> None:
+    def __init__(self, recipe: Recipe, resumed: State | None, saver: Saver | None, say: Callable[[str], None]) -> None:
         self._saver = saver
         self._say = say
         self._saved = -1
         self._lock = threading.Lock()
         self._recipe = recipe
+        self._resumed = resumed
         self._snapshots: SnapshotsReader | None = None  # in which the newest state is, if it is set
         self._state: State | None = None  # a copy, otherwise
         self._older: State | None = None
@@ -53,36 +58,58 @@ class LatestState:
         self._not_before = 0.0
         self._counted = 0  # steps of the run that count: there may be states of later ones
         self.step = 0
+        if resumed is not None:
+            self.take(resumed)
 
-    def due(self, now: float) -> bool:
-        """Whether it is time for a newer state."""
-        return now >= self._not_before or (self._saver is not None and self._saver.due(now))
+    @property
+    def copied(self) -> Copied:
+        """Of which step there is a state here, and when a newer one and a checkpoint are due."""
+        step = self.step if self._some else -1
+        return (
+            Copied(step, self._not_before)
+            if self._saver is None
+            else Copied(step, self._not_before, self._saver.due_at)
+        )
 
-    def keep(self, session: Session, step: int, now: float, *, busy: bool = False, final: bool = False) -> None:
-        """Have a newer state if it is time to, or the one of this step at the end; hand it on if that is due.
+    def count(self, step: int) -> None:
+        """Note how many steps of the run count."""
+        self._counted = step
+
+    def keep(self, session: Session, step: int, now: float, *, save: bool, busy: bool) -> None:
+        """Have the state of a step, or a newer one than before; hand it on if it is to be saved.
 
         One that lies where this process can read it may be a segment older. While workers are busy with a segment that
         was ordered ahead, only such a one is taken.
         """
-        self._counted = step
-        saving = final or (self._saver is not None and self._saver.due(now))
-        if (final or self.due(now)) and (step != self.step or not self._some):
+        if step != self.step or not self._some:
             began = time.perf_counter()
-            if final:
-                session.settle()
-            if not self._found_in(session.snapshots, step, final=final):
+            if not self._found_in(session.snapshots, step):
                 if busy:
                     return
                 self.take(session.state(step))
-            self._not_before = now + max(_LEAST_SECONDS, (time.perf_counter() - began) / _FETCH_SHARE)
-        if saving:
+            self._wait_after(now, began)
+        if save:
             self._save(now)
+
+    def keep_last(self, session: Session, step: int, now: float) -> None:
+        """Have the state of this very step while nothing goes on, and save it."""
+        self._counted = step
+        if step != self.step or not self._some:
+            began = time.perf_counter()
+            session.settle()
+            if not self._found_in(session.snapshots, step, final=True):
+                self.take(session.state(step))
+            self._wait_after(now, began)
+        self._save(now)
+
+    def _wait_after(self, now: float, began: float) -> None:
+        self._not_before = now + max(_LEAST_SECONDS, (time.perf_counter() - began) / _FETCH_SHARE)
 
     @property
     def _some(self) -> bool:
         return self._snapshots is not None or self._state is not None
 
-    def _found_in(self, snapshots: SnapshotsReader | None, step: int, *, final: bool) -> bool:
+    def _found_in(self, snapshots: SnapshotsReader | None, step: int, *, final: bool = False) -> bool:
         """Take the newest state of shared snapshots for the present one, uncopied; says whether that is a newer one."""
         found = -1 if snapshots is None else snapshots.newest_step(step)
         if found < (step if final else 0) or (self._some and found <= self.step and not final):
@@ -128,6 +155,24 @@ class LatestState:
                 self._older = self._state
             self._snapshots = None
             self._state, self._model, self.step = state, None, int(state["step"])
+
+    def newest_left(self, survived: State | None) -> State:
+        """The newest state after every holder died: one that survived in shared memory, the copy here, or the first."""
+        if survived is not None and int(survived["step"]) >= self.step:
+            self.take(survived)
+        return self.state or self._first()
+
+    def go_before(self, step: int) -> None:
+        """Have a state of an earlier step, if the newest is not."""
+        if self.step >= step:
+            self.take(self.older_than(step) or self._first())
+
+    def _first(self) -> State:
+        """What the run began with."""
+        if self._resumed is not None:
+            return self._resumed
+        with self._recipe.settings.in_force():
+            return dict(copy_state(make_engine(self._recipe).live_state()))
 
     def older_than(self, step: int) -> State | None:
         """The newest state of an earlier step, of those that can be read."""

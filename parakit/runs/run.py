@@ -3,165 +3,25 @@
 from __future__ import annotations
 
 import math
-import threading
-from collections.abc import Callable
 from copy import copy
-from typing import Any
 
-from torch import nn
-
-from parakit.checkpoints.state import State
 from parakit.data.chunks import check_chunks
 from parakit.errors import InputError, RunEnded, RunError, WaitTimeout
-from parakit.events.history import History
-from parakit.events.noise_scale import NoiseEstimator, NoiseScale
 from parakit.events.progress import progress_line, show_progress
-from parakit.events.records import GradientNorms, Requested, StepDone
+from parakit.events.records import StepDone
 from parakit.formatting import in_a_notebook
-from parakit.runs.loop import RunLoop
-from parakit.runs.plan import Plan
-from parakit.runs.requests import Requests
-from parakit.system.threads import quick_thread_switches
+from parakit.runs.background import BackgroundRun
 from parakit.validation import check_positive, check_rate, plain
-from parakit.workers.pool import Workers
 
 __all__ = ["Run"]
 
-_LET_GO_SECONDS = 10.0
 
-
-class Run:
+class Run(BackgroundRun):
     """A training run that is going on in the background; `parakit.train` makes one.
 
     A request (`resize`, `set_learning_rate`, `measure_baseline`, `pause`, `resume`, `stop`) returns at once and takes
     effect after the present step. The run's course is in `history`; the trained model is `model`.
     """
-
-    def __init__(self, plan: Plan, pool: Workers, history: History) -> None:
-        self._plan = plan
-        self._pool = pool
-        self._history = history
-        self._requests = Requests(plan.workers, pool.clock)
-        self._loop = RunLoop(plan, pool, history, self._requests)
-        self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._go_through, name=f"parakit-run-{plan.job.run_id}", daemon=True)
-        pool.hold(plan.job.run_id, self._let_go)
-        self._thread.start()
-
-    def _go_through(self) -> None:
-        try:
-            with quick_thread_switches():
-                self._loop.run()
-        finally:
-            self._pool.free(self._plan.job.run_id)
-            self._ended.set()
-
-    @property
-    def status(self) -> str:
-        """What the run is doing: "running", "paused", "finished" or "failed".
-
-        A run that was stopped is finished; `stopped_early` tells the difference. Once it is over, its pool is free.
-        """
-        status = self._loop.status
-        if status in ("finished", "failed") and threading.current_thread() is not self._thread:
-            self._ended.wait(_LET_GO_SECONDS)  # an instant
-        return status
-
-    @property
-    def stopped_early(self) -> bool:
-        """Whether the run finished because `stop` was called before its last step."""
-        return self.status == "finished" and self._loop.step < self._plan.steps
-
-    @property
-    def history(self) -> History:
-        """The events so far."""
-        return self._history
-
-    @property
-    def step(self) -> int:
-        """Committed steps."""
-        return self._loop.step
-
-    @property
-    def steps(self) -> int:
-        """Steps of the whole run."""
-        return self._plan.steps
-
-    @property
-    def world_size(self) -> int:
-        """Active workers."""
-        return self._loop.world_size
-
-    @property
-    def target(self) -> int:
-        """Workers asked for: the newest request, or `world_size` once that is granted or given up."""
-        return self._requests.target
-
-    @property
-    def plan(self) -> Plan:
-        """What is trained, and how."""
-        return self._plan
-
-    @property
-    def measuring(self) -> bool:
-        """Whether plain PyTorch is being timed, or will be next: training waits for it."""
-        return self._requests.measuring and not self._ended.is_set()
-
-    @property
-    def elapsed_seconds(self) -> float:
-        """Since the start of the run."""
-        return self._loop.now()
-
-    @property
-    def pool(self) -> Workers:
-        """The workers that it trains on."""
-        return self._pool
-
-    @property
-    def model(self) -> nn.Module:
-        """The model on the notebook's side: trained when the run has ended, the newest state fetched until then.
-
-        Each newer state comes as a new object, in evaluation mode; the model given to `train` is never changed.
-        """
-        return self._loop.model
-
-    @property
-    def model_step(self) -> int:
-        """Steps that `model` was trained for."""
-        return self._loop.model_step
-
-    def kept_state(self) -> State:
-        """What another run goes on from: the newest state on the notebook's side.
-
-        Raises
-        ------
-        RunError
-            If the run is going on, or ended before it had any.
-        """
-        state = self._loop.kept
-        if state is None or not self._ended.is_set():
-            raise RunError(
-                f"The run is {self.status} at step {self.step}; there is nothing to go on from"
-                f"{' yet' if not self._ended.is_set() else ''}.",
-                remedy="run.stop() and run.wait() first" if not self._ended.is_set() else "train anew",
-            )
-        return state
-
-    @property
-    def noise(self) -> NoiseScale:
-        """The gradient noise scale, as the run's gradients tell it so far: how large a batch still pays.
-
-        Estimated in one step of each segment with several workers; `NoiseScale.words` says when it is not known.
-        """
-        estimator = NoiseEstimator()
-        for norms in self._history.of(GradientNorms):
-            estimator.update(norms.step, norms.norms_squared, norms.samples, norms.global_norm_squared)
-        return estimator.latest
-
-    @property
-    def error(self) -> RunError | None:
-        """Why the run failed, or None."""
-        return self._loop.error
 
     def resize(self, workers: int) -> None:
         """Ask for another number of workers.
@@ -181,7 +41,7 @@ class Run:
         self._check_going("resize")
         count = self._pool.check_count(plain(workers), most=self._pool.most)
         check_chunks(count, len(self._plan.assignment.training.sizes))
-        self._request("resize", count, lambda requests: requests.aim(count))
+        self._request("resize", count, target=count)
 
     def set_learning_rate(self, value: float) -> None:
         """Ask to go on at another learning rate.
@@ -205,7 +65,7 @@ class Run:
         self._check_going("set_learning_rate")
         check_rate("the learning rate", value, self._plan.rate)
         rate = float(value)
-        self._request("learning rate", rate, lambda requests: setattr(requests, "rate", rate))
+        self._request("learning rate", rate, rate=rate)
 
     def measure_baseline(self) -> None:
         """Ask for the speed of plain PyTorch: the same model and batches, in one process with all its cores.
@@ -219,7 +79,7 @@ class Run:
             If the run is over.
         """
         self._check_going("measure_baseline")
-        self._request("measure", None, lambda requests: setattr(requests, "measuring", True))
+        self._request("measure", None, measuring=True)
 
     def want_news(self, seconds: float | None) -> None:
         """Say how old news may be, as a panel does while it is open; has no effect on a run that is over.
@@ -244,17 +104,17 @@ class Run:
     def pause(self) -> None:
         """Ask the run to stand still after its present step, holding its workers."""
         self._check_going("pause")
-        self._request("pause", None, lambda requests: setattr(requests, "paused", True))
+        self._request("pause", None, paused=True)
 
     def resume(self) -> None:
         """Ask a paused run to go on."""
         self._check_going("resume")
-        self._request("resume", None, lambda requests: setattr(requests, "paused", False))
+        self._request("resume", None, paused=False)
 
     def stop(self) -> None:
         """Ask the run to finish after its present step; does nothing once it has ended."""
         if not self._ended.is_set():
-            self._request("stop", None, lambda requests: setattr(requests, "stopping", True))
+            self._request("stop", None, stopping=True)
 
     def wait(self, timeout: float | None = None, *, progress: bool | None = None) -> Run:
         """Wait until the run has ended.
@@ -283,8 +143,8 @@ class Run:
         timeout = plain(timeout)
         if timeout is not None and (isinstance(timeout, bool) or not isinstance(timeout, int | float) or timeout < 0):
             raise InputError(f"timeout is {timeout!r}; it must be a number of seconds, or None.")
-        requests = self._requests
-        if timeout is None and requests.paused and not requests.stopping and not self._ended.is_set():
+        goals = self._requests.goals
+        if timeout is None and goals.paused and not goals.stopping and not self._ended.is_set():
             raise RunError(
                 f"The run is paused at step {self.step} of {self.steps}, so waiting for its end would never end.",
                 remedy="run.resume() first, or wait(timeout=...)",
@@ -309,16 +169,6 @@ class Run:
                 f"The run is {self.status} at step {self.step} of {self.steps}; {request} has no effect any more.",
                 remedy="start another run with parakit.train(run.model, ...)",
             )
-
-    def _request(self, name: str, value: int | float | None, change: Callable[[Requests], Any]) -> None:
-        with self._requests.changed:  # requests of several threads are kept in the order of their times
-            self._history.append(Requested(self._loop.now(), name, value))
-        self._requests.submit(change)
-
-    def _let_go(self) -> None:
-        """End the run because its pool closes."""
-        self.stop()
-        self._thread.join(_LET_GO_SECONDS)
 
     def __repr__(self) -> str:
         latest = self._history.latest(StepDone)

@@ -14,9 +14,7 @@ from parakit.engines.recipe import OptimizerFactory, SchedulerFactory
 from parakit.errors import InputError
 from parakit.events.history import History
 from parakit.runs.plan import Saving
-from parakit.runs.planning import (
-    plan,
-)
+from parakit.runs.planning import plan
 from parakit.runs.run import Run
 from parakit.strategies.base import Strategy
 from parakit.workers.pool import Workers

@@ -165,7 +165,9 @@ def test_a_mark_is_of_one_place_or_of_several() -> None:
 
 
 @pytest.mark.parametrize(
-    ("one", "other"), [({8, 0}, {0, 8}), ({"a", "b", "c"}, {"c", "b", "a"}), (["a b"], [" ".join("ab")])], ids=repr
+    ("one", "other"),
+    [({8, 0}, {0, 8}), ({"a", "b", "c"}, {"c", "b", "a"}), (["a b"], [" ".join("ab")])],
+    ids=["sets of numbers", "sets of texts", "lists of texts"],
 )
 def test_equal_values_are_the_same_however_they_were_made(one: Any, other: Any) -> None:
     attributes = [of(net(kept=value)) for value in (one, other)]

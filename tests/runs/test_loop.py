@@ -39,7 +39,7 @@ class AheadCrew(InlineSession):
 
     def report(self) -> Report:
         first, count, request = self._queue.popleft()
-        if self._replica.step != first:
+        if self._engine.step != first:
             self._log.append(("left out", first))
             return Report(tuple([] for _ in self._holdings), 0.0)
         report = self._advance(first, count, request)
@@ -52,7 +52,7 @@ class AheadCrew(InlineSession):
 
     def state(self, step: int) -> Any:
         self._log.append(("state", len(self._queue)))
-        assert step == self._replica.step
+        assert step == self._engine.step
         return super().state(step)
 
     def evaluate(self) -> Any:
@@ -180,11 +180,11 @@ def test_who_watches_has_news_more_often(inline: pk.Workers) -> None:
         with pytest.raises(InputError, match=r"seconds is .*; it must be a number above 0, or None"):
             run.want_news(wrong)  # type: ignore[arg-type]
     run.want_news(0.5)
-    assert run._requests.news_seconds == 0.5
+    assert run.news_seconds == 0.5
     panel = pk.panel(run)
-    assert run._requests.news_seconds == NEWS_SECONDS
+    assert run.news_seconds == NEWS_SECONDS
     panel.close()
-    assert run._requests.news_seconds == float("inf")
+    assert run.news_seconds == float("inf")
     run.stop()
     run.wait(LIMIT, progress=False)
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 import parakit as pk
+from parakit.events.records import WorkersLost
 from parakit.system.process_settings import Settings
 from tests.plain_cases import Switching
 
@@ -383,5 +384,5 @@ def test_counters_go_on_when_a_worker_is_lost(alone: pk.Run, nothing_left: None)
         until(lambda: run.step >= 40)
         os.kill(list(workers.pids.values())[1], signal.SIGKILL)  # type: ignore[attr-defined]
         run.wait(LIMIT, progress=False)
-    assert run.history.of(pk.events.WorkersLost)
+    assert run.history.of(WorkersLost)
     as_alone(run, alone)

@@ -18,10 +18,10 @@ from distributed import Client, LocalCluster
 
 import parakit as pk
 from parakit.errors import Diverged, InputError, RunError, RunFailed
-from parakit.events.records import Recovered, RunEnd, Said, SegmentDone, WorkersLost
+from parakit.events.records import EpochEnded, Recovered, RunEnd, Said, SegmentDone, WorkersLost
 from parakit.workers import remote
 from parakit.workers.dask import map as mapping
-from parakit.workers.dask.session import DaskSession
+from parakit.workers.dask.staging import Staging
 from parakit.workers.dask.worker_ids import address_of
 from tests.mortal import MortalAllReduce, MortalNet, MortalSGD, RankedAllReduce, arm, sgd
 from tests.runs.test_exact import wait_for
@@ -70,7 +70,7 @@ def pid_of(on: pk.Workers, name: str) -> int:
 
 
 def members(run: pk.Run) -> tuple[str, ...]:
-    return run._conductor.members
+    return run.members
 
 
 def the_only_loss(run: pk.Run) -> WorkersLost:
@@ -152,8 +152,7 @@ def test_a_worker_that_is_killed_while_it_evaluates(three: pk.Workers, tmp_path:
     assert len(run.history.of(WorkersLost)) == 1
     assert_as_if_nothing_had_happened(run, undisturbed)
     mine, other = (
-        [(end.epoch, end.step, end.validation_accuracy) for end in r.history.of(pk.events.EpochEnded)]
-        for r in (run, undisturbed)
+        [(end.epoch, end.step, end.validation_accuracy) for end in r.history.of(EpochEnded)] for r in (run, undisturbed)
     )
     assert mine == other
 
@@ -175,15 +174,15 @@ def strike_as_chunks_travel(
 ) -> list[str]:
     """Send a signal to a worker at the moment when chunks are about to be sent to it; the list then names it."""
     pid = pid_of(on, victim)
-    place, struck = DaskSession._place, list[str]()
+    place, struck = Staging.place, list[str]()
 
-    def deadly(session: DaskSession, member: str, chunks: Any, load: Any) -> Any:
+    def deadly(staging: Staging, member: str, chunks: Any, load: Any) -> Any:
         if chunks and member == victim and not struck:
             struck.append(member)
             os.kill(pid, number)
-        return place(session, member, chunks, load)
+        return place(staging, member, chunks, load)
 
-    monkeypatch.setattr(DaskSession, "_place", deadly)
+    monkeypatch.setattr(Staging, "place", deadly)
     return struck
 
 
@@ -208,15 +207,15 @@ def test_a_worker_that_is_killed_before_there_is_a_group(
     if when == "chunks":
         struck = strike_as_chunks_travel(three, victim, signal.SIGKILL, monkeypatch)
     else:
-        struck, bring, pid = list[str](), DaskSession._bring, pid_of(three, victim)
+        struck, bring, pid = list[str](), Staging.bring, pid_of(three, victim)
 
-        def deadly(session: DaskSession, assignment: Any) -> None:
+        def deadly(staging: Staging, assignment: Any) -> None:
             if not struck:
                 struck.append(victim)
                 os.kill(pid, signal.SIGKILL)
-            bring(session, assignment)
+            bring(staging, assignment)
 
-        monkeypatch.setattr(DaskSession, "_bring", deadly)
+        monkeypatch.setattr(Staging, "bring", deadly)
     run = train(three, tmp_path, workers=2)
     run.wait(LIMIT, progress=False)
     assert struck == [victim]
@@ -320,7 +319,7 @@ def test_recovery_takes_less_than_a_second(three: pk.Workers, tmp_path: Path) ->
         wait_for(run, lambda seen=seen: run.step > seen + 20)
         before = len(run.history.of(Recovered))
         victim = pid_of(three, members(run)[0])
-        struck = run._conductor.now()
+        struck = run.elapsed_seconds
         os.kill(victim, signal.SIGKILL)
         wait_for(run, lambda before=before: len(run.history.of(Recovered)) > before, 20)
         ready = run.history.of(Recovered)[-1].at_seconds

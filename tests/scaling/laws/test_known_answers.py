@@ -16,7 +16,7 @@ from scipy.stats import t
 from parakit.costs import collectives
 from parakit.costs.collectives import Link
 from parakit.scaling.laws import laws
-from parakit.scaling.laws.least_squares import minimise
+from parakit.scaling.laws.solver import minimise
 
 DATA = Path(__file__).parents[2] / "data" / "scaling"
 KNOWN = json.loads((DATA / "known_answers.json").read_text(), parse_float=Decimal)
