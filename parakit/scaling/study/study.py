@@ -203,7 +203,7 @@ class Scaling:
         InputError
             If too few worker counts were measured.
         """
-        taken = self._for_fits(crowded)
+        taken = _for_fits(self, crowded)
         from parakit.scaling.laws.fit import fit
 
         found = self._marked(fit(law, *taken))
@@ -215,7 +215,7 @@ class Scaling:
 
         The cost model stands beside them, where one can be calibrated (`costs` says why not): it was not fitted.
         """
-        taken = self._for_fits(crowded)
+        taken = _for_fits(self, crowded)
         from parakit.scaling.laws.selection import compare
 
         found = compare(*taken, extra=self._calibrated())
@@ -238,20 +238,6 @@ class Scaling:
         n = plain(n)
         check_whole("n", n, 1)
         return self.compare(crowded=crowded).predict(n)
-
-    def _for_fits(self, crowded: bool | None) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
-        """Worker counts and rates of all repeats that take part in a fit; (repeats,) each."""
-        left_out = () if crowded or (crowded is None and self.fits_crowded) else self.crowded
-        taken = [m for m in self.measurements if m.kind == "workers" and m.workers not in left_out]
-        counts = sorted({m.workers for m in taken})
-        if len(counts) < 2:
-            known = f"only {_listed(counts)} of them" if counts else "none"
-            raise InputError(
-                f"A law of scaling needs at least two worker counts; {known} can be used.",
-                cause="more workers than cores are left out" if left_out else "the sweep was made at one count",
-                remedy="parakit.sweep(..., workers=[1, 2, 4])" + (", or crowded=True" if left_out else ""),
-            )
-        return np.array([m.workers for m in taken], np.int64), np.array([m.rate for m in taken], np.float64)
 
     def _marked(self, found: _Found) -> _Found:
         """What was found, marked as simulated if the measurements were."""
@@ -342,6 +328,21 @@ class Scaling:
     def _repr_png_(self) -> bytes | None:
         """A picture of the speedups; None where nothing can be drawn."""
         return None if Scaling._draw is None else Scaling._draw(self)
+
+
+def _for_fits(study: Scaling, crowded: bool | None) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
+    """Worker counts and rates of all repeats that take part in a fit; (repeats,) each."""
+    left_out = () if crowded or (crowded is None and study.fits_crowded) else study.crowded
+    taken = [m for m in study.measurements if m.kind == "workers" and m.workers not in left_out]
+    counts = sorted({m.workers for m in taken})
+    if len(counts) < 2:
+        known = f"only {_listed(counts)} of them" if counts else "none"
+        raise InputError(
+            f"A law of scaling needs at least two worker counts; {known} can be used.",
+            cause="more workers than cores are left out" if left_out else "the sweep was made at one count",
+            remedy="parakit.sweep(..., workers=[1, 2, 4])" + (", or crowded=True" if left_out else ""),
+        )
+    return np.array([m.workers for m in taken], np.int64), np.array([m.rate for m in taken], np.float64)
 
 
 def _listed(counts: Sequence[int]) -> str:
