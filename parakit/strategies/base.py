@@ -52,7 +52,9 @@ class Team(Protocol):
 
 
 class Strategy(Protocol):
-    """An algorithm of data-parallel training; it may have any of the attributes of `Requirements` too.
+    """An algorithm of data-parallel training.
+
+    It may have any of the attributes of `Requirements` too, and an `engine` (`parakit.engines.make`).
 
     Attributes
     ----------
