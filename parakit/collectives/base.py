@@ -38,6 +38,9 @@ class Store(Protocol):
         """Read a note, waiting until it is there; raises TimeoutError at the limit."""
 
 
+_DIVIDED = ", divided update"
+
+
 @dataclass(frozen=True)
 class ExchangeMethod:
     """How a group that was formed adds its gradients up.
@@ -55,15 +58,12 @@ class ExchangeMethod:
 
     @classmethod
     def of(cls, text: str) -> ExchangeMethod:
-        """The method that is written so."""
+        """The method that `str` wrote, as older files have it."""
         way = text.removesuffix(_DIVIDED)
         return cls(way, way != text)
 
     def __str__(self) -> str:
         return self.way + _DIVIDED * self.divided
-
-
-_DIVIDED = ", divided update"
 
 
 class ProcessGroup(ABC):

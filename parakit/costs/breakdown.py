@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from parakit.costs import collectives
 from parakit.costs.collectives import Counts, like_given, worker_counts
-from parakit.costs.numbers import CostNumbers
+from parakit.costs.cost_numbers import CostNumbers
 from parakit.costs.order_statistics import maximum_normal, maximum_with_stragglers
 from parakit.errors import InputError
 from parakit.pacing import segment_seconds

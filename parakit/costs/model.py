@@ -1,7 +1,7 @@
 """The mechanistic cost model: what a training step costs on any number of workers, and what would change that.
 
 Every term has a cause, so the model can be asked what-if questions that a curve through throughputs cannot answer. Its
-numbers are in `parakit.costs.numbers`, their formula in `parakit.costs.breakdown`. It refuses to fit curves.
+numbers are in `parakit.costs.cost_numbers`, their formula in `parakit.costs.breakdown`. It refuses to fit curves.
 """
 
 from __future__ import annotations

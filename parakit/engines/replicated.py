@@ -111,9 +111,8 @@ class Replica(Engine):
 
     @property
     def needs(self) -> GroupNeeds:
-        """The size of the gradient; and memory in common, if the update can be divided and the strategy allows it."""
-        shared = self._common_nbytes() if getattr(self.strategy, "shard", False) else 0
-        return GroupNeeds(self.buffer.numel, self.buffer.dtype, shared)
+        """The size of the gradient; and memory in common, if the update can be divided."""
+        return GroupNeeds(self.buffer.numel, self.buffer.dtype, self._common_nbytes())
 
     def _common_nbytes(self) -> int:
         trained = self.buffer.parameters
@@ -134,7 +133,7 @@ class Replica(Engine):
         self._group = group
         self.passes.peers = ALONE if group.size == 1 else group
         vector = self.buffer.fresh_vector() if group.vector is None else group.vector
-        kept = self._share(group) if group.divides and self.needs.common else None
+        kept = self._share(group) if group.divides else None
         self.buffer.live_in(vector, alone=group.size == 1, kept=kept)
         self.own_memory()
 

@@ -52,7 +52,9 @@ class Team(Protocol):
 
 
 class Strategy(Protocol):
-    """An algorithm of data-parallel training; it may have any of the attributes of `Requirements` too.
+    """An algorithm of data-parallel training.
+
+    It may have any of the attributes of `Requirements` too, and an `engine` (`parakit.engines.make`).
 
     Attributes
     ----------
@@ -79,7 +81,7 @@ class Requirements:
     shard : bool
         Whether workers that share memory may divide the update among them; `sum_for_update` heeds it.
     codec : Codec or None
-        In which form gradients travel from worker to worker; then each of them does the whole update.
+        In which form gradients travel from process to process; then each of those does the whole update.
     """
 
     exchange: Exchange = "auto"

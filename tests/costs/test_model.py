@@ -343,6 +343,15 @@ def test_each_group_says_how_it_exchanges_whatever_the_start_says() -> None:
     assert read == costs
 
 
+def test_what_is_said_of_groups_that_exchange_counts_more_than_of_a_worker_alone() -> None:
+    found = history([1, 2, 4], exchanged="gloo", told_by_groups=True)
+    found.append(Resized(0.0, 0, 0, ("a",), 0, 0.1, 0.0, "shared memory", divided_update=True))
+    assert CostModel.from_history(found).algorithm == "ring"
+    alone = history([1], exchanged="shared memory, divided update", told_by_groups=True)
+    costs = CostModel.from_history(alone)
+    assert (costs.algorithm, costs.divided_update) == ("shared memory", True)
+
+
 @pytest.mark.dask
 @pytest.mark.parametrize(
     ("strategy", "exchanged", "algorithm"),

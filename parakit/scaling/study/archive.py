@@ -112,7 +112,8 @@ def _check_event(event: Event) -> None:
     for name in _EVENT_FIELDS:
         value = getattr(event, name, None)
         least = 0 if name in _MAY_BE_0 else 1
-        if value is not None and not (isinstance(value, int | float) and least <= value <= _LARGEST):
+        each = value if isinstance(value, tuple) else (value,) if value is not None else ()
+        if any(not (isinstance(number, int | float) and least <= number <= _LARGEST) for number in each):
             raise InputError(f"{kind}.{name} of a study is {brief(value)}; it must be at least {least}, and finite.")
     parts = event.workers if isinstance(event, StepDone) else ()
     if isinstance(event, StepDone) and not parts:

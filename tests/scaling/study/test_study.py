@@ -14,7 +14,7 @@ import pytest
 
 from parakit.errors import InputError, ParakitError
 from parakit.events.history import History
-from parakit.events.records import PHASES, RunStart, SegmentDone, StepDone, WorkerStep
+from parakit.events.records import PHASES, GradientNorms, Resized, RunStart, SegmentDone, StepDone, WorkerStep
 from parakit.scaling.laws.laws import karp_flatt
 from parakit.scaling.study.records import About, Measurement, rows, spread_of
 from parakit.scaling.study.study import Scaling
@@ -304,11 +304,13 @@ def history() -> History:
     kept.append(RunStart(0.0, "AllReduce()", ("a",), "4 local processes", 4, 1, 650, 5000, 64, 256, 100, 20, 0))
     at = 0.0
     for workers in (1, 2, 4):
+        kept.append(Resized(at, 0, workers, ("w",) * workers, 0, 0.1, 0.0, "gloo"))
         for number in range(20):
             at += 0.1 / workers
             share = WorkerStep("w", 0.001, 0.03 / workers, 0.06 / workers, 0.002, 0.001, 0.0, 256 // workers)
             kept.append(StepDone(at, number, 0, 1.0, 256, 0.1 / workers, 0.1, workers, workers, (share,) * workers))
         kept.append(SegmentDone(at, 0, 20, 2.0 / workers, 0.01, 0.0, 5120, workers, workers))
+        kept.append(GradientNorms(at, 0, (0.5,) * workers, (256 // workers,) * workers, 0.4))
     return kept
 
 
