@@ -362,7 +362,7 @@ class Imagined:
         raise AssertionError(f"no end: {self.done[-20:]}")
 
     def note_loss(self) -> None:
-        self.run = replace(self.run, ordered=())
+        self.run = replace(self.run, ordered=(), reported=False)
         lost_at = self.group.lost_at if self.group.recovering else self.now
         self.group = replace(
             self.group, formed=False, recovering=True, staged=None, fruitless=self.group.fruitless + 1, lost_at=lost_at
