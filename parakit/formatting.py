@@ -9,8 +9,11 @@ import textwrap
 from collections.abc import Sequence
 
 __all__ = [
+    "DASH",
     "between",
     "clock",
+    "columns",
+    "html_grid",
     "html_table",
     "in_a_notebook",
     "many",
@@ -56,7 +59,8 @@ def unit_of(kind: str) -> str:
     return _CALLED[kind]
 
 
-_DASH = "–"
+#: Where a table has no number.
+DASH = "–"
 _WIDTH = 80  # of a line, as terminals and mails have them
 _GAPS = (2, 1)  # between columns, where they fit
 
@@ -65,28 +69,31 @@ def text_table(
     title: str, heads: Sequence[str], cells: Sequence[Sequence[str]], remarks: Sequence[str], *, left: bool = False
 ) -> str:
     """A table as text, with a title above it and remarks below; its first column may be set to the left."""
-    text = _laid_out([heads, *cells], left=left) if cells else ["Nothing was measured."]
+    text = columns([heads, *cells], left=left) if cells else ["Nothing was measured."]
     above, *below = (textwrap.fill(said, _WIDTH, subsequent_indent="  ") for said in (title, *remarks))
     return "\n".join([above, *text, *below])
 
 
 def html_table(title: str, heads: Sequence[str], cells: Sequence[Sequence[str]], remarks: Sequence[str]) -> str:
     """The same as HTML, in which the first cell of a row says what the row is of."""
-    head = "".join(f'<th scope="col">{html.escape(name)}</th>' for name in heads)
-    body = "".join(_html_row(row) for row in cells)
     below = "".join(f"<p>{html.escape(remark)}</p>" for remark in remarks)
-    return (
-        f'<table><caption style="text-align:left">{html.escape(title)}</caption>'
-        f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>{below}"
-    )
+    return html_grid(heads, cells, title, named=True) + below
 
 
-def _laid_out(lines: Sequence[Sequence[str]], *, left: bool) -> list[str]:
+def html_grid(heads: Sequence[str], cells: Sequence[Sequence[str]], title: str = "", *, named: bool = False) -> str:
+    """A table alone, as HTML; if its rows are named, by their first cells, a screen reader says so."""
+    caption = f'<caption style="text-align:left">{html.escape(title)}</caption>' if title else ""
+    head = "".join(f'<th scope="col">{html.escape(name)}</th>' for name in heads)
+    body = "".join(_html_row(row, named) for row in cells)
+    return f"<table>{caption}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+
+
+def columns(lines: Sequence[Sequence[str]], *, left: bool = False, width: float = _WIDTH) -> list[str]:
     """Lines of cells as text; where they are too wide, the columns on the right follow below, after the first again."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    gap = next((gap for gap in _GAPS if sum(widths) + gap * (len(widths) - 1) <= _WIDTH), _GAPS[-1])
+    gap = next((gap for gap in _GAPS if sum(widths) + gap * (len(widths) - 1) <= width), _GAPS[-1])
     text: list[str] = []
-    for places in _blocks(widths, gap):
+    for places in _blocks(widths, gap, width):
         text += [(" " * gap).join(_set(line[p], widths[p], left and p == 0) for p in places).rstrip() for line in lines]
     return text
 
@@ -95,31 +102,32 @@ def _set(cell: str, width: int, left: bool) -> str:
     return cell.ljust(width) if left else cell.rjust(width)
 
 
-def _blocks(widths: Sequence[int], gap: int) -> list[list[int]]:
+def _blocks(widths: Sequence[int], gap: int, width: float) -> list[list[int]]:
     """The columns of each block, the first column at the head of all of them."""
     blocks = [[0]]
     for place in range(1, len(widths)):
-        if sum(widths[each] + gap for each in blocks[-1]) + widths[place] > _WIDTH and len(blocks[-1]) > 1:
+        if sum(widths[each] + gap for each in blocks[-1]) + widths[place] > width and len(blocks[-1]) > 1:
             blocks.append([0])
         blocks[-1].append(place)
     return blocks
 
 
-def _html_row(cells: Sequence[str]) -> str:
+def _html_row(cells: Sequence[str], named: bool) -> str:
     first, *others = map(html.escape, cells)
-    return f'<tr><th scope="row">{first}</th>{"".join(f"<td>{cell}</td>" for cell in others)}</tr>'
+    head = f'<th scope="row">{first}</th>' if named else f"<td>{first}</td>"
+    return f"<tr>{head}{''.join(f'<td>{cell}</td>' for cell in others)}</tr>"
 
 
 def rate(value: float) -> str:
     """Samples per second, to three digits; a dash where there are none."""
-    return _DASH if math.isnan(value) else three_digits(value)
+    return DASH if math.isnan(value) else three_digits(value)
 
 
 def times(value: float) -> str:
     """A ratio; a dash where there is none."""
-    return _DASH if math.isnan(value) else f"{value:.2f}" if value < 10 else f"{value:.1f}"
+    return DASH if math.isnan(value) else f"{value:.2f}" if value < 10 else f"{value:.1f}"
 
 
 def between(low: str, high: str) -> str:
     """A range; a dash where there is none."""
-    return _DASH if low == _DASH else f"{low}–{high}"
+    return DASH if low == DASH else f"{low}–{high}"

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from parakit.errors import InputError, ModelError
 
-__all__ = ["brief", "check_choice", "check_positive", "check_rate", "check_whole", "in_short", "plain"]
+__all__ = ["brief", "check_choice", "check_flag", "check_positive", "check_rate", "check_whole", "in_short", "plain"]
 
 _BRIEF = 80
 _FEW = 6
@@ -68,6 +68,12 @@ def check_rate(name: str, value: Any, present: float) -> None:
             cause='its parameter groups hold no "lr"',
             remedy="leave its step size to the optimizer, or keep it under that name in the groups",
         )
+
+
+def check_flag(name: str, value: Any) -> None:
+    """Refuse what is neither True nor False."""
+    if not isinstance(value, bool):
+        raise InputError(f"{name} is {brief(value)}; it must be True or False.")
 
 
 def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:

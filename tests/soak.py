@@ -127,7 +127,7 @@ class Soak:
     def _victim(self, run: pk.Run) -> int:
         members = [m for m in run.members if m in self._pool.names]
         member = self._random.choice(members)
-        return int(self._pool._pids[member])
+        return self._pool.pids[self._pool.cluster.label(member)]
 
     def _killed(self, run: pk.Run) -> None:
         os.kill(self._victim(run), signal.SIGKILL)
@@ -203,12 +203,12 @@ class Soak:
     def _standing(self) -> str:
         """What the pool, its scheduler and each keeper of a worker process believe."""
         pool = self._pool
-        known = {address: found.get("status") for address, found in pool._workers().items()}
+        known = {address: found.get("status") for address, found in pool.cluster.known().items()}
         keepers = [
             f"{name}: {keeper.status}, {keeper.process and keeper.process.status}, {keeper.pid} {keeper.worker_address}"
-            for name, keeper in pool._cluster.workers.items()
+            for name, keeper in pool.client.cluster.workers.items()
         ]
-        return "\n".join([f"the scheduler: {known}", f"banished: {pool._banished}", *keepers])
+        return "\n".join([f"the scheduler: {known}", f"excluded: {pool.cluster.excluded}", *keepers])
 
 
 def _where(run: pk.Run) -> str:

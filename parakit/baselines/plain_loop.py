@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from parakit.data.samples import Samples
+from parakit.engines.optimizers import set_mode
 from parakit.engines.recipe import Parts, Recipe
-from parakit.engines.replicated import set_mode
 from parakit.gradients.forward import call_model
 from parakit.losses.summed import mean_of
 from parakit.system.cores import usable_cores

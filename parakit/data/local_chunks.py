@@ -35,6 +35,10 @@ class LocalChunks:
         self._rows = torch.zeros(0, dtype=torch.int64)
         self._ends: list[int] = []
 
+    def another(self) -> LocalChunks:
+        """Of the same order and device, without chunks as yet."""
+        return LocalChunks(self._order, self._device)
+
     @property
     def chunks(self) -> tuple[int, ...]:
         """Numbers of the chunks held, ascending."""

@@ -1,20 +1,24 @@
-"""Learning rates: read, set in mid-run, and set to begin with.
+"""What runs ask of optimizers: their rates, their modes, and how their state lies in memory.
 
-To set one is to scale all: every parameter group and every rate of a schedule, by the factor that takes the first
-group's present rate to the value. So groups keep their proportions, and a schedule goes on along its own curve.
+To set a learning rate is to scale all: every parameter group and every rate of a schedule, by the factor that takes
+the first group's present rate to the value. So groups keep their proportions, and a schedule goes on along its own
+curve.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
-__all__ = ["AtRate", "learning_rate", "set_learning_rate"]
+from parakit.tensor_layout import shaped_like
+
+__all__ = ["AtRate", "evaluated", "lay_out_state", "learning_rate", "set_learning_rate", "set_mode"]
 
 # Where torch's schedulers keep rates: in the optimizer's groups, and in attributes of their own.
 _GROUP_RATES = ("lr", "initial_lr", "max_lr", "min_lr", "swa_lr")
@@ -106,3 +110,29 @@ class AtRate:
         optimizer = self.factory(parameters)
         set_learning_rate(optimizer, self.rate)
         return optimizer
+
+
+def lay_out_state(optimizer: torch.optim.Optimizer) -> None:
+    """Lay out what an optimizer keeps for its parameters as they are, as its own steps would: a state has one order."""
+    for parameter, state in optimizer.state.items():
+        for name, value in state.items():
+            if isinstance(value, Tensor) and value.shape == parameter.shape and value.stride() != parameter.stride():
+                laid = shaped_like(value.new_empty(value.numel()), parameter)
+                state[name] = laid.copy_(value)
+
+
+def set_mode(optimizer: torch.optim.Optimizer, mode: str) -> None:
+    """Tell an optimizer that wants to know, such as a schedule-free one, whether its model trains or is evaluated."""
+    tell = getattr(optimizer, mode, None)
+    if callable(tell):
+        tell()
+
+
+@contextmanager
+def evaluated(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """Let parameters be those to evaluate, for an optimizer that trains others."""
+    set_mode(optimizer, "eval")
+    try:
+        yield
+    finally:
+        set_mode(optimizer, "train")

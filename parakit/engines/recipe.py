@@ -13,13 +13,15 @@ from typing import Any
 import torch
 from torch import nn
 
+from parakit.checkpoints.state import State
 from parakit.data.chunks import EpochOrder
 from parakit.losses.summed import Form, SummedLoss
-from parakit.model_state.buffers import Rule
+from parakit.model_state.attributes import Attributes
+from parakit.model_state.buffers import Rule, buffers_of
 from parakit.serialization import Frozen, freeze
 from parakit.system.process_settings import Draws, Settings
 
-__all__ = ["OptimizerFactory", "Parts", "Recipe", "SchedulerFactory", "Traits"]
+__all__ = ["OptimizerFactory", "Parts", "Recipe", "SchedulerFactory", "Traits", "load_parts"]
 
 OptimizerFactory = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 SchedulerFactory = Callable[[torch.optim.Optimizer], torch.optim.lr_scheduler.LRScheduler]
@@ -168,3 +170,19 @@ class Recipe:
     def loss_of(self, parts: Parts) -> SummedLoss:
         """The loss of a living copy, as a sum."""
         return SummedLoss(parts.loss, self.traits.form, self.traits.calls)
+
+
+def load_parts(parts: Parts, state: State, attributes: Attributes | None = None) -> None:
+    """Set the parameters, buffers and attributes of a model and its loss to those of a state."""
+    buffers = buffers_of(parts.model, parts.loss)
+    with torch.no_grad():
+        parameters = dict(parts.model.named_parameters())
+        for name, value in state["parameters"].items():
+            parameters[name].copy_(value)
+        for name in buffers.keys() & state["buffers"].keys():
+            buffers[name].copy_(state["buffers"][name])
+    if counted := state.get("attributes"):
+        if attributes is None:
+            Attributes(parts.model, parts.loss).write(counted, own=True)
+        else:
+            attributes.write(counted)

@@ -12,17 +12,20 @@ refuses to know how gradients are summed, and who the others are.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn, optim
 
+from parakit.engines.base import Group
+from parakit.gradients.gradient_sum import GradientSlice
 from parakit.tensor_layout import in_order_of, is_dense, shaped_like
 
-__all__ = ["Common", "Shard", "can_shard", "common_nbytes"]
+__all__ = ["Shard", "can_shard", "common_nbytes"]
 
 # Each of their updates is made element by element; a class of a user's that is derived from one may do anything.
 _ELEMENT_WISE = frozenset({
@@ -31,22 +34,7 @@ _ELEMENT_WISE = frozenset({
 })  # fmt: skip
 _MOST_STATES = 3  # tensors that one of them keeps for each parameter
 _ALIGNED = 64
-
-
-class Common(Protocol):
-    """What the members of a group have in common. Each verb is called by all of them, in the same order."""
-
-    def memory(self, numel: int, dtype: torch.dtype) -> Tensor:
-        """A vector in memory that all map."""
-
-    def slice_of(self, numel: int) -> slice:
-        """The part of a vector that is this member's."""
-
-    def barrier(self) -> None:
-        """Wait for all; what each wrote before is then seen by all."""
-
-    def add(self, values: Tensor) -> None:
-        """Replace a few numbers by their sums over the members."""
+_CLIP_EPSILON = 1e-6  # as in torch.nn.utils.clip_grad_norm_
 
 
 def can_shard(optimizer: optim.Optimizer, parameters: Sequence[nn.Parameter]) -> bool:
@@ -101,10 +89,11 @@ class Shard:
         are the parameters.
     parameters : sequence of Parameter
         The trainable ones, in the order of the gradient.
-    common : Common
+    common : Group
+        Whose members have memory in common.
     """
 
-    def __init__(self, optimizer: optim.Optimizer, parameters: Sequence[nn.Parameter], common: Common) -> None:
+    def __init__(self, optimizer: optim.Optimizer, parameters: Sequence[nn.Parameter], common: Group) -> None:
         self._optimizer = optimizer
         self._common = common
         self._numel = sum(parameter.numel() for parameter in parameters)
@@ -114,6 +103,8 @@ class Shard:
         self._pieces = list(self._cut(parameters))
         self._lengths = [piece.end - piece.begin for piece in self._pieces]
         self._gradients: Sequence[Tensor] = ()
+        self._used: Sequence[float] = ()  # for each parameter; 0 if no gradient reached it
+        self._squared: float | None = None  # norm of the present gradient, before it was clipped
         self._states: dict[str, Tensor] = {}  # by name: one flat vector for all parameters
         self._inner = self._optimizer_of_pieces()
         for piece in self._pieces:
@@ -191,44 +182,43 @@ class Shard:
 
     # --- steps
 
-    def read(self, pieces: Sequence[Tensor]) -> None:
-        """Take this member's slice of the gradient for the next step, which may be changed in place.
+    def load(self, total: GradientSlice) -> None:
+        """Make the mean the gradient of the next step: of this member's slice, which is changed in place."""
+        self._used, self._squared = total.used, None
+        if len(total.pieces) == 1:
+            self._gradients = total.pieces[0].split(self._lengths)
+        else:
+            given = iter(total.pieces)
+            self._gradients = [next(given) if length else self._values[:0] for length in self._lengths]
+        self._divide(total.divisor)
 
-        Parameters
-        ----------
-        pieces : sequence of tensors
-            Flat and end to end: one for each parameter that the slice has a part of, or a single one.
-        """
-        if len(pieces) == 1:
-            self._gradients = pieces[0].split(self._lengths)
-            return
-        given = iter(pieces)
-        self._gradients = [next(given) if length else self._values[:0] for length in self._lengths]
-
-    def divide(self, divisor: float) -> None:
-        """Divide the gradient."""
+    def _divide(self, divisor: float) -> None:
         if divisor != 1.0:
             for piece in self._gradients:
                 piece.div_(divisor)
 
     def squared_norm(self) -> float:
-        """Of the gradient over all slices. All members ask, or none."""
-        norms = [torch.linalg.vector_norm(piece, dtype=torch.float64) for piece in self._gradients]
-        total = sum((norm * norm for norm in norms), torch.zeros((), dtype=torch.float64)).reshape(1)
-        self._common.add(total)
-        return float(total)
+        """Of the gradient over all slices. All members ask, or none; the first time in a step they wait."""
+        if self._squared is None:
+            norms = [torch.linalg.vector_norm(piece, dtype=torch.float64) for piece in self._gradients]
+            total = sum((norm * norm for norm in norms), torch.zeros((), dtype=torch.float64)).reshape(1)
+            self._common.add(total)
+            self._squared = float(total)
+        return self._squared
 
-    def step(self, used: Sequence[float]) -> None:
-        """Update this member's slice by its gradient, and wait until the others have updated theirs.
+    def call_hooks(self) -> None:
+        """There are none: where there are, the update is not divided."""
 
-        Parameters
-        ----------
-        used : sequence of float
-            For each parameter; 0 if no gradient reached it.
-        """
+    def clip(self, most: float) -> None:
+        """Scale the gradient over all slices down to a 2-norm."""
+        self._divide(max(1.0, (math.sqrt(self.squared_norm()) + _CLIP_EPSILON) / most))
+
+    def step(self, evaluate: Callable[[], float]) -> None:
+        """Update this member's slice by its gradient, and wait until the others have updated theirs."""
+        evaluate()
         for ours, theirs in zip(self._inner.param_groups, self._optimizer.param_groups, strict=True):
             ours.update({name: value for name, value in theirs.items() if name != "params"})
-        for piece, gradient, by in zip(self._pieces, self._gradients, used, strict=True):
+        for piece, gradient, by in zip(self._pieces, self._gradients, self._used, strict=True):
             piece.values.grad = gradient if by else None
         self._inner.step()
         self._optimizer._opt_called = True  # type: ignore[attr-defined]  # as schedules want to see

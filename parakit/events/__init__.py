@@ -2,6 +2,7 @@
 
 from parakit.events.history import History
 from parakit.events.log import sentence
+from parakit.events.reader import event_from_dict
 from parakit.events.records import (
     EXCHANGE_WAYS,
     KINDS,
@@ -22,7 +23,6 @@ from parakit.events.records import (
     StepDone,
     WorkersLost,
     WorkerStep,
-    event_from_dict,
 )
 
 __all__ = [

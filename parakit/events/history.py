@@ -1,4 +1,8 @@
-"""The history of a run: its events in order, bounded, readable from any thread."""
+"""The history of a run: its events in order, bounded, readable from any thread.
+
+Past its capacity the older half of the step records is thinned, so that a run of any length keeps its whole course at a
+resolution that fades with age.
+"""
 
 from __future__ import annotations
 
@@ -11,31 +15,23 @@ from bisect import bisect_right
 from collections.abc import Iterator
 from operator import attrgetter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from parakit.errors import InputError
-from parakit.events.records import data_frame
+from parakit.events.reader import data_frame, event_from_dict, parsed
+from parakit.events.records import KINDS, PHASES, Event, GradientNorms, SegmentDone, StepDone
 from parakit.system.files import write_whole
 
 if TYPE_CHECKING:
     import pandas
-from parakit.events.records import (
-    _E,
-    _KINDS,
-    PHASES,
-    Event,
-    GradientNorms,
-    SegmentDone,
-    StepDone,
-    event_from_dict,
-)
 
 __all__ = ["History"]
 
 DEFAULT_CAPACITY = 50_000
+_E = TypeVar("_E", bound=Event)
 
 
 class History:
@@ -61,7 +57,7 @@ class History:
         #: Events ever appended, the thinned ones included.
         self.total = 0
         self._lock = threading.Lock()
-        self._kept: dict[type[Event], list[Any]] = {kind: [] for kind in _KINDS.values()}
+        self._kept: dict[type[Event], list[Any]] = {kind: [] for kind in KINDS}
 
     def append(self, *events: Event) -> None:
         """Add events; safe from any thread."""
@@ -150,10 +146,7 @@ class History:
         InputError
             If the text is no JSON array of events.
         """
-        try:
-            records = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise InputError(f"This text is no JSON: {error}.") from error
+        records = parsed(text, "history")
         if not isinstance(records, list) or not all(isinstance(record, dict) for record in records):
             raise InputError(f"A history is a JSON array of objects, not {text[:80]!r}.")
         return cls.from_dicts(records)

@@ -1,22 +1,14 @@
-"""What happened: events as frozen records with units in their names, and the history that keeps them.
+"""What happened: events as frozen records with units in their names.
 
-Plots, panels and analyses read events and nothing else. An event converts to a plain dict and back. The history is
-bounded: past its capacity the older half of the step records is thinned, so that a run of any length keeps its whole
-course at a resolution that fades with age.
+Plots, panels and analyses read events and nothing else. An event converts to a plain dict; `reader` has the way back.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import MISSING, asdict, dataclass, fields
-from types import NoneType
-from typing import TYPE_CHECKING, Any, TypeVar, get_args, get_origin, get_type_hints
+from dataclasses import asdict, dataclass
+from typing import Any
 
-from parakit.errors import InputError, ParakitError
 from parakit.formatting import many, unit_of
-
-if TYPE_CHECKING:
-    import pandas
 
 __all__ = [
     "EXCHANGE_WAYS",
@@ -39,8 +31,6 @@ __all__ = [
     "WorkerStep",
     "WorkersLost",
     "baseline_name",
-    "data_frame",
-    "event_from_dict",
 ]
 
 #: What a baseline of plain PyTorch is called.
@@ -324,109 +314,13 @@ class RunEnd(Event):
     reason: str
 
 
-_KINDS: dict[str, type[Event]] = {
-    kind.__name__: kind
-    for kind in (
-        RunStart,
-        StepDone,
-        GradientNorms,
-        SegmentDone,
-        Requested,
-        Resized,
-        WorkersLost,
-        Recovered,
-        SlowWorker,
-        EpochEnded,
-        Baseline,
-        Said,
-        RunEnd,
-    )
-}
 #: Every kind of event.
-KINDS = tuple(_KINDS.values())
-#: Kinds as older files call them: the present name, and the present names of fields.
-_FORMER = {"Asked": ("Requested", {"wish": "request"})}
-_E = TypeVar("_E", bound=Event)
-# The plain types whose values may stand in an event, and what a file may hold in their place.
-_ACCEPTS: dict[type, tuple[type, ...]] = {
-    float: (float, int), int: (int,), str: (str,), bool: (bool,), NoneType: (NoneType,),
-}  # fmt: skip
-
-
-def event_from_dict(record: dict[str, Any]) -> Event:
-    """The event that `Event.to_dict` described.
-
-    Raises
-    ------
-    InputError
-        If the record is of no known kind, lacks a field, or holds a value of another type.
-    """
-    values = dict(record)
-    name = str(values.pop("kind", None))
-    if name in _FORMER:
-        name, fields_then = _FORMER[name]
-        values = {fields_then.get(field, field): value for field, value in values.items()}
-    kind = _KINDS.get(name)
-    if kind is None:
-        raise _no_event(record)
-    event: Event = _build(kind, values)
-    return event
-
-
-def _no_event(record: Any) -> InputError:
-    return InputError(
-        f"This record is no parakit event: {str(record)[:200]}",
-        cause="the file was written by something else, or by another version of parakit",
-    )
-
-
-def _build(kind: type[Any], values: Any) -> Any:
-    """A record of a kind from the values of its fields; what has a default may be missing, as in older files."""
-    needed = {field.name for field in fields(kind) if field.default is MISSING}
-    if not isinstance(values, dict) or not needed <= set(values) <= {field.name for field in fields(kind)}:
-        raise _no_event(values)
-    hints = get_type_hints(kind)
-    return kind(**{name: _revive(f"{kind.__name__}.{name}", hints[name], value) for name, value in values.items()})
-
-
-def _revive(name: str, hint: Any, value: Any) -> Any:
-    """The value of a field as the record holds it: JSON knows no tuples, and no records in records."""
-    if hint is WorkerStep:
-        return _build(WorkerStep, value)
-    if get_origin(hint) is tuple and isinstance(value, list | tuple):
-        return tuple(_revive(name, get_args(hint)[0], part) for part in value)
-    plain_kinds = () if get_origin(hint) is tuple else get_args(hint) or (hint,)
-    allowed = {accepted for plain in plain_kinds for accepted in _ACCEPTS[plain]}
-    if type(value) not in allowed:
-        raise InputError(f"{name} cannot be {value!r}.")
-    return value
+KINDS: tuple[type[Event], ...] = (
+    RunStart, StepDone, GradientNorms, SegmentDone, Requested, Resized, WorkersLost, Recovered, SlowWorker, EpochEnded,
+    Baseline, Said, RunEnd,
+)  # fmt: skip
 
 
 def baseline_name(cores: int, device: str = "cpu") -> str:
     """What plain PyTorch in one process with so many threads, or on one GPU, is called."""
     return f"{PLAIN}, {many(cores, unit_of(device))}"
-
-
-def data_frame(rows: Iterable[Any], columns: Sequence[str], *, otherwise: str) -> pandas.DataFrame:
-    """Rows as a pandas data frame.
-
-    Parameters
-    ----------
-    rows : iterable
-    columns : sequence of str
-    otherwise : str
-        What serves without pandas.
-
-    Raises
-    ------
-    ParakitError
-        If pandas is not installed.
-    """
-    try:
-        import pandas
-    except ImportError as error:
-        raise ParakitError(
-            "A data frame needs pandas, which is not installed here.",
-            remedy=f"pip install pandas, or use {otherwise}",
-        ) from error
-    return pandas.DataFrame(list(rows), columns=list(columns))

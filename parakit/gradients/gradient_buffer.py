@@ -4,82 +4,17 @@ from __future__ import annotations
 
 import mmap
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
-from parakit.gradients.gradient_sum import _TAIL, GradientSum, _room_for
+from parakit.gradients.gradient_sum import TAIL, GradientSum
+from parakit.gradients.placement import Copied, InPlace, Sliced
 from parakit.losses.summed import ShareLoss
-from parakit.tensor_layout import in_order_of, shaped_like
 
 __all__ = ["GradientBuffer"]
 
 
-class _Arrival:
-    """Brings the gradient of one parameter to its place; called by torch when there is one, unless it is to wait.
-
-    It does not know its parameter: torch holds on to whom it is to call, where Python cannot see that, and so would
-    never let go of two that know each other.
-    """
-
-    def __init__(self) -> None:
-        self._told: RemovableHandle | None = None
-        self.used = False
-
-    def write_to(self, view: Tensor, parameter: nn.Parameter, *, stays: bool, waits: bool) -> None:
-        """Bring it there from now on; it may stay there, to be the gradient of the parameter, or wait until asked."""
-        self._view, self._stays = view, stays
-        self._kept: slice | None = None
-        if self._told is not None:
-            self._told.remove()
-        self._told = None if waits else parameter.register_post_accumulate_grad_hook(self)
-
-    def keep(self, kept: slice) -> None:
-        """Leave a part of it, of its elements in their order, where torch makes it."""
-        self._kept, self._stays = kept, False
-        flat = in_order_of(self._view, self._view)
-        around = (slice(0, kept.start), slice(kept.stop, flat.numel()))
-        self._brought = [(flat[part], part) for part in around if part.start < part.stop]
-
-    def __call__(self, parameter: Tensor) -> None:
-        self.look(parameter)
-        self.bring(parameter)
-
-    def look(self, parameter: Tensor) -> None:
-        """Note whether there is a gradient, and make it dense."""
-        grad = parameter.grad
-        self.used = grad is not None
-        if grad is not None and grad.is_sparse:
-            parameter.grad = grad.to_dense()
-
-    def bring(self, parameter: Tensor, *, all_of_it: bool = False) -> None:
-        """Copy it to its place, unless it is there: what a model accumulates in several goes is added in place."""
-        if not self.used:
-            self._view.zero_()
-            return
-        grad = parameter.grad
-        if grad is None or grad is self._view:
-            return
-        grad = grad.detach()
-        if self._kept is not None and not all_of_it:
-            flat = in_order_of(grad, self._view)
-            for place, part in self._brought:
-                place.copy_(flat[part])
-            return
-        self._view.copy_(grad)
-        if self._stays:
-            parameter.grad = self._view
-
-    def piece(self, parameter: Tensor) -> Tensor:
-        """The part that is kept, wherever it lies."""
-        grad = parameter.grad
-        found = self._view if not self.used or grad is None else grad.detach()
-        return in_order_of(found, self._view)[self._kept]
-
-
-@dataclass
 class GradientBuffer:
     """The flat gradient of a model: ``parameter.grad`` of each parameter becomes a view into one vector.
 
@@ -94,21 +29,20 @@ class GradientBuffer:
 
     Parameters
     ----------
-    parameters : sequence of tensors
-        The trainable parameters, in a fixed order.
+    parameters : sequence of Parameter
+        The trainable ones, in a fixed order.
     """
 
-    parameters: Sequence[nn.Parameter]
-
-    def __post_init__(self) -> None:
-        kinds = {parameter.dtype for parameter in self.parameters}
+    def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
+        self.parameters = parameters
+        kinds = {parameter.dtype for parameter in parameters}
         self.dtype = torch.float64 if torch.float64 in kinds else torch.float32
         #: Whether the gradients that parameters have are views into the flat vector.
         self.direct = kinds == {self.dtype}
-        #: Elements of the flat vector.
-        self.numel = sum(parameter.numel() for parameter in self.parameters) + len(self.parameters) + _TAIL
-        self._arrivals = [_Arrival() for _ in self.parameters]
+        #: Elements of the flat vector: the gradient, and what rides behind it.
+        self.numel = sum(parameter.numel() for parameter in parameters) + len(parameters) + TAIL
         self._root = 1.0, torch.ones(1)
+        self._placement: Copied | None = None
         self.live_in(self.fresh_vector())
 
     def fresh_vector(self) -> Tensor:
@@ -119,7 +53,7 @@ class GradientBuffer:
         # Not from malloc, which here keeps and clears what others have left.
         return torch.frombuffer(mmap.mmap(-1, self.numel * self.dtype.itemsize), dtype=self.dtype)
 
-    def live_in(self, vector: Tensor, *, alone: bool = False) -> None:
+    def live_in(self, vector: Tensor, *, alone: bool = False, kept: slice | None = None) -> None:
         """Keep the gradient in a vector from now on.
 
         Parameters
@@ -128,38 +62,21 @@ class GradientBuffer:
             Of the buffer's `dtype`. What is in it counts as a gradient, so let it be zero.
         alone : bool
             Whether nobody adds to it, so that an optimizer may use gradients where torch makes them.
+        kept : slice, optional
+            Of the gradient, where torch makes it: whoever sums that slice reads it there. Only of one that is `direct`.
         """
-        self._waits = alone and self.direct
-        self._apart: list[tuple[nn.Parameter, _Arrival]] = []
-        self.sum = GradientSum.around(vector, len(self.parameters))
-        pieces = self.sum.total.split([parameter.numel() for parameter in self.parameters])
-        self._views = [shaped_like(piece, p) for p, piece in zip(self.parameters, pieces, strict=True)]
-        self._grads = self._views if self.direct else [_room_for(parameter) for parameter in self.parameters]
-        for parameter, arrival, view in zip(self.parameters, self._arrivals, self._views, strict=True):
-            arrival.write_to(view, parameter, stays=self.direct, waits=self._waits)
-        self._set_all()
+        if self._placement is not None:
+            self._placement.close()
+        self.sum = GradientSum(vector, len(self.parameters))
+        if kept is not None:
+            self._placement = Sliced(self.parameters, self.sum, kept)
+        else:
+            self._placement = (InPlace if alone and self.direct else Copied)(self.parameters, self.sum)
 
-    def leave_slice(self, where: slice) -> None:
-        """Leave a slice of the gradient where torch makes it, for whoever sums it reads it there.
-
-        Parameters
-        ----------
-        where : slice
-            Of the flat vector; of gradients that are `direct`.
-        """
-        self._apart = []
-        first = 0
-        for parameter, arrival in zip(self.parameters, self._arrivals, strict=True):
-            begin, end = (min(max(edge - first, 0), parameter.numel()) for edge in (where.start, where.stop))
-            if begin < end:
-                arrival.keep(slice(begin, end))
-                self._apart.append((parameter, arrival))
-            first += parameter.numel()
-
-    def _set_all(self) -> None:
-        for parameter, grad in zip(self.parameters, self._grads, strict=True):
-            if parameter.grad is not grad:
-                parameter.grad = grad
+    @property
+    def _placed(self) -> Copied:
+        assert self._placement is not None
+        return self._placement
 
     def clear(self, unit: float = 1.0) -> None:
         """Set the sum to nothing."""
@@ -169,8 +86,7 @@ class GradientBuffer:
 
     def begin(self) -> None:
         """Make ready for a backward pass: parameters have no gradient then."""
-        for parameter, arrival in zip(self.parameters, self._arrivals, strict=True):
-            parameter.grad, arrival.used = None, False
+        self._placed.begin()
 
     def backward(self, share: ShareLoss, unit: float = 1.0) -> None:
         """Make the gradient of the loss of a share, in a unit, the sum; after `begin`, and forward.
@@ -181,24 +97,15 @@ class GradientBuffer:
         unit : float
             What the gradient is divided by on its way; the same on all workers.
         """
-        self.sum.unit = unit
-        self.sum.note(share)
         root = share.weight / unit
         share.value.backward(None if root == 1.0 and share.value.dim() == 0 else self._root_of(root, share.value))
-        self.arrived()
+        self.arrived(share, unit)
 
-    def arrived(self) -> None:
-        """Let the sum have what backward passes since `begin` have left."""
-        for parameter, arrival in zip(self.parameters, self._arrivals, strict=True):
-            if self._waits:
-                arrival.look(parameter)
-            elif not arrival.used:
-                arrival.bring(parameter)
-        self.sum.note_used([float(arrival.used) for arrival in self._arrivals])
-        if self._waits:
-            self.sum.defer(self._gather)
-        elif self._apart:
-            self.sum.defer(self._gather, self._kept_pieces)
+    def arrived(self, share: ShareLoss, unit: float = 1.0) -> None:
+        """Let the sum have what backward passes since `begin` have left: the gradient of a share, in a unit."""
+        self.sum.unit = unit
+        self.sum.note(share)
+        self._placed.arrived()
 
     def _root_of(self, root: float, value: Tensor) -> Tensor:
         """What a backward pass begins with; nearly always the same as last time."""
@@ -208,12 +115,9 @@ class GradientBuffer:
             self._root = root, tensor
         return tensor
 
-    def _gather(self) -> None:
-        for parameter, arrival in self._apart or zip(self.parameters, self._arrivals, strict=True):
-            arrival.bring(parameter, all_of_it=True)
-
-    def _kept_pieces(self) -> list[Tensor]:
-        return [arrival.piece(parameter) for parameter, arrival in self._apart]
+    def detach_slice(self, part: GradientSum) -> tuple[Tensor, list[Tensor] | None]:
+        """The vector of a part, and the pieces of a slice that is not in it; from now on nobody brings them there."""
+        return self._placed.detach_slice() if part is self.sum else (part.vector, None)
 
     def load(self, total: GradientSum) -> float:
         """Make a global sum the gradient that an optimizer sees.
@@ -228,26 +132,5 @@ class GradientBuffer:
         float
             The loss of the batch, as the user's loss would have said.
         """
-        divisor = total.divisor
-        if total is self.sum and total.is_late:
-            used = [p.grad for p in self.parameters if p.grad is not None]
-            if used and divisor != 1.0:
-                torch._foreach_div_(used, divisor)
-            return total.mean_loss
-        if total is not self.sum:
-            self.sum.vector.copy_(total.vector)
-        if divisor != 1.0:
-            self.sum.total.div_(divisor)
-        self._set_all()
-        if not self.direct:
-            for grad, view in zip(self._grads, self._views, strict=True):
-                grad.copy_(view)
-        self._unset_unreached()
+        self._placed.load(total)
         return total.mean_loss
-
-    def _unset_unreached(self) -> None:
-        used = self.sum.used
-        if not all(used):
-            for parameter, by in zip(self.parameters, used, strict=True):
-                if not by:
-                    parameter.grad = None

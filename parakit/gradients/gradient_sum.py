@@ -14,129 +14,70 @@ import torch
 from torch import Tensor
 
 from parakit.losses.summed import ShareLoss
-from parakit.tensor_layout import shaped_like
 from parakit.trees import unpack
 
-__all__ = ["GradientSum", "flatten", "unflatten_into"]
+__all__ = ["TAIL", "Counts", "GradientSlice", "GradientSum", "flatten", "unflatten_into"]
 
-_TAIL = 3  # count, loss_sum and votes ride behind all else, so that one exchange carries everything
+#: Count, sum of the loss and votes ride behind all else, so that one exchange carries everything.
+TAIL = 3
 
 
-class GradientSum:
-    """A sum of per-sample gradients, with how much it is a sum of.
-
-    Sums add with ``+``. All parts lie in one flat vector, so that a collective operation on the vector adds everything
-    at once.
+class Counts:
+    """The numbers that ride behind a gradient: what it is a sum of, and what workers tell each other with it.
 
     Parameters
     ----------
-    total : tensor, (parameters,)
-        Sum over samples of the gradient of the loss; float32 or float64.
-    count : float
-        What the sum is to be divided by; 0 for a loss that is itself a sum.
-    loss_sum : float
-        Sum over samples of the loss.
-
-    Attributes
-    ----------
+    behind : tensor, (flags + 3,)
+        For each parameter, how many shares it had a gradient from; then count, loss and votes.
     unit : float
-        What `total` was divided by already; the same for all that are added. Where it is the count of a whole batch,
-        nobody needs to go over the gradient again to make it a mean.
-    pieces : list of tensors
-        What `beside` was told; else empty.
+        What the gradient was divided by already; the same for all that are added. Where it is the count of a whole
+        batch, nobody needs to go over the gradient again to make it a mean.
     """
 
-    __slots__ = ("_apart", "_flags", "_late", "_numbers", "_vector", "pieces", "unit")
+    __slots__ = ("_numbers", "unit")
 
-    def __init__(self, total: Tensor, count: float, loss_sum: float) -> None:
-        self._fill(torch.cat([total, total.new_tensor([count, loss_sum, 0.0])]), 0, 1.0)
-
-    def _fill(self, vector: Tensor, flags: int, unit: float) -> None:
-        self._vector, self._flags, self.unit = vector, flags, unit
-        behind = vector[len(vector) - flags - _TAIL :]
-        # What is behind the gradient, in the same memory; numpy reads and writes single numbers far faster than torch.
+    def __init__(self, behind: Tensor, unit: float) -> None:
+        # In the same memory; numpy reads and writes single numbers far faster than torch.
         self._numbers: Any = behind.numpy() if behind.device.type == "cpu" else behind
-        self.pieces: list[Tensor] = []
-        self.defer(None)
-
-    @classmethod
-    def around(cls, vector: Tensor, flags: int = 0, unit: float = 1.0) -> GradientSum:
-        """See a vector of the right layout as a sum, without a copy; `flags` numbers stand behind the gradient."""
-        new = cls.__new__(cls)
-        new._fill(vector, flags, unit)
-        return new
+        self.unit = unit
 
     @property
-    def vector(self) -> Tensor:
-        """All parts, flat."""
-        if self._late is not None:
-            late = self._late
-            self.defer(None)
-            late()
-        return self._vector
-
-    def defer(self, gather: Callable[[], None] | None, apart: Callable[[], list[Tensor]] | None = None) -> None:
-        """Have the gradient brought into the vector when somebody first asks for it; count and loss are there.
-
-        Parameters
-        ----------
-        gather : callable or None
-            Brings it; None where it is there.
-        apart : callable, optional
-            Where a slice alone is missing: gives the pieces of which it consists, flat and end to end.
-        """
-        self._late, self._apart = gather, apart
-
-    def detach_slice(self) -> tuple[Tensor, list[Tensor] | None]:
-        """The vector, and the pieces of a slice that is not in it; from now on nobody brings them there."""
-        apart = self._apart
-        if apart is None:
-            return self.vector, None
-        self.defer(None)
-        return self._vector, apart()
-
-    @property
-    def is_late(self) -> bool:
-        """Whether nobody has asked for the gradient yet."""
-        return self._late is not None
-
-    @property
-    def total(self) -> Tensor:
-        """The summed gradient, divided by `unit`; a view."""
-        return self.vector[: -_TAIL - self._flags]
+    def tail(self) -> int:
+        """How many numbers ride behind the gradient."""
+        return len(self._numbers)
 
     @property
     def used(self) -> list[float]:
         """For each parameter, how many shares it had a gradient from; empty if nobody counted."""
-        return self._numbers[: self._flags].tolist()  # type: ignore[no-any-return]
+        return self._numbers[:-TAIL].tolist()  # type: ignore[no-any-return]
 
     def note_used(self, used: list[float]) -> None:
         """Note the same of one share: 1 or 0."""
         on_cpu = isinstance(self._numbers, np.ndarray)
-        self._numbers[: self._flags] = used if on_cpu else self._vector.new_tensor(used)
+        self._numbers[:-TAIL] = used if on_cpu else self._numbers.new_tensor(used)
 
     def note(self, share: ShareLoss) -> None:
         """Note what the sum is of, and no vote."""
         on_cpu = isinstance(self._numbers, np.ndarray)
         value = share.value.detach()
-        self._numbers[-_TAIL] = share.count
-        self._numbers[-_TAIL + 1] = (value.item() if on_cpu else value.reshape(())) * share.weight
-        self._numbers[-_TAIL + 2] = 0.0
+        self._numbers[-TAIL] = share.count
+        self._numbers[-TAIL + 1] = (value.item() if on_cpu else value.reshape(())) * share.weight
+        self._numbers[-TAIL + 2] = 0.0
 
     @property
     def count(self) -> float:
         """What the sum is to be divided by; 0 for one that is not."""
-        return float(self._numbers[-_TAIL])
+        return float(self._numbers[-TAIL])
 
     @property
     def divisor(self) -> float:
-        """What makes `total` the mean."""
+        """What makes the gradient the mean."""
         return (self.count or 1.0) / self.unit
 
     @property
     def loss_sum(self) -> float:
         """Sum of the loss over the samples."""
-        return float(self._numbers[-_TAIL + 1])
+        return float(self._numbers[-TAIL + 1])
 
     @property
     def mean_loss(self) -> float:
@@ -144,29 +85,85 @@ class GradientSum:
         return self.loss_sum / (self.count or 1.0)
 
     @property
-    def mean_squared_norm(self) -> float:
-        """Squared 2-norm of the mean gradient; 0 if it is of no samples."""
-        return float(torch.dot(self.total, self.total)) / self.divisor**2 if self.count else 0.0
-
-    @property
     def votes(self) -> float:
         """How many workers ask to end the segment after this step."""
         return float(self._numbers[-1])
 
-    @property
-    def tail(self) -> int:
-        """How many numbers ride behind the gradient."""
-        return _TAIL + self._flags
-
-    def with_tail(self, tail: Tensor, pieces: list[Tensor]) -> GradientSum:
-        """The sum whose last numbers these are, and whose gradient lies elsewhere: of a slice of it, the pieces."""
-        new = self._like(tail)
-        new.pieces = pieces
-        return new
-
     def vote(self) -> None:
         """Ask for the end of the segment."""
         self._numbers[-1] = 1.0
+
+
+class GradientSlice(Counts):
+    """One member's slice of a sum over the workers.
+
+    Parameters
+    ----------
+    pieces : list of tensors
+        The slice, flat and end to end: one for each parameter that it has a part of, or a single one.
+    behind, unit : as for `Counts`
+    """
+
+    __slots__ = ("pieces",)
+
+    def __init__(self, pieces: list[Tensor], behind: Tensor, unit: float) -> None:
+        super().__init__(behind, unit)
+        self.pieces = pieces
+
+
+class GradientSum(Counts):
+    """A sum of per-sample gradients, with how much it is a sum of.
+
+    Sums add with ``+``. All parts lie in one flat vector, so that a collective operation on the vector adds everything
+    at once.
+
+    Parameters
+    ----------
+    vector : tensor
+        The gradient of the loss, summed over samples and divided by `unit`; behind it the numbers of `Counts`.
+    flags : int
+        For how many parameters it is counted who reached them.
+    unit : float
+    """
+
+    __slots__ = ("_late", "_vector")
+
+    def __init__(self, vector: Tensor, flags: int = 0, unit: float = 1.0) -> None:
+        super().__init__(vector[len(vector) - flags - TAIL :], unit)
+        self._vector = vector
+        self._late: Callable[[], None] | None = None
+
+    @property
+    def vector(self) -> Tensor:
+        """All parts, flat."""
+        if self._late is not None:
+            late, self._late = self._late, None
+            late()
+        return self._vector
+
+    def defer(self, gather: Callable[[], None] | None) -> None:
+        """Have the gradient brought into the vector when somebody first asks for it; None where it is there."""
+        self._late = gather
+
+    @property
+    def is_late(self) -> bool:
+        """Whether nobody has asked for the gradient yet."""
+        return self._late is not None
+
+    def without_what_is_late(self) -> Tensor:
+        """The vector as it is; from now on nobody brings the rest there."""
+        self._late = None
+        return self._vector
+
+    @property
+    def total(self) -> Tensor:
+        """The summed gradient, divided by `unit`; a view."""
+        return self.vector[: -self.tail]
+
+    @property
+    def mean_squared_norm(self) -> float:
+        """Squared 2-norm of the mean gradient; 0 if it is of no samples."""
+        return float(torch.dot(self.total, self.total)) / self.divisor**2 if self.count else 0.0
 
     def clone(self) -> GradientSum:
         """A copy that shares no memory."""
@@ -177,7 +174,7 @@ class GradientSum:
         return self._like(self.vector.to("cpu", copy=True))
 
     def _like(self, vector: Tensor) -> GradientSum:
-        return self.around(vector, self._flags, self.unit)
+        return GradientSum(vector, self.tail - TAIL, self.unit)
 
     def _vector_of(self, other: GradientSum) -> Tensor:
         if other.unit != self.unit:
@@ -201,14 +198,14 @@ class GradientSum:
         return total
 
     def __reduce__(self) -> tuple[Callable[[Any, int, float], GradientSum], tuple[Any, int, float]]:
-        return _from_array, (self.vector.cpu().numpy(), self._flags, self.unit)
+        return _from_array, (self.vector.cpu().numpy(), self.tail - TAIL, self.unit)
 
     def __repr__(self) -> str:
         return f"GradientSum({len(self.total)} parameters, count={self.count:g}, loss_sum={self.loss_sum:.6g})"
 
 
 def _from_array(array: Any, flags: int, unit: float) -> GradientSum:
-    return GradientSum.around(unpack(array), flags, unit)
+    return GradientSum(unpack(array), flags, unit)
 
 
 def flatten(tensors: Iterable[Tensor], dtype: torch.dtype) -> Tensor:
@@ -223,8 +220,3 @@ def unflatten_into(vector: Tensor, tensors: Iterable[Tensor]) -> None:
         for tensor in tensors:
             tensor.copy_(vector[place : place + tensor.numel()].view_as(tensor))
             place += tensor.numel()
-
-
-def _room_for(parameter: Tensor) -> Tensor:
-    """Zeros for the gradient of a parameter, laid out as that is."""
-    return shaped_like(torch.zeros(parameter.numel(), dtype=parameter.dtype, device=parameter.device), parameter)

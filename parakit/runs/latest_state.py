@@ -15,8 +15,9 @@ from torch import nn
 from parakit.checkpoints import Saver
 from parakit.checkpoints.in_shared_memory import SnapshotsReader
 from parakit.checkpoints.state import State, copy_state
-from parakit.engines.recipe import Recipe
-from parakit.engines.replicated import Replica, load_parts, set_mode
+from parakit.engines.make import make_engine
+from parakit.engines.optimizers import set_mode
+from parakit.engines.recipe import Recipe, load_parts
 from parakit.runs.state import Copied
 from parakit.workers.session import Session
 
@@ -171,7 +172,7 @@ class LatestState:
         if self._resumed is not None:
             return self._resumed
         with self._recipe.settings.in_force():
-            return dict(copy_state(Replica(self._recipe).live_state()))
+            return dict(copy_state(make_engine(self._recipe).live_state()))
 
     def older_than(self, step: int) -> State | None:
         """The newest state of an earlier step, of those that can be read."""

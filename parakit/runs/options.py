@@ -14,7 +14,7 @@ from torch import Tensor
 from parakit.engines.recipe import OptimizerFactory, SchedulerFactory
 from parakit.strategies.base import Strategy
 
-__all__ = ["DEFAULTS", "StepOptions", "TrainOptions", "with_defaults"]
+__all__ = ["DEFAULTS", "StepOptions", "TrainOptions", "check_names", "with_defaults"]
 
 
 class StepOptions(TypedDict, total=False):
@@ -64,6 +64,19 @@ DEFAULTS: TrainOptions = {
 }
 
 
+def check_names(options: Mapping[str, Any], known: type[Any], function: str) -> None:
+    """Refuse options that a TypedDict does not know.
+
+    Raises
+    ------
+    TypeError
+        In the words of Python about a call of this function.
+    """
+    for name in options:
+        if name not in known.__annotations__:
+            raise TypeError(f"{function}() got an unexpected keyword argument {name!r}")
+
+
 def with_defaults(options: TrainOptions, function: str) -> TrainOptions:
     """All options, with their defaults where none were given.
 
@@ -72,7 +85,5 @@ def with_defaults(options: TrainOptions, function: str) -> TrainOptions:
     TypeError
         If there is no such option, in the words of Python about a call of this function.
     """
-    unknown = [name for name in options if name not in TrainOptions.__annotations__]
-    if unknown:
-        raise TypeError(f"{function}() got an unexpected keyword argument {unknown[0]!r}")
+    check_names(options, TrainOptions, function)
     return cast(TrainOptions, {**dict.fromkeys(TrainOptions.__annotations__), **DEFAULTS, **options})

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from parakit.data.chunks import EpochOrder
-from parakit.engines.base import StepRecord
-from parakit.engines.replicated import EXCHANGE
+from parakit.engines.account import EXCHANGE, StepRecord
 from parakit.events.history import History
 from parakit.events.records import GradientNorms, SegmentDone, StepDone, WorkerStep
 from parakit.events.stragglers import Stragglers

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 from torch import nn
 
 from parakit.errors import InputError
 from parakit.runs.run import Run
+from parakit.widgets.output import hands_free
 from parakit.widgets.panel import Panel
 from parakit.widgets.settings import Draft, refuse_options, settings_of
 from parakit.workers.pool import Workers
 
 __all__ = ["panel"]
-
-_HANDS_FREE = "PARAKIT_HANDS_FREE"
 
 
 def panel(
@@ -82,7 +80,7 @@ def panel(
     ...     pk.panel(run)
     <Panel (closed): <Run finished: step 12 of 12, ...>>
     """
-    if os.environ.get(_HANDS_FREE, "") not in ("", "0"):
+    if hands_free():
         block, tour = True, tour is None or tour
     if isinstance(subject, Run):
         refuse_options({"data": data, "on": on, "workers": workers, **options})

@@ -55,6 +55,7 @@ class Controls:
     """Sliders, boxes, buttons, picture and texts of a panel."""
 
     def __init__(self, settings: Settings, dashboard: str | None) -> None:
+        self.settings = settings
         count = {"min": 1, "max": settings.most_workers, "value": settings.workers}
         self.workers = w.IntSlider(description="Workers", continuous_update=False, style=_NATURAL,
                                    layout=w.Layout(width="270px"), **count)  # fmt: skip
@@ -85,11 +86,9 @@ class Controls:
         self.summary = w.HTML()
         self.log = w.HTML(layout=w.Layout(height=_LOG_HEIGHT, overflow="auto", max_width=f"{_PICTURE_WIDTH}px",
                                           margin="0"))  # fmt: skip
-        self._has_rate = settings.learning_rate is not None
-        self._has_epochs = settings.epochs is not None
         self.box = w.VBox([
             _row(self.workers, self.workers_box, self.learning_rate),
-            _row(self.strategy, self.batch_size, *([self.epochs] if self._has_epochs else [])),
+            _row(self.strategy, self.batch_size, *([] if settings.epochs is None else [self.epochs])),
             _row(self.start, self.pause, self.stop, self.tour, self.save, self.close),
             self.status, self.progress, self.picture, self.summary, self.log,
             *([w.HTML(f'<a href="{escape(dashboard)}" {_LINK}>Dask dashboard of these workers</a>')]
@@ -104,6 +103,16 @@ class Controls:
         self.show_state("ready")
 
     # --- what a person does
+
+    def chosen(self) -> dict[str, Any]:
+        """Options of `parakit.train`, as they are set."""
+        settings = self.settings
+        return {
+            "strategy": settings.strategies[self.strategy.value],
+            "batch_size": self.batch_size.value,
+            "learning_rate": None if settings.learning_rate is None else self.learning_rate.value,
+            "epochs": None if settings.epochs is None else self.epochs.value,
+        }
 
     def on_workers(self, request: Callable[[int], None]) -> None:
         """Call with each number that a person sets."""
@@ -172,8 +181,9 @@ class Controls:
         for control in (self.workers, self.workers_box):
             _enable(control, state != "over", _OVER, "change it at any time, also while the run goes on")
         rate_text = "all parameter groups and the schedule scale with it; takes effect between two segments"
-        _enable(self.learning_rate, self._has_rate and state != "over",
-                _OVER if self._has_rate else "this optimizer has no learning rate", rate_text)  # fmt: skip
+        has_rate = self.settings.learning_rate is not None
+        _enable(self.learning_rate, has_rate and state != "over",
+                _OVER if has_rate else "this optimizer has no learning rate", rate_text)  # fmt: skip
 
     def show_text(self, status: str, progress: str) -> None:
         """The two lines above the picture; the first is read aloud when it changes."""

@@ -7,12 +7,15 @@ place each, because a front end shows only the richest form of one output.
 from __future__ import annotations
 
 import base64
+import os
 from typing import Any
 
 from IPython.core.getipython import get_ipython
 from IPython.display import DisplayHandle, display
 
-__all__ = ["Place", "cell_id", "cell_number"]
+__all__ = ["Outputs", "Place", "hands_free"]
+
+_HANDS_FREE = "PARAKIT_HANDS_FREE"
 
 
 class Place:
@@ -43,6 +46,42 @@ class Place:
         else:
             self._above.update(seen, raw=True)
             self._below.update(below, raw=True)
+
+
+class Outputs:
+    """All places of a panel: its cell shows it, and other cells that were asked to.
+
+    Attributes
+    ----------
+    cell : str or None
+        The cell in which the panel was made, as the front end calls it.
+    places : list of Place
+    """
+
+    def __init__(self) -> None:
+        self.cell = cell_id()
+        self._born_in = cell_number()
+        self.places: list[Place] = []
+
+    @property
+    def shown(self) -> bool:
+        """Whether the present cell shows the panel already."""
+        return bool(self.places) and cell_number() == self._born_in
+
+    def add(self) -> Place:
+        """Another place, where nothing is shown yet."""
+        self.places.append(Place())
+        return self.places[-1]
+
+    def settle(self, picture: bytes | None, text: str) -> None:
+        """Show a picture and a text in all places."""
+        for place in self.places:
+            place.settle(picture, text)
+
+
+def hands_free() -> bool:
+    """Whether nobody can press a button here, as in nbconvert: the environment says so."""
+    return os.environ.get(_HANDS_FREE, "") not in ("", "0")
 
 
 def cell_number() -> int | None:

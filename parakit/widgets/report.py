@@ -10,10 +10,21 @@ from operator import itemgetter
 
 from parakit.events.records import PHASES, Resized, StepDone, baseline_name
 from parakit.events.summary import UNCERTAIN_SPREAD, RunSummary
-from parakit.formatting import many, three_digits
+from parakit.formatting import DASH, columns, many, three_digits, unit_of
 from parakit.runs.run import Run
+from parakit.workers.pool import Workers
 
-__all__ = ["as_html", "headline", "last_words", "log_html", "summary_html", "summary_text", "table_rows"]
+__all__ = [
+    "as_html",
+    "headline",
+    "is_over",
+    "last_words",
+    "log_html",
+    "remarks_on",
+    "summary_html",
+    "summary_text",
+    "table_rows",
+]
 
 HEADINGS = ("workers", "samples per second", "speedup", "efficiency", "vs plain")
 _SHORT_HEADINGS = ("workers", "samples/s (quartiles)", "speedup", "efficiency", "vs plain")
@@ -27,7 +38,6 @@ _SHORT_MEANING = (
     "efficiency: speedup over workers",
     "vs plain: relative to plain PyTorch in one process with all cores or one GPU, at the best of its measurements",
 )
-_NOT_MEASURED = "–"
 _CROWDED = "*"
 _SHORT_RIVAL, _UNSURE = "plain", "?"
 _WIDTH = 78  # of a plain text: more is broken within words by narrow windows
@@ -35,11 +45,26 @@ _ROW_EM = 1.75
 _COLUMN_EM = (12.5, 15.5, 5.5, 6.0, 5.5)  # as wide as what comes, so that a first row moves nothing
 
 
+def is_over(run: Run | None) -> bool:
+    """Whether a run has ended, well or not; False where there is none."""
+    return run is not None and run.status in ("finished", "failed")
+
+
+def remarks_on(pool: Workers) -> list[str]:
+    """What people should know about a pool before they judge its speed."""
+    if pool.in_turns:
+        return ["Virtual workers compute one after the other in this process: their number does not change the speed."]
+    if pool.cores == 1:
+        one = f"There is 1 {unit_of(pool.device)} here, which all workers share"
+        return [f"{one}: more of them cannot be faster on this machine."]
+    return []
+
+
 def headline(run: Run | None, wanted: int, aside: str = "", *, touring: bool = False) -> str:
     """What the run is doing, and what is requested for but not granted yet."""
     if run is None:
         return "Ready: press Start."
-    if run.status in ("finished", "failed"):
+    if is_over(run):
         return last_words(run)
     if run.history.latest(Resized) is None:
         return "Starting: the workers get their data"
@@ -93,7 +118,7 @@ def _marks(summary: RunSummary) -> list[str]:
     if any(_crowded(summary, count) for count in summary.rates):
         found.append(f"{_CROWDED}: more workers than {summary.unit}s")
     if not summary.one or not summary.plain:
-        found.append(f"{_NOT_MEASURED}: not measured yet")
+        found.append(f"{DASH}: not measured yet")
     if summary.uncertain:
         found.append(f"{_UNSURE}: uncertain, quartiles more than {UNCERTAIN_SPREAD:g} times apart")
     return found
@@ -155,8 +180,7 @@ def _text_table(summary: RunSummary) -> list[str]:
     rows = [_SHORT_HEADINGS, *table_rows(summary)]
     if summary.plain:
         rows[-1] = (_SHORT_RIVAL + _UNSURE * summary.uncertain, *rows[-1][1:])
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return ["  ".join(value.rjust(width) for value, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return columns(rows)
 
 
 def _wrapped(text: str, label: str = "") -> str:
@@ -176,8 +200,8 @@ def _spread(median: float, low: float, high: float) -> str:
 
 
 def _times(value: float) -> str:
-    return f"{value:.2f}×" if math.isfinite(value) else _NOT_MEASURED
+    return f"{value:.2f}×" if math.isfinite(value) else DASH
 
 
 def _percent(value: float) -> str:
-    return f"{100 * value:.0f} %" if math.isfinite(value) else _NOT_MEASURED
+    return f"{100 * value:.0f} %" if math.isfinite(value) else DASH

@@ -13,16 +13,28 @@ from typing import Any
 from parakit.errors import ParakitError
 from parakit.events.summary import RunSummary
 from parakit.runs.run import Run
+from parakit.workers.pool import Workers
 
-__all__ = ["Itinerary", "Steering", "stops_of_a_tour"]
+__all__ = ["TOUR", "Itinerary", "Steering", "stops_of_a_tour", "stops_up_to"]
+
+#: Why an itinerary visits every worker count.
+TOUR = "visiting every worker count"
 
 _STAY_SECONDS = 1.2  # of training in segments that count
 _LONGEST_SECONDS = 60.0
 _EVERY_COUNT = 8
+_FEW_WORKERS = 4  # that a pool of one is grown to
 _ENOUGH_SEGMENTS = 3
 
 
-def stops_of_a_tour(most: int) -> list[int]:
+def stops_of_a_tour(pool: Workers, run: Run | None, most: int) -> list[int]:
+    """Worker counts of a pool to visit with a run, which may not have begun: at most so many workers."""
+    there = pool.size if pool.size > 1 else min(most, _FEW_WORKERS)
+    chunks = most if run is None else len(run.plan.job.recipe.order.sizes)
+    return stops_up_to(min(there, most, chunks))
+
+
+def stops_up_to(most: int) -> list[int]:
     """Every count up to some, then doublings and the last."""
     counts = {n for n in range(1, most + 1) if n <= _EVERY_COUNT}
     doubling = 2 * _EVERY_COUNT

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
 from html import escape
 from typing import Any
 
@@ -14,11 +13,10 @@ from parakit.costs.model import CostModel, costs_of
 from parakit.costs.networks import Network
 from parakit.errors import InputError
 from parakit.plots.cost_model import what_if_picture
-from parakit.widgets.output import Place
+from parakit.widgets.output import Place, hands_free
 
 __all__ = ["WhatIf", "what_if"]
 
-_HANDS_FREE = "PARAKIT_HANDS_FREE"
 _STYLE = {"description_width": "150px"}
 _WIDE = "430px"
 _PICTURE_WIDTH = "1000px"
@@ -124,7 +122,7 @@ class WhatIf:
 
     def open(self) -> None:
         """Show it in the notebook: a plain picture where nobody can move a slider."""
-        if os.environ.get(_HANDS_FREE, "") not in ("", "0"):
+        if hands_free():
             self.close()
         else:
             self._place.show(self.box)

@@ -10,11 +10,9 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
-
 from parakit.checkpoints.in_shared_memory import SnapshotsKey
 from parakit.collectives.base import ExchangeMethod
-from parakit.engines.base import StepRecord
+from parakit.engines.account import StepRecord
 from parakit.errors import ParakitError
 from parakit.failures.source_lines import Place, places_of, raised_by_parakit
 from parakit.serialization import dumps
@@ -151,27 +149,6 @@ class Segment:
     commit_seconds: float
     seconds: float | None
     snapshots: SnapshotsKey | None = None
-
-
-@dataclass(frozen=True)
-class Collected:
-    """What tasks of one worker did in a segment.
-
-    Attributes
-    ----------
-    records : list of StepRecord
-    buffers : dict of str to Tensor
-        Of its model.
-    attributes : dict
-        Of its model and its loss, as far as they are a part of the state.
-    marks : list of float
-        Of what all workers have alike.
-    """
-
-    records: list[StepRecord]
-    buffers: dict[str, Tensor]
-    attributes: dict[str, Any]
-    marks: list[float]
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Workers in this very process: deterministic, one after the other, for tests, teaching and debugging.
 
-The virtual workers share one replica, because replicas that stay equal need not be many. A verb does what all of
+The virtual workers share one engine, because replicas that stay equal need not be many. A verb does what all of
 them would do at once, rank by rank.
 """
 
@@ -18,10 +18,10 @@ from parakit.checkpoints.state import State, copy_state
 from parakit.collectives.base import ExchangeMethod
 from parakit.data.chunks import DEFAULT_CHUNKS
 from parakit.data.local_chunks import LocalChunks
-from parakit.engines.base import StepRecord
+from parakit.engines.account import BACKWARD, EXCHANGE, UPDATE, StepRecord
+from parakit.engines.base import Engine
 from parakit.engines.evaluation import Tally
-from parakit.engines.replicated import EXCHANGE, UPDATE, Replica
-from parakit.engines.share_gradient import BACKWARD
+from parakit.engines.make import make_engine
 from parakit.errors import RunFailed
 from parakit.failures.run_failed import code_failed
 from parakit.gradients.gradient_sum import GradientSum
@@ -92,14 +92,14 @@ class InlineSession:
         self._job = job
         self._threads = threads
         self._device = device
-        self._replica = Replica(job.recipe, device)
-        self._replica.own_memory()
+        self._engine = make_engine(job.recipe, device)
+        self._engine.own_memory()
         # A model's copy runs the notebook's own functions and classes: what they keep is given back in the end.
-        self._lent = self._replica.computation.attributes.shared(job.recipe.traits.counted)
+        self._give_back_variables = self._engine.lend()
         self._holdings: list[LocalChunks] = []
         self._by_name: dict[str, LocalChunks] = {}
         self._validation = LocalChunks(device=device)
-        self._team = InlineTeam(self._replica, self._holdings)
+        self._team = InlineTeam(self._engine, self._holdings, undivided=job.recipe.traits.undivided)
         self._halt = 0
         self._ordered: tuple[int, int, int] | None = None
 
@@ -125,7 +125,7 @@ class InlineSession:
             every = range(len(assignment.validation.sizes))
             self._validation.change((), {chunk: job.load_validation(chunk) for chunk in every})
         if state is not None:
-            self._replica.load(state)
+            self._engine.load(state)
         return ExchangeMethod("in turns")
 
     def order(self, first: int, count: int, request: int, expected_seconds: float) -> None:
@@ -139,22 +139,21 @@ class InlineSession:
         return self._advance(first, count, request)
 
     def _advance(self, first: int, count: int, request: int) -> Report:
-        committed = self._replica.commit()
+        committed = self._engine.commit()
         used = torch.get_num_threads()
         torch.set_num_threads(self._threads)
         use(self._device)
         try:
             with undisturbed(self._device), self._job.recipe.settings.in_force():
-                self._replica.measure_norms()
+                self._engine.measure_norms()
                 for step in range(first, first + count):
                     self._job.strategy.step(self._team, step)
                     if self._halt > request:
                         break
-            self._replica.check_parameters()
-            self._replica.agreement.check_structure(alone=len(self._holdings) == 1)
+            self._engine.finish_segment(alone=len(self._holdings) == 1)
         except BaseException as error:
             failed = self._explained(error)
-            self._replica.roll_back()
+            self._engine.roll_back()
             self._team.take_records()
             if failed is None:
                 raise
@@ -167,7 +166,7 @@ class InlineSession:
         """What a user should read about an error of a step; None where somebody else knows better."""
         if isinstance(error, RunFailed) or not isinstance(error, Exception):
             return None
-        step, at = self._replica.step, self._team.at
+        step, at = self._engine.step, self._team.at
         rows = self._job.rows(step, at.chunks if at else None)
         return code_failed(
             f"Step {step} failed", Failure.of("code", step, error), rows,
@@ -176,7 +175,7 @@ class InlineSession:
 
     def regroup(self, generation: int, step: int) -> Survivors:
         """Nobody is ever lost here."""
-        self._replica.fall_back(step)
+        self._engine.fall_back(step)
         names = tuple(self._by_name)
         held = {name: holding.chunks for name, holding in self._by_name.items()}
         return Survivors(held, {names[0]: self._validation.chunks} if names else {}, names)
@@ -190,11 +189,11 @@ class InlineSession:
 
     def set_learning_rate(self, value: float) -> None:
         """Go on at another learning rate."""
-        self._replica.set_learning_rate(value)
+        self._engine.set_learning_rate(value)
 
     def state(self, step: int) -> State:
         """The state after the last segment."""
-        return dict(copy_state(self._replica.live_state(), device=CPU))
+        return dict(copy_state(self._engine.live_state(), device=CPU))
 
     def settle(self) -> None:
         """There are none."""
@@ -205,9 +204,8 @@ class InlineSession:
 
     def evaluate(self) -> Tally:
         """Evaluate the present model on the validation chunks."""
-        replica = self._replica
         with undisturbed(self._device), self._job.recipe.settings.in_force():
-            return replica.tally(self._validation)
+            return self._engine.tally(self._validation)
 
     def label(self, worker: str) -> str:
         """The name itself."""
@@ -215,7 +213,7 @@ class InlineSession:
 
     def release(self) -> None:
         """Let go of the chunks, and leave the notebook's variables as they were."""
-        self._replica.computation.attributes.restore(self._lent)
+        self._give_back_variables()
         self._by_name.clear()
         self._holdings.clear()
         self._validation = LocalChunks(device=self._device)
@@ -225,13 +223,15 @@ class InlineSession:
 class InlineTeam:
     """All workers of a session at once; a part is the list of every worker's sum, or the sum of all."""
 
-    def __init__(self, replica: Replica, holdings: list[LocalChunks]) -> None:
-        self._replica = replica
+    def __init__(self, engine: Engine, holdings: list[LocalChunks], *, undivided: bool = False) -> None:
+        self._engine = engine
+        self._account = engine.account
         self._holdings = holdings
+        self._undivided = undivided
         self._records: list[list[StepRecord]] = []
         self._own: list[tuple[list[float], int, float | None]] = []
         self._own_buffers: dict[int, dict[str, Tensor]] = {}  # by rank, of the rule "own"
-        self._whole = LocalChunks(replica.recipe.order, replica.device)
+        self._whole: LocalChunks | None = None
         self.at: LocalChunks | None = None  # whose share is being computed
 
     def gradient(self, step: int) -> list[GradientSum]:
@@ -242,10 +242,10 @@ class InlineTeam:
         """Every worker's gradient sum, rank by rank."""
         own = self._own or [([0.0] * (BACKWARD + 1), 0, None) for _ in self._holdings]
         self._own = []
-        if self._replica.recipe.traits.undivided and len(self._holdings) > 1:
+        if self._undivided and len(self._holdings) > 1:
             return self._all_at_once(step, own)
         parts = []
-        turns = _Turns(self._replica, self._own_buffers)
+        turns = self._engine.turns(self._own_buffers)
         for rank, (holding, account) in enumerate(zip(self._holdings, own, strict=True)):
             turns.begin(rank)
             parts.append(self._timed(step, holding, rank, account).clone())
@@ -255,13 +255,14 @@ class InlineTeam:
 
     def _timed(self, step: int, holding: LocalChunks, rank: int, account: tuple[list[float], int, Any]) -> GradientSum:
         """A share's gradient sum; what it took is added to its worker's account."""
-        replica, (seconds, _, norm) = self._replica, account
-        before = list(replica.phase_seconds)
+        seconds, _, norm = account
+        before = list(self._account.seconds)
         self.at = holding
-        total = replica.gradient(step, holding, rank)
+        total = self._engine.gradient(step, holding, rank)
         self.at = None
-        grown = [s + now - then for s, now, then in zip(seconds, replica.phase_seconds, before, strict=False)]
-        self._own.append((grown, replica.local_rows, replica.share_norm if norm is None else norm))
+        grown = [s + now - then for s, now, then in zip(seconds, self._account.seconds, before, strict=False)]
+        measured = self._account.share_norm if self._account.measuring else None
+        self._own.append((grown, self._account.rows, measured if norm is None else norm))
         return total
 
     def _all_at_once(self, step: int, own: list[tuple[list[float], int, Any]]) -> list[GradientSum]:
@@ -285,8 +286,8 @@ class InlineTeam:
     def _together(self) -> LocalChunks:
         """The chunks of all workers in one holding."""
         chunks = {number: samples for holding in self._holdings for number, samples in holding.each.items()}
-        if self._whole.chunks != tuple(sorted(chunks)):
-            self._whole = LocalChunks(self._replica.recipe.order, self._replica.device)
+        if self._whole is None or self._whole.chunks != tuple(sorted(chunks)):
+            self._whole = self._holdings[0].another()
             self._whole.change((), chunks)
         return self._whole
 
@@ -294,7 +295,7 @@ class InlineTeam:
         """The sum of some parts."""
         start = perf_counter()
         total = GradientSum.of_all(parts)
-        self._replica.phase_seconds[EXCHANGE] += perf_counter() - start
+        self._account.seconds[EXCHANGE] += perf_counter() - start
         return total
 
     def all_reduce(self, part: list[GradientSum]) -> GradientSum:
@@ -307,8 +308,8 @@ class InlineTeam:
 
     def update(self, summed: Callable[[], GradientSum]) -> None:
         """One step of the shared optimizer."""
-        self._replica.update(summed)
-        self._book(self._replica.take_records()[0])
+        self._engine.update(summed)
+        self._book(self._account.take_records()[0])
         self._own = []
 
     def _book(self, together: StepRecord) -> None:
@@ -334,48 +335,3 @@ class InlineTeam:
         taken, self._records = tuple(self._records), []
         self._own = []
         return taken
-
-
-class _Turns:
-    """Lets each virtual worker find buffers and attributes as its own process would, and puts them together afterwards.
-
-    Running statistics move by a linear rule, so averaging after each step gives the same as averaging when workers
-    commit.
-    """
-
-    def __init__(self, replica: Replica, own: dict[int, dict[str, Tensor]]) -> None:
-        self._replica, self._own = replica, own
-        self._rules = replica.recipe.traits.rules
-        there = self._buffers()
-        self._before = {name: buffer.detach().clone() for name, buffer in there.items() if name in self._rules}
-        self._counted = replica.agreement.counted()
-        self._seen: list[dict[str, Tensor]] = []
-        self._marks: list[list[float]] = []
-
-    def _buffers(self) -> dict[str, Tensor]:
-        return self._replica.computation.buffers.there
-
-    def begin(self, rank: int) -> None:
-        there = self._buffers()
-        for name, rule in self._rules.items():
-            mine = self._own.get(rank, {}).get(name) if rule == "own" else None
-            there[name].detach().copy_(self._before[name] if mine is None else mine)
-        if rank and (before := {**self._counted, **self._replica.agreement.late()}):
-            self._replica.computation.attributes.write(before)
-
-    def end(self, rank: int) -> None:
-        there = self._buffers()
-        self._seen.append({name: buffer.detach().clone() for name, buffer in there.items()})
-        kept = {name: self._seen[-1][name] for name, rule in self._rules.items() if rule == "own"}
-        if kept:
-            self._own[rank] = kept
-        self._marks.append(self._replica.agreement.marks())
-
-    def settle(self) -> None:
-        there = self._buffers()
-        for name, before in self._before.items():
-            there[name].detach().copy_(before)
-        self._replica.computation.buffers.take(self._seen)
-        for marks in self._marks[1:]:
-            self._replica.agreement.check(self._marks[0], marks)
-        self._replica.agreement.count_late()

@@ -1,4 +1,4 @@
-"""What lives on a worker process between orders: a run's replica, its chunks and its process group.
+"""What lives on a worker process between orders: a run's engine, its chunks and its process group.
 
 The functions of this module are what the driver orders, one call a task. They are importable everywhere, so that
 state kept here survives from one order to the next. No order raises across the connection: it answers with an
@@ -13,9 +13,8 @@ import gc
 import os
 import pickle
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from time import perf_counter
 from typing import Any, Concatenate, ParamSpec
 
 import numpy as np
@@ -26,15 +25,15 @@ from parakit.checkpoints.in_shared_memory import SnapshotsKey
 from parakit.checkpoints.state import State, copy_state
 from parakit.collectives.base import GroupBroken, Store
 from parakit.data.samples import Samples
-from parakit.engines.base import StepRecord
+from parakit.engines.base import Collected
 from parakit.engines.evaluation import Tally
 from parakit.errors import BatchDependent, Diverged, ParakitError, StaleGeneration
-from parakit.gradients.gradient_sum import GradientSum, unflatten_into
+from parakit.gradients.gradient_sum import GradientSum
 from parakit.system.devices import CPU, device_here, give_back
 from parakit.system.malloc import give_back_freed_memory, keep_freed_memory
 from parakit.system.shared_memory import CannotShare, SharedMemoryKey
 from parakit.trees import pack, unpack
-from parakit.workers.commands import Answer, Collected, Failure, Heartbeat, Orders, RollbackReport, Segment
+from parakit.workers.commands import Answer, Failure, Heartbeat, Orders, RollbackReport, Segment
 from parakit.workers.member import Member
 
 P = ParamSpec("P")
@@ -79,7 +78,7 @@ def _answer(member: Member, work: Callable[[], Any]) -> Answer:
 
 
 def _failure(kind: str, member: Member, error: BaseException) -> Failure:
-    step, rank = member.mapping or (member.replica.step, -1)
+    step, rank = member.mapping or (member.engine.step, -1)
     return Failure.of(kind, step, error, rank)
 
 
@@ -145,7 +144,7 @@ def fall_back(run_id: str, generation: int, step: int) -> Answer:
 @_order
 def roll_back(member: Member, step: int) -> bool:
     """Return to a step after a failure; says whether its state is here."""
-    return member.replica.fall_back(step)
+    return member.engine.fall_back(step)
 
 
 @_order
@@ -157,22 +156,15 @@ def set_learning_rate(member: Member, value: float) -> None:
 @_order
 def commit(member: Member) -> SnapshotsKey | None:
     """Keep the present state; tells where it can be found, if others can reach it. Not while a segment goes on."""
-    member.replica.commit()
-    return member.snapshots_key
+    member.engine.commit()
+    return member.snapshots.key
 
 
 @_order
 def map_gradient(member: Member, step: int, rank: int, parameters: Tensor) -> GradientSum:
     """The gradient sum of this worker's share at some parameters, as a value of its own."""
-    began = perf_counter()
-    replica = member.replica
     member.mapping = step, rank
-    unflatten_into(unpack(parameters), list(replica.model.parameters()))
-    part = replica.gradient(step, member.training, rank).on_cpu()
-    spent, replica.phase_seconds = replica.phase_seconds, [0.0] * len(replica.phase_seconds)
-    wall = perf_counter() - began
-    replica.records.append(StepRecord(step, float("nan"), float("nan"), spent, wall, replica.local_rows))
-    return part
+    return member.engine.gradient_at(unpack(parameters), step, member.training, rank)
 
 
 def add(*answers: Answer) -> Answer:
@@ -186,27 +178,36 @@ def add(*answers: Answer) -> Answer:
 @_order
 def collect(member: Member, alone: bool) -> Collected:
     """The worker's accounts since the last call, and what its share of the steps did to its model."""
-    replica = member.replica
-    replica.agreement.check_structure(alone=alone)
-    buffers = {name: b.clone().cpu() for name, b in replica.computation.buffers.there.items()}
-    return Collected(replica.take_records(), buffers, replica.agreement.state(), replica.agreement.marks())
+    return member.engine.collect(alone=alone)
 
 
 @_order
 def state(member: Member, step: int | None = None) -> State:
     """The state of a step, or the present one, as arrays of its own."""
-    found = member.replica.state_of(member.replica.step if step is None else step)
+    engine = member.engine
+    found = engine.state_of(engine.step if step is None else step)
     if found is None:
-        raise ParakitError(f"This worker is at step {member.replica.step} and has no state of step {step}.")
+        raise ParakitError(f"This worker is at step {engine.step} and has no state of step {step}.")
     return dict(pack(copy_state(found, device=CPU)))
+
+
+def merge(run_id: str, generation: int, *parts: Answer) -> Answer:
+    """The state of the run, of the parts that its members hold; hands on the first failure among them."""
+    failed = next((part for part in parts if part.failure is not None), None)
+    return failed or _merge(run_id, generation, [unpack(part.value) for part in parts])
+
+
+@_order
+def _merge(member: Member, parts: Sequence[State]) -> State:
+    return dict(pack(member.engine.merge(parts)))
 
 
 @_order
 def evaluate(member: Member, values: State | None) -> Tally:
     """Evaluate the present model, or the parameters and buffers given, on the validation chunks held here."""
     if values is not None:
-        member.replica.show(unpack(values))
-    return member.replica.tally(member.validation)
+        member.engine.show(unpack(values))
+    return member.engine.tally(member.validation)
 
 
 def halt(run_id: str, request: int) -> None:
@@ -227,7 +228,7 @@ def release(run_id: str) -> None:
     member = _members.pop(run_id, None)
     if member is not None:
         member.leave_group()
-        member.close_snapshots()
+        member.snapshots.close()
         device = member.device
         del member
         gc.collect()  # a buffer and the sum that it fills know each other

@@ -22,7 +22,7 @@ from torch import nn
 import parakit as pk
 from parakit.events.records import SegmentDone
 from parakit.runs.planning import plan
-from parakit.scaling.experiments.visits import ResizedRun, end
+from parakit.scaling.experiments.arms import ResizedRun
 from tests.benchmarks.reports import Pace, Report, bytes_in_words, median, run, significant, spread, until
 
 COUNTS, QUICK_COUNTS = (1, 2, 4, 8, 16), (1, 2, 4)
@@ -67,8 +67,7 @@ def by_workers(pace: Pace) -> Report:
                 timed = rig.visit(count, WINDOW_SECONDS)
                 found[count].append(1e3 * timed.seconds / sum(segment.steps for segment in timed.segments))
                 control[count] += [1e3 * segment.control_seconds for segment in timed.segments]
-        if rig.run is not None:
-            end(rig.run)
+        rig.close()
     rows = [[str(count), spread(found[count]), spread(control[count])] for count in counts]
     return Report(
         "by_workers", "More workers, on the same cores", ["workers", "ms a step", "ms of control a segment"], rows,

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 import parakit as pk
 from parakit.events.records import StepDone
 from parakit.runs.planning import plan
-from parakit.scaling.experiments.visits import ResizedRun, end
+from parakit.scaling.experiments.arms import ResizedRun
 from tests.benchmarks.reports import Pace, Report, run, significant, spread
 from tests.benchmarks.workloads import WORKLOADS, Workload, optimizer
 
@@ -57,7 +57,7 @@ def _turns(workload: Workload, pools: dict[str, pk.Workers], window: float, repe
                 batch_size=workload.batch_size, steps=10**9, check=name == "on",
             )  # fmt: skip
             rigs[name] = ResizedRun(made, pool)
-            stack.callback(lambda rig=rigs[name]: end(rig.run) if rig.run is not None else None)
+            stack.callback(rigs[name].close)
             _step_seconds(rigs[name], 2 * window)
         found: dict[str, list[float]] = {name: [] for name in rigs}
         for _ in range(repeats):

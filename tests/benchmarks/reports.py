@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import platform
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -14,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from parakit.formatting import columns
 from parakit.system.this_host import name_here
 
 REPEATS, QUICK_REPEATS = 5, 3
@@ -42,10 +44,7 @@ class Report:
     figures: dict[str, Any] = field(default_factory=dict)
 
     def text(self) -> str:
-        lines = [self.heads, *self.rows]
-        widths = [max(len(line[place]) for line in lines) for place in range(len(self.heads))]
-        table = ["  ".join(_set(c, w, place) for place, (c, w) in enumerate(zip(line, widths, strict=True)))
-                 for line in lines]  # fmt: skip
+        table = columns([self.heads, *self.rows], left=True, width=math.inf)
         return "\n".join([self.title, "", *table, *self.remarks, ""])
 
     def markdown(self) -> str:
@@ -54,10 +53,6 @@ class Report:
 
         rule = row(["---", *["--:"] * (len(self.heads) - 1)])
         return "\n".join([f"**{self.title}**", "", row(self.heads), rule, *map(row, self.rows), "", *self.remarks, ""])
-
-
-def _set(cell: str, width: int, place: int) -> str:
-    return cell.rjust(width) if place else cell.ljust(width)
 
 
 def heading() -> str:

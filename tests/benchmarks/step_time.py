@@ -18,7 +18,7 @@ import numpy as np
 
 import parakit as pk
 from parakit.runs.planning import plan
-from parakit.scaling.experiments.visits import ResizedRun, end
+from parakit.scaling.experiments.arms import ResizedRun
 from parakit.system.cores import usable_cores
 from tests.benchmarks.reports import Pace, Report, median, run, spread
 from tests.benchmarks.rivals import rival
@@ -103,8 +103,7 @@ def parakit(workload: Workload, workers: pk.Workers, count: int, threads: int) -
     try:
         yield step_seconds
     finally:
-        if rig.run is not None:
-            end(rig.run)
+        rig.close()
 
 
 def summary(report: Report) -> Report:

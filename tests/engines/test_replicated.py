@@ -126,7 +126,7 @@ def train(replica: Replica, held: LocalChunks, steps: int) -> list[float]:
     """The losses of some steps."""
     for _ in range(steps):
         replica.update(lambda: replica.gradient(replica.step, held, 0))
-    return [record.loss for record in replica.take_records()[-steps:]]
+    return [record.loss for record in replica.account.take_records()[-steps:]]
 
 
 def flat(state: Any) -> list[Any]:
@@ -213,20 +213,20 @@ def test_a_roll_back_forgets_the_accounts_of_the_steps_undone() -> None:
     replica.update(lambda: replica.gradient(replica.step, held, 0))
     replica.gradient(replica.step, held, 0)
     replica.roll_back()
-    assert replica.take_records() == []
-    assert sum(replica.phase_seconds) == 0
+    assert replica.account.take_records() == []
+    assert sum(replica.account.seconds) == 0
 
 
 def test_the_account_of_a_step_says_what_was_done() -> None:
     replica, held = Replica(recipe(SGD, SCHEDULES["step"])), holding(1, 2)
     for _ in range(3):
         replica.update(lambda: replica.gradient(replica.step, held, 0))
-    records = replica.take_records()
+    records = replica.account.take_records()
     assert [record.step for record in records] == [0, 1, 2]
     assert [record.learning_rate for record in records] == pytest.approx([0.1, 0.1, 0.01])
     assert [record.samples for record in records] == [sum(len(ORDER.rows(s, c)) for c in (1, 2)) for s in range(3)]
     assert all(0 < sum(record.seconds) <= record.wall_seconds * 1.001 for record in records)
-    assert replica.take_records() == []
+    assert replica.account.take_records() == []
 
 
 def test_dropout_masks_depend_on_seed_step_and_rank_alone() -> None:
@@ -265,7 +265,7 @@ def test_a_worker_without_rows_contributes_nothing() -> None:
         assert held.share(last) is None
         nothing = replica.gradient(last, held, 0)
         assert nothing.vector.abs().sum() == 0
-        assert replica.local_rows == 0
+        assert replica.account.rows == 0
 
 
 def test_a_worker_without_rows_keeps_up_with_what_counts_calls() -> None:

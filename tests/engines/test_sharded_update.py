@@ -15,6 +15,7 @@ from torch import Tensor, nn, optim
 
 from parakit.engines.fused_updates import prefer_fused
 from parakit.engines.sharded_update import Shard, can_shard, common_nbytes
+from parakit.gradients.gradient_sum import GradientSlice
 
 SHAPES = [(7, 5), (5,), (3, 5), (1,), (2, 2, 2)]
 STEPS = 7
@@ -126,6 +127,12 @@ def pieces_of(values: list[Tensor], where: slice) -> list[Tensor]:
     return pieces
 
 
+def load(shard: Shard, pieces: list[Tensor], reached: Tensor, divisor: float = 1.0) -> float:
+    """Let a slice of a sum be the gradient; what its loss is does not matter here."""
+    shard.load(GradientSlice(pieces, torch.cat([reached.double(), torch.tensor([divisor, 0.0, 0.0])]), 1.0))
+    return 0.0
+
+
 def divided(fellows: Fellows, rank: int, make: Callable[..., optim.Optimizer], before: int, after: int) -> Any:
     """Parameters and state of a member that does some steps as a whole, then divided, then as a whole again."""
     torch.set_num_threads(1)
@@ -137,11 +144,10 @@ def divided(fellows: Fellows, rank: int, make: Callable[..., optim.Optimizer], b
     shard = Shard(optimizer, given, common)
     for step in range(before, after):
         values, reached = gradients(step)
-        shard.read(pieces_of(values, shard.where) if step % 2 else [flat(values)[shard.where] * 4])
-        shard.divide(1.0 if step % 2 else 4.0)
+        pieces = pieces_of(values, shard.where) if step % 2 else [flat(values)[shard.where] * 4]
         if step == 4:
             optimizer.param_groups[1]["lr"] *= 0.1
-        shard.step(reached)
+        shard.step(partial(load, shard, pieces, reached, 1.0 if step % 2 else 4.0))
     shared = copy.deepcopy((given, optimizer.state_dict()))
     fellows.wall.wait()
     shard.leave()
@@ -216,7 +222,7 @@ def test_a_member_that_never_comes_leaves_the_others_what_they_had() -> None:
 def norm(fellows: Fellows, rank: int) -> float:
     given = parameters()
     shard = Shard(optim.SGD(given, lr=0.1), given, FellowsCommon(fellows, rank))
-    shard.read(pieces_of(gradients(0)[0], shard.where))
+    load(shard, pieces_of(gradients(0)[0], shard.where), torch.ones(len(given)))
     return shard.squared_norm()
 
 

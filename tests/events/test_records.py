@@ -19,6 +19,7 @@ import pytest
 from parakit.errors import InputError
 from parakit.events import records
 from parakit.events.history import History
+from parakit.events.reader import event_from_dict
 from parakit.events.records import (
     PHASES,
     Baseline,
@@ -36,7 +37,6 @@ from parakit.events.records import (
     StepDone,
     WorkersLost,
     WorkerStep,
-    event_from_dict,
 )
 
 

@@ -172,7 +172,7 @@ def test_a_mistake_of_parakits_own_is_not_blamed_on_the_user(
     run = pk.train(
         nn.Linear(6, 3), (torch.zeros(ROWS, 6), torch.arange(ROWS) % 3), on=inline, workers=2, steps=2000, batch_size=20
     )
-    monkeypatch.setattr("parakit.engines.replicated.perf_counter", None)
+    monkeypatch.setattr("parakit.engines.account.perf_counter", None)
     with pytest.raises(RunFailed, match="'NoneType' object is not callable") as failed:
         run.wait(LIMIT, progress=False)
     assert "a mistake in parakit itself" in str(failed.value)

@@ -23,7 +23,11 @@ ROWS = 10
 
 def some_sum(seed: int, dtype: torch.dtype = torch.float64) -> GradientSum:
     g = torch.Generator().manual_seed(seed)
-    return GradientSum(torch.randn(5, generator=g, dtype=dtype), seed + 1.0, seed / 4)
+    return summed_up(torch.randn(5, generator=g, dtype=dtype), seed + 1.0, seed / 4)
+
+
+def summed_up(total: torch.Tensor, count: float, loss_sum: float) -> GradientSum:
+    return GradientSum(torch.cat([total, total.new_tensor([count, loss_sum, 0.0])]))
 
 
 def problem(dtype: torch.dtype = torch.float64) -> tuple[nn.Module, SummedLoss, Samples]:
@@ -77,7 +81,7 @@ def test_any_order_of_adding_gives_the_same_sum() -> None:
 def test_what_is_noted_behind_a_gradient_is_the_same_where_numpy_cannot_write() -> None:
     written = []
     for by_numpy in (True, False):
-        total = GradientSum.around(torch.zeros(9), flags=2)
+        total = GradientSum(torch.zeros(9), flags=2)
         if not by_numpy:  # as where the vector is on a GPU
             total._numbers = total.vector[4:]
         total.note(ShareLoss(torch.tensor(1.25, requires_grad=True), 2.0, 7.0))
@@ -136,7 +140,7 @@ def test_a_sum_that_arrives_read_only_can_be_added_to() -> None:
 
 
 def test_a_sum_says_what_it_holds() -> None:
-    assert repr(GradientSum(torch.zeros(5), 3.0, 1.25)) == "GradientSum(5 parameters, count=3, loss_sum=1.25)"
+    assert repr(summed_up(torch.zeros(5), 3.0, 1.25)) == "GradientSum(5 parameters, count=3, loss_sum=1.25)"
 
 
 def test_tensors_survive_one_flat_vector() -> None:
@@ -381,10 +385,9 @@ def test_a_slice_that_nobody_else_reads_stays_where_it_is_made(forked: bool, cut
     buffer = GradientBuffer(list(model.parameters()))
     expected = backward(buffer, model, loss, samples).clone()
     where = slice(*(min(edge, len(expected.total)) for edge in cut))
-    buffer.live_in(torch.zeros(buffer.numel, dtype=torch.float64))
-    buffer.leave_slice(where)
+    buffer.live_in(torch.zeros(buffer.numel, dtype=torch.float64), kept=where)
     part = backward(buffer, model, loss, samples)
-    vector, pieces = part.detach_slice()
+    vector, pieces = buffer.detach_slice(part)
     if where.start == where.stop:
         assert pieces is None
     else:
@@ -397,7 +400,7 @@ def test_a_slice_that_nobody_else_reads_stays_where_it_is_made(forked: bool, cut
     again = backward(buffer, model, loss, samples)
     again.vector[where] = again.vector[where]  # who asks gets all of it
     assert torch.equal(again.vector, expected.vector)
-    assert again.detach_slice()[1] is None
+    assert buffer.detach_slice(again)[1] is None
 
 
 def test_what_is_kept_apart_is_the_gradient_of_all_backward_passes() -> None:
@@ -432,9 +435,8 @@ def test_what_is_kept_apart_is_the_gradient_of_all_backward_passes() -> None:
         parameters = list(model.parameters())
         buffer = GradientBuffer(parameters)
         expected = backward(buffer, model, loss, samples).clone()
-        buffer.live_in(torch.zeros(buffer.numel, dtype=torch.float64))
-        buffer.leave_slice(slice(2, 9))
-        vector, pieces = backward(buffer, model, loss, samples).detach_slice()
+        buffer.live_in(torch.zeros(buffer.numel, dtype=torch.float64), kept=slice(2, 9))
+        vector, pieces = buffer.detach_slice(backward(buffer, model, loss, samples))
         assert pieces is not None
         assert torch.equal(torch.cat(pieces), expected.total[2:9])
         assert torch.equal(vector[9:], expected.vector[9:])

@@ -39,7 +39,7 @@ class AheadCrew(InlineSession):
 
     def report(self) -> Report:
         first, count, request = self._queue.popleft()
-        if self._replica.step != first:
+        if self._engine.step != first:
             self._log.append(("left out", first))
             return Report(tuple([] for _ in self._holdings), 0.0)
         report = self._advance(first, count, request)
@@ -52,7 +52,7 @@ class AheadCrew(InlineSession):
 
     def state(self, step: int) -> Any:
         self._log.append(("state", len(self._queue)))
-        assert step == self._replica.step
+        assert step == self._engine.step
         return super().state(step)
 
     def evaluate(self) -> Any:

@@ -21,7 +21,7 @@ from parakit.errors import Diverged, InputError, RunError, RunFailed
 from parakit.events.records import EpochEnded, Recovered, RunEnd, Said, SegmentDone, WorkersLost
 from parakit.workers import remote
 from parakit.workers.dask import map as mapping
-from parakit.workers.dask.session import DaskSession
+from parakit.workers.dask.staging import Staging
 from parakit.workers.dask.worker_ids import address_of
 from tests.mortal import MortalAllReduce, MortalNet, MortalSGD, RankedAllReduce, arm, sgd
 from tests.runs.test_exact import wait_for
@@ -174,15 +174,15 @@ def strike_as_chunks_travel(
 ) -> list[str]:
     """Send a signal to a worker at the moment when chunks are about to be sent to it; the list then names it."""
     pid = pid_of(on, victim)
-    place, struck = DaskSession._place, list[str]()
+    place, struck = Staging.place, list[str]()
 
-    def deadly(session: DaskSession, member: str, chunks: Any, load: Any) -> Any:
+    def deadly(staging: Staging, member: str, chunks: Any, load: Any) -> Any:
         if chunks and member == victim and not struck:
             struck.append(member)
             os.kill(pid, number)
-        return place(session, member, chunks, load)
+        return place(staging, member, chunks, load)
 
-    monkeypatch.setattr(DaskSession, "_place", deadly)
+    monkeypatch.setattr(Staging, "place", deadly)
     return struck
 
 
@@ -207,15 +207,15 @@ def test_a_worker_that_is_killed_before_there_is_a_group(
     if when == "chunks":
         struck = strike_as_chunks_travel(three, victim, signal.SIGKILL, monkeypatch)
     else:
-        struck, bring, pid = list[str](), DaskSession._bring, pid_of(three, victim)
+        struck, bring, pid = list[str](), Staging.bring, pid_of(three, victim)
 
-        def deadly(session: DaskSession, assignment: Any) -> None:
+        def deadly(staging: Staging, assignment: Any) -> None:
             if not struck:
                 struck.append(victim)
                 os.kill(pid, signal.SIGKILL)
-            bring(session, assignment)
+            bring(staging, assignment)
 
-        monkeypatch.setattr(DaskSession, "_bring", deadly)
+        monkeypatch.setattr(Staging, "bring", deadly)
     run = train(three, tmp_path, workers=2)
     run.wait(LIMIT, progress=False)
     assert struck == [victim]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import re
@@ -38,16 +37,15 @@ from parakit.events.history import History
 from parakit.events.records import Baseline, Requested, Resized, RunEnd, Said, SegmentDone
 from parakit.events.summary import PLAIN, RunSummary
 from parakit.plots import live
-from parakit.widgets import Panel, report, tour
+from parakit.widgets import Panel, baseline_schedule, report, tour
 from parakit.widgets.controls import Controls
-from parakit.widgets.tour import Itinerary, Steering, stops_of_a_tour
+from parakit.widgets.tour import Itinerary, Steering, stops_up_to
 from tests.events.test_summary import followed, segments, started
 from tests.runs.test_exact import Slowed, wait_for
 from tests.runs.test_run import FailsLate
 from tests.waiting import until
 
 LIMIT = 30
-PANEL = importlib.import_module("parakit.widgets.panel")  # the package has a function of that name
 DIGITS = pk.datasets.digits().train
 
 
@@ -76,6 +74,14 @@ def opened(*subject: Any, **how: Any) -> Iterator[Panel]:
 
 def status(room: Panel) -> str:
     return str(room._controls.status.value)
+
+
+def closed(room: Panel) -> bool:
+    return repr(room).startswith("<Panel (closed)")
+
+
+def last_words(room: Panel) -> tuple[bytes | None, str]:
+    return room._screen.last_words(room.run)
 
 
 def asked(run: pk.Run, request: str = "resize") -> list[Any]:
@@ -163,7 +169,7 @@ def test_buttons_pause_resume_and_stop(inline: pk.Workers) -> None:
         until(lambda: controls.pause.description == "Pause")
         wait_for(run, lambda: run.step > stood)
         controls.stop.click()
-        until(lambda: room._settled and not watchers())
+        until(lambda: closed(room) and not watchers())
         assert room._summary.log[-1][1] == f"Stopped after step {run.step:,} of 100,000"
         assert run.stopped_early
         assert [event.request for event in run.history.of(Requested)] == ["pause", "resume", "stop"]
@@ -189,10 +195,10 @@ def test_a_request_by_hand_ends_a_tour(inline: pk.Workers, short_stays: None) ->
     run = endless(inline)
     with opened(run) as room:
         room.tour()
-        assert room._steering is not None
-        assert room._steering.trip is not None
+        assert room._live is not None
+        assert room._live.steering.trip is not None
         room._controls.workers.value = 3
-        assert room._steering.trip is None
+        assert room._live.steering.trip is None
         wait_for(run, lambda: run.world_size == 3)
         time.sleep(0.6)
         assert run.target == 3
@@ -206,8 +212,8 @@ def test_code_that_resizes_moves_the_slider_and_ends_a_tour(inline: pk.Workers) 
         until(lambda: asked(run) or run.target == 1)
         run.resize(5)
         until(lambda: room._controls.workers.value == 5)
-        assert room._steering is not None
-        assert room._steering.trip is None
+        assert room._live is not None
+        assert room._live.steering.trip is None
         assert asked(run)[-1] == 5
         assert room._controls.workers_box.value == 5
 
@@ -250,7 +256,7 @@ def test_a_tour_first_visits_the_counts_right_after_the_start(inline: pk.Workers
     with opened(net(), DIGITS, on=inline, workers=2, steps=100_000, tour=True) as room:
         run = room.start()
         until(lambda: asked(run) == [1, 2], LIMIT)
-        wait_for(run, lambda: run.world_size == 2 and room._steering.trip is None)
+        wait_for(run, lambda: run.world_size == 2 and room._live.steering.trip is None)
         assert set(room._summary.rates) >= {1, 2}
 
 
@@ -370,17 +376,18 @@ def test_more_workers_than_a_smaller_batch_has_chunks_are_refused_at_the_start(
             assert room._controls.workers.value == 2
 
 
-def test_errors_are_shown_as_text(inline: pk.Workers) -> None:
+def test_errors_are_shown_as_text(inline: pk.Workers, monkeypatch: pytest.MonkeyPatch) -> None:
     with opened(net(), DIGITS, on=inline, steps=100_000) as room:
 
-        def fail() -> None:
+        def fail(*_: Any) -> None:
             raise RuntimeError("<script>alert('no')</script> & <img src=x onerror=go()>")
 
-        room._guarded(fail)
+        monkeypatch.setattr(History, "save", fail)
+        room._controls.save.click()
         assert "RuntimeError: &lt;script&gt;alert(" in status(room)
         assert "<script" not in status(room)
         assert "<img" not in status(room)
-        room._guarded(lambda: None)
+        room._controls.stop.click()  # there is nothing to stop, and no trouble any more
         assert "alert" not in status(room)
 
 
@@ -473,7 +480,7 @@ def test_a_table_has_room_for_the_rows_that_are_to_come(inline: pk.Workers) -> N
 @pytest.mark.dask
 def test_the_axes_before_the_start_are_those_of_the_run(pool: pk.Workers) -> None:
     with opened(net(), DIGITS, on=pool, steps=100_000, workers=1) as room:
-        speedup = room._picture._plots[2].ax
+        speedup = room._screen.picture.live._plots[2].ax
         ready = speedup.get_xlim(), speedup.get_ylim()
         run = room.start()
         until(lambda: 1 in room._summary.rates)
@@ -485,7 +492,7 @@ def test_the_axes_before_the_start_are_those_of_the_run(pool: pk.Workers) -> Non
 def test_picture_and_table_show_one_look(inline: pk.Workers, monkeypatch: pytest.MonkeyPatch) -> None:
     shown: list[tuple[str, float]] = []
     with opened(net(), DIGITS, on=inline, steps=100_000) as room:
-        draw, write = room._picture.frame, report.summary_html
+        draw, write = room._screen.picture.live.frame, report.summary_html
 
         def frame(summary: RunSummary) -> bytes:
             shown.append(("picture", summary.seconds))
@@ -495,7 +502,7 @@ def test_picture_and_table_show_one_look(inline: pk.Workers, monkeypatch: pytest
             shown.append(("table", summary.seconds))
             return write(summary, *rest, **how)
 
-        monkeypatch.setattr(room._picture, "frame", frame)
+        monkeypatch.setattr(room._screen.picture.live, "frame", frame)
         monkeypatch.setattr(report, "summary_html", summary)
         room.start()
         until(lambda: len(shown) > 9)
@@ -505,7 +512,7 @@ def test_picture_and_table_show_one_look(inline: pk.Workers, monkeypatch: pytest
 
 
 def test_a_rival_that_is_uncertain_is_timed_again(inline: pk.Workers, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(PANEL, "_RIVAL_EVERY_SECONDS", 0.2)
+    monkeypatch.setattr(baseline_schedule, "_EVERY_SECONDS", 0.2)
     run = endless(inline)
     measured = []
 
@@ -524,16 +531,16 @@ def test_a_rival_that_is_uncertain_is_timed_again(inline: pk.Workers, monkeypatc
 def test_a_run_that_fails_says_why_in_the_panel(inline: pk.Workers) -> None:
     with opened(FailsLate("<b>broken</b>"), DIGITS, on=inline, steps=100) as room:
         run = room.start()
-        until(lambda: room._settled)
+        until(lambda: closed(room))
         assert run.status == "failed"
-        _, text = room._last_words()
+        _, text = last_words(room)
         assert "Failed after step" in text
         assert "FloatingPointError: <b>broken</b>" in " ".join(text.split())  # plain text, which nobody renders
         with pytest.raises(RunError):
             room.tour()
     with opened(run) as again:
-        assert again._settled
-        assert "Failed after step" in again._last_words()[1]
+        assert closed(again)
+        assert "Failed after step" in last_words(again)[1]
 
 
 # --- beginning and end
@@ -569,11 +576,11 @@ def test_closing_stops_the_run_that_the_panel_started(inline: pk.Workers, nothin
     room._controls.close.click()
     assert run.stopped_early
     assert not watchers()
-    text = room._last_words()[1]
+    text = last_words(room)[1]
     assert "so its run was stopped" in text
     room.close()
     room.close()
-    assert room._last_words()[1] == text
+    assert last_words(room)[1] == text
     with pytest.raises(RunError, match="has its run already"):
         room.start()
 
@@ -584,7 +591,7 @@ def test_closing_leaves_a_given_run_going(inline: pk.Workers) -> None:
         wait_for(run, lambda: run.step > 0)
         room.close()
         assert not watchers()
-        assert "the run goes on" in room._last_words()[1]
+        assert "the run goes on" in last_words(room)[1]
         held = run.step
         wait_for(run, lambda: run.step > held)
 
@@ -604,7 +611,7 @@ def test_closing_before_the_start_leaves_nothing_and_starts_nothing(inline: pk.W
     assert not room.history.steps
     room.close()
     assert repr(room) == "<Panel (closed): no run yet>"
-    assert room._last_words() == (None, "\n".join(room._remarks))
+    assert last_words(room) == (None, "\n".join(room._remarks))
     with pytest.raises(RunError, match="closed before its run was started"):
         room.start()
     room._controls.start.click()
@@ -615,7 +622,7 @@ def test_a_closed_panel_leaves_no_widget_behind(inline: pk.Workers) -> None:
     before = set(widget_registry._instances)
     room = pk.panel(net(), DIGITS, on=inline, steps=3, baselines=False)  # without a box for epochs
     run = room.start().wait(LIMIT, progress=False)
-    until(lambda: room._settled)
+    until(lambda: closed(room))
     room.close()
     pk.panel(run)
     left = [widget_registry._instances[name] for name in set(widget_registry._instances) - before]
@@ -644,7 +651,7 @@ def test_a_panel_over_a_run_that_has_ended_is_a_picture(inline: pk.Workers, stop
     run.wait(LIMIT, progress=False)
     room = pk.panel(run)
     assert not watchers()
-    picture, text = room._last_words()
+    picture, text = last_words(room)
     assert picture is not None
     assert picture.startswith(b"\x89PNG")
     assert text.startswith("Stopped after step" if stopped else "Finished after step 3 of 3")
@@ -654,7 +661,7 @@ def test_a_panel_over_a_run_that_has_ended_is_a_picture(inline: pk.Workers, stop
     with pytest.raises(RunError):
         room.start()
     room.close()
-    assert "was closed" not in room._last_words()[1]
+    assert "was closed" not in last_words(room)[1]
 
 
 def test_a_pool_that_closes_ends_the_run_and_its_panel(nothing_left: None) -> None:
@@ -662,9 +669,9 @@ def test_a_pool_that_closes_ends_the_run_and_its_panel(nothing_left: None) -> No
         room = pk.panel(net(), DIGITS, on=workers, steps=100_000, baselines=False)
         run = room.start()
         wait_for(run, lambda: run.step > 0)
-    until(lambda: room._settled)
+    until(lambda: closed(room))
     assert run.stopped_early
-    assert "Stopped after step" in room._last_words()[1]
+    assert "Stopped after step" in last_words(room)[1]
 
 
 def test_a_pool_that_closed_before_the_start_is_told(inline: pk.Workers) -> None:
@@ -696,8 +703,8 @@ def test_a_busy_pool_is_told_and_the_panel_starts_later(inline: pk.Workers) -> N
 def test_a_newer_panel_over_a_run_takes_the_place_of_the_older(inline: pk.Workers) -> None:
     run = endless(inline, workers=2)
     with opened(run) as older, opened(run) as newer:
-        assert older._settled
-        assert "A newer panel took its place; the run goes on" in older._last_words()[1]
+        assert closed(older)
+        assert "A newer panel took its place; the run goes on" in last_words(older)[1]
         assert len(watchers()) == 1
         newer._controls.workers.value = 3
         wait_for(run, lambda: run.world_size == 3)
@@ -710,7 +717,7 @@ def test_a_newer_panel_inherits_the_run_that_the_older_one_started(inline: pk.Wo
     older = pk.panel(net(), DIGITS, on=inline, steps=100_000, baselines=False)
     run = older.start()
     newer = pk.panel(run, baselines=False)
-    assert older._settled
+    assert closed(older)
     older.close()
     assert run.status == "running"
     newer.close()
@@ -868,7 +875,7 @@ def test_a_run_takes_no_options(inline: pk.Workers) -> None:
      (17, [*range(1, 9), 16, 17]), (64, [*range(1, 9), 16, 32, 64])],
 )  # fmt: skip
 def test_a_tour_stops_at_every_small_count_and_then_at_doublings(most: int, stops: list[int]) -> None:
-    assert stops_of_a_tour(most) == stops
+    assert stops_up_to(most) == stops
 
 
 class Pretended:
@@ -1081,7 +1088,7 @@ def test_a_frame_that_cannot_be_drawn_is_told_and_the_run_goes_on(
         def fail(summary: RunSummary) -> bytes:
             raise OverflowError("no such number")
 
-        monkeypatch.setattr(room._picture, "frame", fail)
+        monkeypatch.setattr(room._screen.picture.live, "frame", fail)
         run = room.start()
         until(lambda: "The picture could not be drawn: OverflowError" in status(room))
         assert run.status == "running"

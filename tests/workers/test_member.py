@@ -54,7 +54,7 @@ def worker(tmp_path: Path) -> Iterator[Member]:
     made = member(tmp_path)
     yield made
     made.leave_group()
-    made.close_snapshots()
+    made.snapshots.close()
 
 
 def steps(segment: Segment) -> list[int]:
@@ -71,7 +71,7 @@ def test_one_that_was_ordered_ahead_is_left_out_if_a_vote_ended_the_one_before(w
     worker.halt(7)
     assert steps(worker.segment(1, 0, 5, 6, ahead=False)) == [0]
     assert steps(worker.segment(2, 5, 3, 6, ahead=True)) == []
-    assert worker.replica.step == 1
+    assert worker.engine.step == 1
     assert steps(worker.segment(3, 1, 2, 7, ahead=False)) == [1, 2]
 
 
@@ -98,25 +98,25 @@ def test_after_a_failure_nothing_that_was_ordered_ahead_is_done(tmp_path: Path) 
     with pytest.raises(ValueError, match="as it should"):
         worker.segment(2, 2, 2, 0, ahead=True)
     # It has come to step 3, and so the next one seems to fit; but partners may be elsewhere.
-    assert worker.replica.step == 3
+    assert worker.engine.step == 3
     assert steps(worker.segment(3, 3, 1, 0, ahead=True)) == []
     assert worker.group is None  # the partners need not wait
-    assert worker.replica.fall_back(2)
-    assert worker.replica.step == 2
+    assert worker.engine.fall_back(2)
+    assert worker.engine.step == 2
 
 
 def test_it_can_go_back_to_where_either_of_two_segments_began(worker: Member) -> None:
-    states = {0: flat(worker.replica.live_state())}
+    states = {0: flat(worker.engine.live_state())}
     for number, first in enumerate((0, 3, 5)):
         worker.segment(number + 1, first, 3 if first == 0 else 2, 0, ahead=first > 0)
-        states[worker.replica.step] = flat(worker.replica.live_state())
+        states[worker.engine.step] = flat(worker.engine.live_state())
     # The driver has the report of the second segment at most, so it is at step 3 or 5.
     assert not worker.fall_back(1, 0).intact
-    assert worker.replica.step == 7
+    assert worker.engine.step == 7
     assert worker.fall_back(2, 5).intact
-    assert flat(worker.replica.live_state()) == states[5]
+    assert flat(worker.engine.live_state()) == states[5]
     assert worker.fall_back(3, 3).intact
-    assert flat(worker.replica.live_state()) == states[3]
+    assert flat(worker.engine.live_state()) == states[3]
     assert worker.fall_back(4, 3).intact
     assert not worker.fall_back(5, 5).intact  # that was undone: whoever goes on from step 3 may come elsewhere
     with pytest.raises(StaleGeneration):
@@ -146,14 +146,14 @@ def test_alone_with_a_snapshots_it_leaves_the_state_of_wherever_the_driver_may_b
         assert [int(seen.newest(step)["step"]) for step in (5, 7, 9)] == [5, 7, 9]  # type: ignore[index]
     finally:
         worker.leave_group()
-        worker.close_snapshots()
+        worker.snapshots.close()
 
 
 def test_a_worker_alone_leaves_gradients_where_torch_makes_them(worker: Member) -> None:
     worker.segment(1, 0, 1, 0, ahead=False)
-    vector = worker.replica.buffer.sum._vector
+    vector = worker.engine.buffer.sum._vector
     inside = range(vector.data_ptr(), vector.data_ptr() + vector.nbytes)
-    grads = [p.grad for p in worker.replica.buffer.parameters if p.grad is not None]
+    grads = [p.grad for p in worker.engine.buffer.parameters if p.grad is not None]
     assert grads
     assert all(grad.data_ptr() not in inside for grad in grads)
 
@@ -162,9 +162,9 @@ def test_where_rank_0_keeps_states_for_all_others_keep_none(worker: Member) -> N
     # The fixture's worker has no snapshots, as one that is not of rank 0.
     for number in range(1, 4):  # a momentum comes with the first step, and there is room for it
         worker.segment(number, number - 1, 1, 0, ahead=False, covered=True)
-        assert worker.replica._commits.of_step(number - 1) is None
+        assert worker.engine._commits.of_step(number - 1) is None
     worker.segment(4, 3, 1, 0, ahead=False, covered=False)  # the driver has lost hold of the snapshots
-    assert worker.replica._commits.of_step(3) is not None
+    assert worker.engine._commits.of_step(3) is not None
     assert worker.fall_back(1, 3).intact
 
 
@@ -175,7 +175,7 @@ def test_others_keep_states_as_long_as_the_snapshots_of_rank_0_may_be_moving(tmp
     kept = []
     for number in range(1, 60):
         made.segment(number, number - 1, 1, 0, ahead=False, covered=True)
-        kept.append(made.replica._commits.of_step(number - 1) is not None)
+        kept.append(made.engine._commits.of_step(number - 1) is not None)
     made.leave_group()
     assert not kept[0]
     assert any(kept)
@@ -195,11 +195,11 @@ def test_what_rank_0_keeps_it_keeps_also_for_others(tmp_path: Path) -> None:
         assert state["step"] == 5
     finally:
         worker.leave_group()
-        worker.close_snapshots()
+        worker.snapshots.close()
 
 
 def who_divides() -> list[bool]:
-    return [member.replica.sharded for member in members_here._members.values()]
+    return [member.engine.sharded for member in members_here._members.values()]
 
 
 @pytest.mark.dask

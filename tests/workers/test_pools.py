@@ -25,7 +25,7 @@ from parakit.errors import ConnectError, PoolError, WorkerCountError, WorkerLost
 from parakit.workers import remote
 from parakit.workers.assignment import GroupAssignment
 from parakit.workers.commands import Orders
-from parakit.workers.dask.session import DaskSession
+from parakit.workers.dask.staging import Staging
 from parakit.workers.dask.worker_ids import address_of
 from tests.conftest import leftovers, standing
 from tests.runs.test_exact import wait_for
@@ -109,14 +109,14 @@ def test_an_address_cannot_grow(foreign: LocalCluster) -> None:
 def test_a_run_that_is_stopped_before_its_chunks_arrived_leaves_no_thread(
     foreign: LocalCluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    loading, load = threading.Event(), DaskSession._load_for
+    loading, bring = threading.Event(), Staging.bring_chunks
 
-    def slowly(session: DaskSession, assignment: GroupAssignment) -> Any:
+    def slowly(staging: Staging, assignment: GroupAssignment) -> Any:
         loading.set()
         time.sleep(0.5)
-        return load(session, assignment)
+        return bring(staging, assignment)
 
-    monkeypatch.setattr(DaskSession, "_load_for", slowly)
+    monkeypatch.setattr(Staging, "bring_chunks", slowly)
     with pk.connect(foreign.scheduler_address) as workers:
         run = endless(workers, workers=2)
         assert loading.wait(LIMIT)
@@ -191,7 +191,8 @@ def test_orders_of_an_older_generation_are_refused(pool: pk.Workers) -> None:
     wait_for(run, lambda: run.world_size == 1)
     run.resize(2)
     wait_for(run, lambda: run.world_size == 2)
-    client, worker, run_id = pool.client, address_of(pool.names[1]), run._plan.job.run_id  # type: ignore[attr-defined]
+    client, worker = pool.client, address_of(pool.names[1])  # type: ignore[attr-defined]
+    (run_id,) = client.run(remote.survey, workers=[worker])[worker]["runs"]
     for generation in (0, 1):
         order = client.submit(
             remote.advance, run_id, generation, 1, 0, 1, 0, False, False, workers=[worker], pure=False
@@ -257,7 +258,7 @@ def test_a_script_without_a_guard_is_told_about_it(tmp_path: Path) -> None:
 
 def test_a_worker_that_dies_while_it_is_asked_is_lost_and_no_error_of_a_users_code(nothing_left: None) -> None:
     with pk.connect(1) as pool, pytest.raises(WorkerLost, match="died before it answered"):
-        pool._run(die, pool.names)  # type: ignore[attr-defined]
+        pool.cluster.run(die, pool.names)  # type: ignore[attr-defined]
 
 
 def die() -> None:

@@ -6,31 +6,28 @@ and for how long; refuses to sum up. All train the same few batches, so that no 
 
 from __future__ import annotations
 
-import itertools
-import time
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from parakit.baselines.measure import PlainArm
 from parakit.data.samples import Samples
-from parakit.engines.recipe import OptimizerFactory
-from parakit.errors import InputError, ParakitError, RunError, Unreachable
+from parakit.errors import InputError
 from parakit.formatting import many
 from parakit.runs.arguments import check_on_cores, check_pool
+from parakit.runs.options import StepOptions, check_names
 from parakit.runs.plan import Plan
 from parakit.runs.planning import plan
+from parakit.scaling.experiments.arms import FreshRun
+from parakit.scaling.experiments.experiment import Clock, Experiment, check_free
 from parakit.scaling.experiments.progress_bar import Ticker
-from parakit.scaling.experiments.visits import ENDLESS, begun, end, timed
+from parakit.scaling.experiments.visits import ENDLESS
 from parakit.scaling.study.advice import Advice, Layout
-from parakit.scaling.study.records import Measurement
-from parakit.strategies.base import Strategy
 from parakit.system.this_host import cores_here, host_here, name_here
-from parakit.validation import brief, check_positive, check_whole, plain
+from parakit.validation import check_flag, check_positive, check_whole, plain
 from parakit.workers.pool import Workers
 
 __all__ = ["advise", "layouts"]
@@ -51,14 +48,10 @@ def advise(
     *,
     on: Workers,
     seconds: float = 12.0,
-    loss: Callable[[Any, Any], Tensor] | None = None,
-    optimizer: OptimizerFactory | None = None,
-    clip_norm: float | None = None,
-    strategy: Strategy | None = None,
     batch_size: int | None = None,
     seed: int = 0,
-    limit_seconds: float = 10.0,
     progress: bool = True,
+    **options: Unpack[StepOptions],
 ) -> Advice:
     """Try for a few seconds which layout of processes and threads trains this model fastest on this machine.
 
@@ -71,7 +64,7 @@ def advise(
 
     Parameters
     ----------
-    model, data, loss, optimizer, clip_norm, strategy, limit_seconds
+    model, data
         As for `parakit.train`. The model is copied, never changed; what is trained here is thrown away.
     on : Workers
         From `parakit.connect`. On workers of other machines, only their own layout is tried, against plain PyTorch on
@@ -84,6 +77,8 @@ def advise(
         Of the order in which things are tried.
     progress : bool
         Whether to show a line that says what is being tried.
+    **options
+        As for `parakit.train`: loss, optimizer, clip_norm, strategy, limit_seconds.
 
     Returns
     -------
@@ -109,30 +104,44 @@ def advise(
     >>> advice.options["workers"]
     1
     """
+    check_names(options, StepOptions, "advise")
     pool = check_pool(on)
     seconds, seed = map(plain, (seconds, seed))
     check_positive("seconds", seconds)
     check_whole("seed", seed, 0)
-    if not isinstance(progress, bool):
-        raise InputError(f"progress is {brief(progress)}; it must be True or False.")
+    check_flag("progress", progress)
     _check_real(pool)
     check_on_cores(pool, "parakit.advise")
 
-    def make(layout: Layout, rows: Any) -> Plan:
+    def make(rows: Any, workers: int = 1, threads: int = 1) -> Plan:
         return plan(
-            model, rows, on=on, workers=layout.workers, threads=layout.threads, loss=loss, optimizer=optimizer,
-            clip_norm=clip_norm, strategy=strategy, batch_size=batch_size, steps=ENDLESS, seed=seed,
-            limit_seconds=limit_seconds, on_nonfinite="continue",
+            model, rows, on=on, workers=workers, threads=threads, batch_size=batch_size, steps=ENDLESS, seed=seed,
+            on_nonfinite="continue", **options,
         )  # fmt: skip
 
-    size = make(Layout(1, 1), data).start.batch_size  # refuses what cannot be right, by the whole data
+    size = make(data).start.batch_size  # refuses what cannot be right, by the whole data
     few = _few(Samples.of(data), _BATCHES * size, seed)
-    first = make(Layout(1, 1), few)
-    pool.hold("advice", lambda: None)
-    pool.free("advice")
+    first = make(few)
+    check_free(pool, "advice")
     choice = _choice(pool, len(first.assignment.training.sizes))
-    trial = _Trial(pool, lambda layout: make(layout, few), first, choice, float(seconds), shown=progress)
-    return trial.go(np.random.default_rng(seed))
+    seconds = float(seconds)
+    visits = _BLOCKS * len(choice.tried)
+    visit_seconds = min(_LONGEST_SECONDS, max(_SHORTEST_SECONDS, seconds / visits - _AROUND_SECONDS))
+    clock = Clock(seconds=seconds, first_seconds=max(_LEAST_SECONDS, _PATIENCE * seconds))
+    ticker = Ticker(visits, seconds / visits, shown=progress)
+    experiment = Experiment[Layout](
+        FreshRun(lambda workers, threads: make(few, workers, threads), pool, left=clock.left),
+        PlainArm(first.job, pool, visit_seconds, seconds),
+        pool, visit_seconds, first.start.batch_size, choice.cores, clock, ticker, named=True,
+    )  # fmt: skip
+    try:
+        experiment.run(choice.tried, _MOST_BLOCKS, seed)
+    finally:
+        ticker.end(experiment.summary)
+    return Advice(
+        experiment.found, parameters=first.start.parameters, where=choice.where, cores=choice.cores,
+        notes=[*choice.notes, *experiment.unreachable.values()], stopped=experiment.stopped,
+    )  # fmt: skip
 
 
 def layouts(cores: int, processes: int, most: int = _MOST_LAYOUTS) -> tuple[Layout, ...]:
@@ -184,100 +193,6 @@ def _choice(pool: Workers, chunks: int) -> _Choice:
             "The workers are on other machines: only their own layout was tried, against plain PyTorch on one of them."
         )
     return _Choice((*rivals, *ours), cores, f"{pool.kind}; {where}", tuple(notes))
-
-
-class _Trial:
-    """What is going on, and what it has so far."""
-
-    def __init__(
-        self, pool: Workers, make: Callable[[Layout], Plan], first: Plan, choice: _Choice, seconds: float,
-        *, shown: bool,
-    ) -> None:  # fmt: skip
-        self._pool, self._make, self._choice = pool, make, choice
-        self._batch_size, self._parameters = first.start.batch_size, first.start.parameters
-        visits = _BLOCKS * len(choice.tried)
-        self._visit_seconds = min(_LONGEST_SECONDS, max(_SHORTEST_SECONDS, seconds / visits - _AROUND_SECONDS))
-        self._rivals = PlainArm(first.job, pool, self._visit_seconds, seconds)
-        self._began = time.monotonic()
-        self._soft, self._hard = self._began + seconds, self._began + max(_LEAST_SECONDS, _PATIENCE * seconds)
-        self._ticker = Ticker(visits, seconds / visits, shown=shown)
-        self._found: list[Measurement] = []
-        self._failed: dict[Layout, str] = {}
-        self._stopped = ""
-
-    def go(self, generator: np.random.Generator) -> Advice:
-        try:
-            for block, layout in self._order(generator):
-                self._ticker.show(str(layout))
-                self._try(block, layout)
-                self._ticker.tick()
-        except KeyboardInterrupt:
-            self._give_up("interrupted.")
-        except ParakitError as error:
-            self._give_up(str(error).splitlines()[0])
-        finally:
-            self._ticker.end(f"{many(len(self._found), 'measurement')} made")
-        if not self._found:
-            raise RunError("Nothing could be measured.", cause=" ".join(self._failed.values()) or self._stopped)
-        return Advice(
-            self._found, parameters=self._parameters, where=self._choice.where, cores=self._choice.cores,
-            notes=[*self._choice.notes, *self._failed.values()], stopped=self._stopped,
-        )  # fmt: skip
-
-    def _order(self, generator: np.random.Generator) -> Iterator[tuple[int, Layout]]:
-        """Visits as long as there is time: everything once in any case, unless that takes far too long."""
-        for block in itertools.takewhile(lambda block: block < _MOST_BLOCKS, itertools.count()):
-            for place in generator.permutation(len(self._choice.tried)).tolist():
-                if time.monotonic() > (self._soft if block else self._hard):
-                    self._note_untried()
-                    return
-                yield block, self._choice.tried[place]
-
-    def _note_untried(self) -> None:
-        known = {Layout(m.workers, m.threads) for m in self._found} | set(self._failed)
-        if missing := [str(layout) for layout in self._choice.tried if layout not in known]:
-            self._stopped = f"there was no time for {'; '.join(missing)}."
-
-    def _give_up(self, why: str) -> None:
-        """End with what there is; where there is nothing, let the error go on."""
-        self._stopped = why
-        if not self._found:
-            raise
-
-    def _try(self, block: int, layout: Layout) -> None:
-        if layout in self._failed:
-            return
-        try:
-            self._found.append(self._at_workers(block, layout) if layout.workers else self._plain(block, layout))
-        except Unreachable as error:
-            self._failed[layout] = f"{layout}: {str(error).splitlines()[0]}"
-
-    def _at_workers(self, block: int, layout: Layout) -> Measurement:
-        run = begun(self._make(layout), self._pool)
-        try:
-            found = timed(run, layout.workers, self._visit_seconds, max(1.0, self._hard - time.monotonic()))
-        finally:
-            end(run)
-        return self._measurement(
-            block, layout, found.rate, found.step_seconds, len(found.steps), found.seconds, found.breakdown()
-        )
-
-    def _plain(self, block: int, layout: Layout) -> Measurement:
-        spent = [self._batch_size / rate for rate in self._rivals.visit(layout.threads).rates]
-        seconds = sum(spent)
-        rate = self._batch_size * len(spent) / seconds
-        return self._measurement(block, layout, rate, float(np.median(spent)), len(spent), seconds, ())
-
-    def _measurement(
-        self, block: int, layout: Layout, rate: float, step_seconds: float, steps: int, seconds: float,
-        breakdown: tuple[float, ...],
-    ) -> Measurement:  # fmt: skip
-        before = sum((m.workers, m.threads) == (layout.workers, layout.threads) for m in self._found)
-        return Measurement(
-            layout.workers, before, block, rate, step_seconds, steps, seconds, breakdown,
-            time.monotonic() - self._began, "workers" if layout.workers else "plain", layout.threads,
-            self._choice.cores,
-        )  # fmt: skip
 
 
 def _few(samples: Samples, rows: int, seed: int) -> Samples:

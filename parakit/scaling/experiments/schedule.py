@@ -1,20 +1,25 @@
-"""The extent of a sweep: which worker counts, how often and for how long, and what would be too much.
+"""The schedule of an experiment: what is visited, in which order, how often and for how long, and what is too much.
 
 Owns the checks of what a sweep is asked for, before anything is started; refuses to measure.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import islice
-from typing import Any
+from typing import Any, TypeVar
+
+import numpy as np
 
 from parakit.data.samples import Samples
 from parakit.errors import InputError, WorkerCountError
+from parakit.events.records import baseline_name
+from parakit.formatting import many
 from parakit.validation import brief, check_positive, check_whole, plain
 from parakit.workers.pool import Workers
 
-__all__ = ["AROUND_SECONDS", "check_extent", "rows_of_a_worker", "usual_counts", "wanted_counts"]
+__all__ = ["AROUND_SECONDS", "Count", "blocks", "check_extent", "rows_of_a_worker", "usual_counts", "wanted_counts"]
 
 #: Of a visit that go into its warm-up and the change to it, beside what is timed.
 AROUND_SECONDS = 0.6
@@ -25,6 +30,27 @@ _MOST_COUNT = 100_000
 _MOST_COUNTS = 1000
 _MOST_REPEATS = 10_000
 _MOST_HOURS = 24.0  # longer is a mistake, or worth several sweeps that are kept one by one
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Count:
+    """What a sweep visits: a worker count, or plain PyTorch (no workers), with some threads in each process."""
+
+    workers: int
+    threads: int
+
+    def __str__(self) -> str:
+        return many(self.workers, "worker") if self.workers else baseline_name(self.threads)
+
+
+def blocks(places: Sequence[T], repeats: int, seed: int) -> Iterator[tuple[int, T]]:
+    """The order of visits: each block, counted from 0, has every place once, in an order that is drawn anew."""
+    generator = np.random.default_rng(seed)
+    for block in range(repeats):
+        for place in generator.permutation(len(places)).tolist():
+            yield block, places[place]
 
 
 def usual_counts(pool: Workers) -> list[int]:

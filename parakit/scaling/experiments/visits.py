@@ -1,18 +1,17 @@
-"""Visits of a sweep: to a worker count or to plain PyTorch, each timed for a moment once it has warmed up.
+"""One visit to a worker count: a run that is brought there, and timed for a moment once it has warmed up.
 
-Owns how one visit is made: by one run that is resized from visit to visit (strong scaling), or by a run of its own
-(weak scaling, where the batch differs). All times are those that events tell, by the clock of the workers. Refuses to
-know in which order visits are made, and what becomes of them.
+Owns what counts as warm-up, and what is timed. All times are those that events tell, by the clock of the workers.
+Refuses to know in which order visits are made, and what becomes of them.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -25,21 +24,13 @@ from parakit.runs.run import Run
 from parakit.system.threads import uninterrupted
 from parakit.workers.pool import Workers
 
-__all__ = [
-    "ENDLESS",
-    "Arm",
-    "FreshRun",
-    "ResizedRun",
-    "Timed",
-    "begun",
-    "end",
-    "timed",
-]
+__all__ = ["ENDLESS", "LOOK_SECONDS", "Timed", "check_going", "end", "start_run", "timed"]
 
 #: Steps of a run that is timed: whoever times it ends it.
 ENDLESS = 10**9
+#: Between looks at a run that is waited for.
+LOOK_SECONDS = 0.01
 
-_LOOK_SECONDS = 0.01
 _WARM_UP_SECONDS = 0.2  # a segment in any case: caches are cold, and the pace of segments is still that of before
 _FIRST_SEGMENTS = 3  # of a run are warm-up too: each keeps its state in memory that was never used before
 _ARRIVAL_SECONDS = 120.0  # that a count may take to come about, all growing and recovering included
@@ -99,79 +90,8 @@ class Timed:
         return [*moved, *(replace(n, at_seconds=n.at_seconds + since_seconds) for n in self.norms)]
 
 
-class Arm(Protocol):
-    """A way to bring training to a worker count."""
-
-    run: Run | None
-
-    def visit(self, count: int, seconds: float) -> Timed:
-        """Train at a count until so many seconds are timed."""
-
-    def rest(self) -> None:
-        """Let all workers stand still."""
-
-
-class ResizedRun:
-    """One run that is resized from visit to visit, and stands still in between when it has to.
-
-    Parameters
-    ----------
-    made : Plan
-    pool : Workers
-    """
-
-    def __init__(self, made: Plan, pool: Workers) -> None:
-        self._made = made
-        self._pool = pool
-        self.run: Run | None = None
-
-    def visit(self, count: int, seconds: float) -> Timed:
-        """Train at a count until so many seconds are timed."""
-        if self.run is None:
-            self.run = begun(self._made, self._pool)
-        return timed(self.run, count, seconds)
-
-    def rest(self) -> None:
-        """Pause the run, and wait until it stands still."""
-        run = self.run
-        if run is None or run.status == "paused":
-            return
-        _check_going(run)
-        run.pause()
-        while run.status != "paused":
-            _check_going(run)
-            time.sleep(_LOOK_SECONDS)
-
-
-class FreshRun:
-    """A run for each visit, as the size of a batch cannot change within one.
-
-    Parameters
-    ----------
-    make : callable
-        Plans the run for a worker count.
-    pool : Workers
-    """
-
-    def __init__(self, make: Callable[[int], Plan], pool: Workers) -> None:
-        self._make = make
-        self._pool = pool
-        self.run: Run | None = None
-
-    def visit(self, count: int, seconds: float) -> Timed:
-        """Train at a count until so many seconds are timed, and end that run."""
-        self.run = begun(self._make(count), self._pool)
-        try:
-            return timed(self.run, count, seconds)
-        finally:
-            end(self.run)
-
-    def rest(self) -> None:
-        """Nothing goes on between visits."""
-
-
-def begun(made: Plan, pool: Workers) -> Run:
-    """A run; an interrupt in the middle leaves none that nobody knows of."""
+def start_run(made: Plan, pool: Workers) -> Run:
+    """A run that begins; an interrupt in the middle leaves none that nobody knows of."""
     return uninterrupted(lambda: Run(made, pool, History()), end, _END_SECONDS)
 
 
@@ -203,7 +123,7 @@ def timed(run: Run, count: int, seconds: float, limit_seconds: float = math.inf)
     RunError, PoolError
         If the run ended.
     """
-    _check_going(run)
+    check_going(run)
     if run.target != count:
         run.resize(count)
     newest = run.history.latest(SegmentDone)
@@ -217,10 +137,10 @@ def timed(run: Run, count: int, seconds: float, limit_seconds: float = math.inf)
             return _timed(run.history, _enough(segments, seconds))
         if run.world_size != count and (run.target != count or time.monotonic() - asked > _ARRIVAL_SECONDS):
             raise _unreachable(run, count)
-        _check_going(run)
+        check_going(run)
         if time.monotonic() - asked > limit_seconds:
             raise Unreachable(f"{many(count, 'worker')} did too few steps within {limit_seconds:.0f} s to be timed.")
-        time.sleep(_LOOK_SECONDS)
+        time.sleep(LOOK_SECONDS)
 
 
 def _warm(segments: Sequence[SegmentDone], count: int, least: int) -> list[SegmentDone]:
@@ -248,7 +168,7 @@ def _timed(history: History, segments: Sequence[SegmentDone]) -> Timed:
     return Timed(segments, steps, norms, groups)
 
 
-def _check_going(run: Run) -> None:
+def check_going(run: Run) -> None:
     """Raise why a run ended, if it did."""
     if run.error is not None:
         raise run.error

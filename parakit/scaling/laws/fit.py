@@ -22,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from parakit.errors import InputError
+from parakit.formatting import html_grid
 from parakit.scaling.laws.laws import LAWS, Law, law_named, usl_peak
 from parakit.scaling.laws.observations import Points, check_asked, check_points
 from parakit.scaling.laws.profile_likelihood import Region
@@ -249,18 +250,13 @@ class Fit:
         return "" if math.isnan(low) else f" ({low:.3g} to {high:.3g})"
 
     def _repr_html_(self) -> str:
-        rows = "".join(
-            f"<tr><td>{html.escape(name)}</td><td>{value:.4g}</td><td>{interval}</td></tr>"
-            for name, value in self.parameters.items()
-            for interval in [self._interval(name)[2:-1] or "unknown"]
-        )
+        rows = [
+            [name, f"{value:.4g}", self._interval(name)[2:-1] or "unknown"] for name, value in self.parameters.items()
+        ]
+        table = html_grid(["parameter", "value", f"{100 * self.confidence:g} % interval"], rows)
         said = "".join(f"<li>{html.escape(text)}</li>" for text in (self.words, *self.remarks))
-        percent = f"{100 * self.confidence:g} %"
-        return (
-            f"<p>Law of scaling: {html.escape(self.law.name)}, {html.escape(self.law.words)}</p><table><thead><tr>"
-            f"<th>parameter</th><th>value</th><th>{percent} interval</th></tr></thead><tbody>{rows}</tbody></table>"
-            f"<ul>{said}</ul>"
-        )
+        law = f"{html.escape(self.law.name)}, {html.escape(self.law.words)}"
+        return f"<p>Law of scaling: {law}</p>{table}<ul>{said}</ul>"
 
 
 def rate_in_words(rate: float) -> str:

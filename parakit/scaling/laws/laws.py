@@ -6,8 +6,8 @@ coefficients, which makes the laws easy to compare, and to fit.
 
 References
 ----------
-Amdahl, AFIPS SJCC 30 (1967) 483. Gustafson, CACM 31 (1988) 532. Karp and Flatt, CACM 33 (1990) 539. Gunther, "Guerrilla
-Capacity Planning", 2007 (the universal scalability law, USL).
+Amdahl, AFIPS SJCC 30 (1967) 483. Karp and Flatt, CACM 33 (1990) 539. Gunther, "Guerrilla Capacity Planning", 2007 (the
+universal scalability law, USL).
 """
 
 from __future__ import annotations
@@ -22,11 +22,7 @@ import numpy.typing as npt
 
 from parakit.errors import InputError
 
-__all__ = [
-    "LAWS", "Law", "amdahl", "efficiency", "gustafson", "karp_flatt", "law_named", "serial_fraction_of_parallel_run",
-    "serial_fraction_of_serial_run", "speedup", "usl", "usl_latency", "usl_limit", "usl_optimum", "usl_peak",
-    "usl_workers_at_latency",
-]  # fmt: skip
+__all__ = ["LAWS", "Law", "efficiency", "karp_flatt", "law_named", "speedup", "usl", "usl_peak"]
 
 Floats = npt.NDArray[np.float64]
 
@@ -51,29 +47,6 @@ def karp_flatt(s: Any, n: Any) -> Any:
         return np.where(n > 1, (1 / s - 1 / n) / (1 - 1 / n), np.nan)[()]
 
 
-def amdahl(n: Any, serial: Any) -> Any:
-    """Speedup at fixed work, 1 / (s + (1 - s) / N), where s is the serial fraction of the serial run."""
-    n = np.asarray(n, np.float64)
-    return (1 / (serial + (1 - serial) / n))[()]
-
-
-def gustafson(n: Any, serial: Any) -> Any:
-    """Scaled speedup N - s' (N - 1), where s' is the serial fraction of the parallel run."""
-    n = np.asarray(n, np.float64)
-    return (n - serial * (n - 1))[()]
-
-
-def serial_fraction_of_serial_run(of_parallel_run: Any, n: Any) -> Any:
-    """Amdahl's fraction s from Gustafson's s': s' / (s' + (1 - s') N)."""
-    return of_parallel_run / (of_parallel_run + (1 - of_parallel_run) * np.asarray(n, np.float64)[()])
-
-
-def serial_fraction_of_parallel_run(of_serial_run: Any, n: Any) -> Any:
-    """Gustafson's fraction s' from Amdahl's s: s N / (1 + s (N - 1)), the inverse of the above."""
-    n = np.asarray(n, np.float64)[()]
-    return of_serial_run * n / (1 + of_serial_run * (n - 1))
-
-
 def usl(n: Any, sigma: float, kappa: float, rate_of_one: float = 1.0) -> Any:
     """Throughput by the USL: lambda N / (1 + sigma (N - 1) + kappa N (N - 1))."""
     n = np.asarray(n, np.float64)
@@ -83,47 +56,6 @@ def usl(n: Any, sigma: float, kappa: float, rate_of_one: float = 1.0) -> Any:
 def usl_peak(sigma: float, kappa: float) -> float:
     """The number of workers with the highest throughput, sqrt((1 - sigma) / kappa); infinite where kappa is 0."""
     return math.sqrt((1 - sigma) / kappa) if kappa > 0 and sigma < 1 else math.inf if kappa <= 0 else 1.0
-
-
-def usl_latency(n: Any, sigma: float, kappa: float, rate_of_one: float = 1.0) -> Any:
-    """Response time R = N / X by Little's law, in the unit of 1 / lambda."""
-    return np.asarray(n, np.float64)[()] / usl(n, sigma, kappa, rate_of_one)
-
-
-def usl_limit(sigma: float, rate_of_one: float = 1.0) -> float:
-    """The throughput that a serial part alone would never exceed, lambda / sigma; infinite where sigma is 0."""
-    return rate_of_one / sigma if sigma > 0 else math.inf
-
-
-def usl_optimum(sigma: float) -> float:
-    """The number of workers at which growth without any loss would reach `usl_limit`, 1 / sigma."""
-    return usl_limit(sigma)
-
-
-def usl_workers_at_latency(latency: Any, sigma: float, kappa: float, rate_of_one: float = 1.0) -> Any:
-    """The number of workers at a response time: the inverse of `usl_latency`.
-
-    N = (kappa - sigma + sqrt(sigma^2 + kappa^2 + 2 kappa (2 lambda R + sigma - 2))) / (2 kappa); for kappa = 0 it is
-    (lambda R - 1 + sigma) / sigma. Derived from the latency form, and computed without differences of like numbers.
-
-    Parameters
-    ----------
-    latency : float or array
-        In the unit of 1 / lambda.
-
-    Returns
-    -------
-    float or array
-        NaN for a response shorter than any number of workers gives; infinite where no number reaches it.
-    """
-    beyond = rate_of_one * np.asarray(latency, np.float64) - 1 + sigma  # kappa N^2 + (sigma - kappa) N = this
-    slope = sigma - kappa
-    if kappa == 0 and sigma == 0:
-        return np.where(beyond >= 0, math.inf, math.nan)[()]
-    with np.errstate(invalid="ignore", divide="ignore"):
-        root = np.sqrt(slope**2 + 4 * kappa * beyond)
-        found = 2 * beyond / (slope + root) if slope >= 0 else (root - slope) / (2 * kappa)
-    return np.where(found > 0, found, math.nan)[()]
 
 
 @dataclass(frozen=True)

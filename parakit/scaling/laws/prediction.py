@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from parakit.errors import InputError
+from parakit.formatting import html_grid
 from parakit.scaling.laws.fit import SCENARIO_RATIO, Fit, rate_in_words
 from parakit.scaling.laws.observations import MOST_COUNT, check_asked
 
@@ -191,8 +192,6 @@ class Comparison:
         return "\n".join([f"<{what}: {self._heading}>", *lines, self.reason]).rstrip()
 
     def _repr_html_(self) -> str:
-        rows = "".join(f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in row)}</tr>" for row in self._rows())
         law = "law (simulated)" if self.simulated else "law"
-        head = f"<th>{law}</th><th>{self._heading}</th><th></th>"
         said = f"<p>{html.escape(self.reason)}</p>" if self.reason else ""
-        return f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>{said}"
+        return html_grid([law, self._heading, ""], self._rows()) + said

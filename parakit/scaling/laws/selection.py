@@ -1,31 +1,38 @@
 """Choosing between laws of scaling: by how well each predicts larger counts from smaller ones.
 
-Owns the rules by which laws are compared; the best one predicts, in a band that reaches around every law that predicted
-about as well. Their spread is the uncertainty of the model; far beyond the measurements it prevails.
+Owns the evidence for and against laws, and the rules by which they are compared; the best one predicts, in a band that
+reaches around every law that predicted about as well. Their spread is the uncertainty of the model; far beyond the
+measurements it prevails.
 
 References
 ----------
 Burnham and Anderson, "Model Selection and Multimodel Inference", 2nd edition, 2002, section 2.6 (a difference of more
-than 10 in the corrected criterion of Akaike leaves a model essentially no support).
+than 10 in the corrected criterion of Akaike leaves a model essentially no support). Hurvich and Tsai, Biometrika 76
+(1989) 297 (that criterion). Dawid, J. R. Stat. Soc. A 147 (1984) 278 (prediction of each observation from those before
+it).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
+import numpy.typing as npt
 
 from parakit.errors import InputError
-from parakit.scaling.laws.evidence import akaike, error_of, held_out_counts, is_explained, predicted
 from parakit.scaling.laws.fit import Fit, check_points, fit
 from parakit.scaling.laws.laws import LAWS, Law, law_named
 from parakit.scaling.laws.observations import Points
 from parakit.scaling.laws.prediction import Comparison, Prediction
+from parakit.scaling.laws.profile_likelihood import Region
+from parakit.scaling.laws.solver import faces, squares
 
-__all__ = ["Comparison", "Prediction", "Predictor", "compare"]
+__all__ = ["Comparison", "Prediction", "Predictor", "akaike", "compare", "held_out_counts"]
+
+Floats = npt.NDArray[np.float64]
 
 # What published curves of data-parallel training follow best; see Notes of `compare`.
 _USUAL = ("log", "ring", "amdahl", "usl")
@@ -33,6 +40,9 @@ _AS_GOOD = 2.0  # times the least error is as good
 _SURELY_GOOD = 0.03  # and so is this
 _CLEARLY_OFF = 0.05  # so far off, fitted laws give way to a model from elsewhere that is at most half as far off
 _NO_SUPPORT = 10.0
+_SEEN = 3  # counts that the first prediction rests on, where there are more
+_ROUNDING = 1e-9  # relative: what is closer to a law than this is on it
+_CONFIDENCE = 0.95
 
 
 class Predictor(Protocol):
@@ -209,3 +219,58 @@ def _best(fits: dict[str, Fit], good: tuple[str, ...], held_out: dict[str, float
 def _is_outdone(best: Fit, error: float, rival: float, points: Points) -> bool:
     """Whether a model from elsewhere is so much better than the best law that it is to be believed instead."""
     return error > _CLEARLY_OFF and rival <= error / _AS_GOOD and not is_explained(best.law, points)
+
+
+# --- evidence: what each law foretells of larger counts, and how well it fits all of them
+
+
+def held_out_counts(points: Points) -> Floats:
+    """Counts that are predicted from those below: all from the fourth on, or else the largest."""
+    return points.counts[min(_SEEN, len(points.counts) - 1) :]
+
+
+def predicted(law: Law, points: Points, count: float) -> float:
+    """The throughput at a count by a fit to those below it; NaN if these are fewer than the parameters."""
+    below = points.below(count)
+    if len(below.counts) < 1 + len(law.coefficients):
+        return math.nan
+    values = faces(law, below)[0].coefficients
+    return float(law.throughput(count, math.exp(squares(law, below, values[None])[1][0]), values))
+
+
+def error_of(predicted: Callable[[float], Any], points: Points) -> float:
+    """The root of the mean square of the relative errors at the held-out counts, whose repeats are averaged."""
+    asked = held_out_counts(points)
+    truth = (np.exp(points.logs) * points.counts)[-len(asked) :]
+    off = np.array([float(predicted(float(count))) for count in asked]) / truth - 1
+    return float(np.sqrt(np.mean(off**2)))
+
+
+def is_explained(law: Law, points: Points) -> bool:
+    """Whether the scatter of repeats alone explains how far a law is off at the held-out counts.
+
+    That scatter is in the counts below, from which the law follows, and in the count itself.
+    """
+    from scipy.stats import f
+
+    if points.freedom < 1:
+        return False
+    excess = points.within / points.freedom * float(f.ppf(_CONFIDENCE, 1, points.freedom))
+    for count in held_out_counts(points):
+        below, place = points.below(count), int(np.searchsorted(points.counts, count))
+        if len(below.counts) < 1 + len(law.coefficients):
+            return False
+        region = Region(law, below, faces(law, below), excess)
+        low, high = region.edges(np.array([count]), new=1 / points.repeats[place])
+        if not low[0] <= points.logs[place] + math.log(count) <= high[0]:
+            return False
+    return True
+
+
+def akaike(found: Fit) -> float:
+    """The corrected information criterion; infinite where there are too few measurements for the correction."""
+    many, parameters = len(found.counts), len(found.parameters) + 1
+    if many - parameters - 1 <= 0:
+        return math.inf
+    variance = max(found.sum_of_squares / many, _ROUNDING**2)
+    return many * math.log(variance) + 2 * parameters + 2 * parameters * (parameters + 1) / (many - parameters - 1)

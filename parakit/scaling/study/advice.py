@@ -14,14 +14,13 @@ import numpy as np
 
 from parakit.errors import InputError
 from parakit.events.records import PHASES, PLAIN
-from parakit.formatting import between, html_table, many, rate, text_table, times
+from parakit.formatting import DASH, between, html_table, many, rate, text_table, times
 from parakit.scaling.study.records import Measurement, Spread, ratio, spread_of
 
 __all__ = ["Advice", "Layout", "Tried"]
 
 _MUCH = 0.1  # of a step: what is worth naming as the reason
 _SHORT_SECONDS = 0.01  # a step that the cost of an exchange shows in, whatever the model
-_DASH = "–"
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -179,7 +178,7 @@ class Advice:
             [
                 str(row.layout), rate(row.rate.median), between(rate(row.rate.low), rate(row.rate.high)),
                 times(row.over_plain.median), f"{1e3 * row.step_seconds:.3g}",
-                *(_percent(part) if row.layout.workers else _DASH for part in (row.exchange, row.waiting, row.control)),
+                *(_percent(part) if row.layout.workers else DASH for part in (row.exchange, row.waiting, row.control)),
             ]
             for row in self.rows
         ]  # fmt: skip

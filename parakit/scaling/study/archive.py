@@ -5,17 +5,17 @@ Owns the format; what is read is checked value by value, as a file may come from
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any
 
 from parakit.errors import InputError
 from parakit.events.history import History
-from parakit.events.records import PHASES, Event, StepDone, data_frame
+from parakit.events.reader import Reader, data_frame, parsed
+from parakit.events.records import PHASES, Event, StepDone
 from parakit.scaling.study.records import About, Measurement
 from parakit.system.files import write_whole
 from parakit.validation import brief
@@ -53,12 +53,7 @@ def unpacked(text: str) -> dict[str, Any]:
     InputError
         If the text is no such study, or holds values that cannot be.
     """
-    try:
-        values = json.loads(text)
-    except RecursionError as error:
-        raise InputError("This JSON is nested too deeply to be a study.", cause="a damaged or hostile file") from error
-    except (TypeError, ValueError) as error:
-        raise InputError(f"This text is no JSON: {error}.") from error
+    values = parsed(text, "study")
     if not isinstance(values, dict) or values.get("format") != _FORMAT:
         raise InputError(f"This JSON is no study: {brief(values)}", remedy="give what study.to_json() wrote")
     if values.get("version") not in _READABLE or type(values["version"]) is not int:
@@ -76,8 +71,8 @@ def unpacked(text: str) -> dict[str, Any]:
     if strange is not None:
         raise InputError(f"notes of a study hold {brief(strange)}; each must be a text.")
     return {
-        "measurements": [_built(Measurement, record) for record in values["measurements"]],
-        "about": _built(About, values.get("about")),
+        "measurements": [_RECORDS.record(Measurement, record) for record in values["measurements"]],
+        "about": _RECORDS.record(About, values.get("about")),
         "histories": [_history(records) for records in values["histories"]],
         "stopped": values["stopped"],
         "notes": values["notes"],
@@ -128,33 +123,20 @@ def _check_event(event: Event) -> None:
         )
 
 
-def _built(kind: type[Any], values: Any) -> Any:
-    """A record from the values of its fields, as JSON has them.
-
-    Raises
-    ------
-    InputError
-        If fields are missing, unknown or of another type.
-    """
-    names = [field.name for field in fields(kind)]
-    if not isinstance(values, dict) or set(values) != set(names):
-        found = ", ".join(map(str, values)) if isinstance(values, dict) else type(values).__name__
-        raise InputError(
-            f"A {kind.__name__} of a study has {', '.join(names)}; this one has {found[:200]}.",
-            cause="the file was written by something else, or by another version of parakit",
-        )
-    plain = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
-    for name, hint in get_type_hints(kind).items():
-        _check_type(f"{kind.__name__}.{name}", hint, plain[name])
-    return kind(**plain)
+def _wrong_fields(kind: type[Any], values: Any) -> InputError:
+    found = ", ".join(map(str, values)) if isinstance(values, dict) else type(values).__name__
+    names = ", ".join(field.name for field in fields(kind))
+    return InputError(
+        f"A {kind.__name__} of a study has {names}; this one has {found[:200]}.",
+        cause="the file was written by something else, or by another version of parakit",
+    )
 
 
-def _check_type(name: str, hint: Any, value: Any) -> None:
-    part, many = (get_args(hint)[0], True) if get_origin(hint) is tuple else (hint, False)
-    allowed = (int, float) if part is float else (part,)
-    parts = value if many and isinstance(value, tuple) else (value,)
-    if many != isinstance(value, tuple) or any(type(each) not in allowed for each in parts):
-        raise InputError(f"{name} of a study cannot be {brief(value)}.")
+def _wrong_value(name: str, value: Any, _: Any) -> InputError:
+    return InputError(f"{name} of a study cannot be {brief(tuple(value) if isinstance(value, list) else value)}.")
+
+
+_RECORDS = Reader(_wrong_fields, _wrong_value)
 
 
 def _place(path: Any) -> Path:

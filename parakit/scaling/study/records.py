@@ -21,7 +21,7 @@ from parakit.errors import InputError
 from parakit.events.records import PHASES, baseline_name
 from parakit.formatting import many
 from parakit.scaling.laws.laws import karp_flatt
-from parakit.validation import brief
+from parakit.validation import brief, check_flag
 
 __all__ = [
     "NOTHING", "About", "Measurement", "Row", "Spread", "check_different", "from_plain", "ratio", "rival_gain", "rows",
@@ -107,17 +107,12 @@ def _check_kinds(measured: Measurement) -> None:
         raise InputError(f"kind of a measurement is {measured.kind!r}; it must be one of 'workers', 'plain'.")
     if (measured.workers == 0) != (measured.kind == "plain"):
         raise InputError(f"A measurement of kind {measured.kind!r} cannot have {measured.workers} workers.")
-    _check_flag("simulated of a measurement", measured.simulated)
+    check_flag("simulated of a measurement", measured.simulated)
 
 
 def _check_count(name: str, value: Any, least: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= _MOST:
         raise InputError(f"{name} is {brief(value)}; it must be a whole number from {least} to {_MOST:,}.")
-
-
-def _check_flag(name: str, value: Any) -> None:
-    if not isinstance(value, bool):
-        raise InputError(f"{name} is {brief(value)}; it must be True or False.")
 
 
 def _check_ranges(measured: Measurement) -> None:
@@ -197,7 +192,7 @@ class About:
         if not _is_number(self.seconds) or self.seconds < 0:
             raise InputError(f"seconds of a study is {brief(self.seconds)}; it must be a finite number of at least 0.")
         for name in ("simulated", "in_turns"):
-            _check_flag(f"{name} of a study", getattr(self, name))
+            check_flag(f"{name} of a study", getattr(self, name))
 
 
 # --- summing up

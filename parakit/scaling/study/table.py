@@ -5,14 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 
-from parakit.formatting import (
-    _DASH,
-    between,
-    html_table,
-    rate,
-    text_table,
-    times,
-)
+from parakit.formatting import DASH, between, html_table, rate, text_table, times
 from parakit.scaling.study.records import Row, Spread
 
 __all__ = ["Table", "about_rivals"]
@@ -84,10 +77,10 @@ def _cells(row: Row) -> list[str]:
         between(rate(row.rate.low), rate(row.rate.high)),
         times(row.speedup.median),
         # One worker is what the others are compared with: its ratio has no spread.
-        _DASH if row.workers == 1 else between(times(row.speedup.low), times(row.speedup.high)),
+        DASH if row.workers == 1 else between(times(row.speedup.low), times(row.speedup.high)),
         *(times(over.median) for over in row.over_plain.values()),
-        _DASH if math.isnan(row.efficiency) else f"{100 * row.efficiency:.0f} %",
-        _DASH if math.isnan(row.karp_flatt) else f"{row.karp_flatt:.3f}",
+        DASH if math.isnan(row.efficiency) else f"{100 * row.efficiency:.0f} %",
+        DASH if math.isnan(row.karp_flatt) else f"{row.karp_flatt:.3f}",
     ]
 
 

@@ -25,7 +25,6 @@ from parakit.workers.dask.reaper import Reaper
 
 __all__ = ["Terms", "connect_client", "connect_cluster", "connect_local", "what_is"]
 
-_UNLIMITED = 100_000
 _LATER = "torch._dynamo"  # what the first optimizer of this process imports, for a second: time to do so is now
 _CLOSE_SECONDS = 10.0
 
@@ -82,7 +81,7 @@ def _start_local(count: int, how: Terms) -> DaskWorkers:
         undo.pop_all()
     many = "process" if count == 1 else "processes"
     ours = (client, cluster, reaper, fork_server)
-    return _pool(client, f"{count} local {many}", how, count, cluster, ours=ours)
+    return _pool(client, f"{count} local {many}", how, count, ours=ours)
 
 
 def connect_cluster(cluster: Cluster, how: Terms) -> DaskWorkers:
@@ -92,7 +91,7 @@ def connect_cluster(cluster: Cluster, how: Terms) -> DaskWorkers:
     except Exception as error:
         raise _unreachable(repr(cluster), error) from error
     kind = f"{type(cluster).__name__} {cluster.scheduler_address}"
-    return _pool(client, kind, how, 1, cluster, ours=(client,))
+    return _pool(client, kind, how, 1, ours=(client,))
 
 
 def connect_client(target: str | Client, how: Terms, security: Any) -> DaskWorkers:
@@ -104,20 +103,23 @@ def connect_client(target: str | Client, how: Terms, security: Any) -> DaskWorke
                 remedy="give a running Client that was not made with asynchronous=True",
             )
         address = target.scheduler.address if target.scheduler is not None else "?"
-        return _pool(target, f"Dask at {address}", how, 1, target.cluster, ours=())
+        return _pool(target, f"Dask at {address}", how, 1, ours=())
     try:
         _knock(target, how.timeout, security)
         client = Client(target, timeout=how.timeout, security=security, set_as_default=False)
     except Exception as error:
         raise _unreachable(target, error) from error
-    return _pool(client, f"Dask at {target}", how, 1, None, ours=(client,))
+    return _pool(client, f"Dask at {target}", how, 1, ours=(client,))
 
 
-def _pool(
-    client: Client, kind: str, how: Terms, expected: int, cluster: Cluster | None, ours: tuple[Any, ...]
-) -> DaskWorkers:
-    most = None if cluster is None else how.most or _UNLIMITED
-    return DaskWorkers(client, kind, how.threads, most, how.device, expected, how.timeout, cluster, ours)
+def _pool(client: Client, kind: str, how: Terms, expected: int, ours: tuple[Any, ...]) -> DaskWorkers:
+    pool = DaskWorkers(client, kind, how.threads, how.most, how.device, ours)
+    try:
+        pool.await_workers(expected, how.timeout)
+    except BaseException:
+        pool.close()
+        raise
+    return pool
 
 
 def _knock(address: str, timeout: float, security: Security | None) -> None:

@@ -1,49 +1,64 @@
-"""Watching over orders: who is done, who is gone, and who hangs.
+"""The one way to wait for workers here: as long as those who work on something are there and give signs of life.
 
 A member that died is missing from the scheduler's list. One that hangs is still on it: it is found by its heartbeat,
 which it gives beside its work. Without a heartbeat, the whole process stands still; with a heartbeat but without
 progress, the code that it runs does. Whoever waits for partners in an exchange holds nobody up and is never blamed.
+
+Knows workers by their names alone, and nothing of Dask: who is there, and how they do, is asked through `Present`.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Collection, Mapping, Sequence
+from concurrent.futures import Future as LocalFuture
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
-
-from distributed import Future
+from math import inf
+from typing import Any, Protocol
 
 from parakit.workers.commands import Heartbeat
 
-if TYPE_CHECKING:
-    from parakit.workers.dask.pool import DaskWorkers
+__all__ = ["Limits", "Outcome", "Present", "await_while_alive"]
 
-__all__ = ["Limits", "Outcome", "watch"]
-
-_LOOK_SECONDS = 0.5  # how often a wait looks whether everybody is still there
 _CLOSE_LOOK_SECONDS = 0.05  # once some are done and others are not: a partner may just have died
 _GRACE_SECONDS = 3.0  # survivors raise well within this after a partner died
 _HEARTBEATS_IN_LIMIT = 8
 
 
+class Present(Protocol):
+    """What a wait asks of those who are waited for."""
+
+    @property
+    def names(self) -> Collection[str]:
+        """The workers there are now."""
+
+    def ask_heartbeat(self, name: str, run_id: str) -> LocalFuture[Heartbeat]:
+        """Ask a worker for its heartbeat in a run, without waiting; fails if the worker cannot be asked."""
+
+    def wait_for_one(self, futures: Sequence[Any], limit_seconds: float) -> list[Any]:
+        """Wait until one of some futures is done, up to a limit; those that are not."""
+
+
 @dataclass(frozen=True)
 class Limits:
-    """How long members may say nothing.
+    """How long workers may say nothing; for ever, where nothing is given.
 
     Parameters
     ----------
     heartbeat_seconds : float
-        Without a heartbeat.
+        Without a heartbeat. Without this limit they are asked for none.
     progress_seconds : float
         With a heartbeat, but without progress.
     whole_seconds : float
-        For the whole order, whatever the heartbeats say.
+        For all of it, whatever the heartbeats say.
+    look_seconds : float
+        How often to look whether everybody is still there.
     """
 
-    heartbeat_seconds: float
-    progress_seconds: float
-    whole_seconds: float
+    heartbeat_seconds: float = inf
+    progress_seconds: float = inf
+    whole_seconds: float = inf
+    look_seconds: float = 0.5
 
 
 @dataclass(frozen=True)
@@ -52,72 +67,79 @@ class Outcome:
 
     Attributes
     ----------
-    waiting : tuple of Future
-        Orders that are not done.
+    waiting : tuple of futures
+        Those that are not done.
     gone : frozenset of str
-        Members that the scheduler does not know any more.
+        Workers that are not there any more.
     hung : mapping of str to str
-        Members that hang, and what was seen.
+        Workers that hang, and what was seen.
     late : mapping of str to str
-        Members that have not carried out their order in the whole time that it may take, whatever they do.
+        Workers that have not carried out their order in the whole time that it may take, whatever they do.
     """
 
-    waiting: tuple[Future[Any], ...] = ()
+    waiting: tuple[Any, ...] = ()
     gone: frozenset[str] = frozenset()
     hung: Mapping[str, str] = field(default_factory=dict)
     late: Mapping[str, str] = field(default_factory=dict)
 
+    @property
+    def blamed(self) -> dict[str, str]:
+        """Who is there and holds the others up, and what was seen."""
+        return {**self.late, **self.hung}
 
-def watch(
-    pool: DaskWorkers, run_id: str, futures: Sequence[Future[Any]], members: Sequence[str], limits: Limits
+
+def await_while_alive(
+    workers: Present, futures: Sequence[Any], names: Sequence[str], limits: Limits, run_id: str = ""
 ) -> Outcome:
-    """Wait until orders are done, as long as those who work on them are there and give signs of life.
+    """Wait until futures are done, as long as those who work on them are there and give signs of life.
 
     Parameters
     ----------
-    pool : DaskWorkers
-    run_id : str
+    workers : Present
     futures : sequence of Future
-    members : sequence of str
+        All of Dask's, or all of this process's own threads.
+    names : sequence of str
         Who works on them: one each, if there are as many, or all on any.
     limits : Limits
+    run_id : str
+        In which they are asked for heartbeats.
     """
-    return _Watch(pool, run_id, futures, members, limits).outcome()
+    return _Wait(workers, futures, names, limits, run_id).outcome()
 
 
-class _Watch:
+class _Wait:
     def __init__(
-        self, pool: DaskWorkers, run_id: str, futures: Sequence[Future[Any]], members: Sequence[str], limits: Limits
+        self, workers: Present, futures: Sequence[Any], names: Sequence[str], limits: Limits, run_id: str
     ) -> None:
-        self._pool = pool
+        self._workers = workers
         self._waiting = list(futures)
-        self._owners = dict(zip(futures, members, strict=True)) if len(futures) == len(members) else {}
-        self._members = tuple(members)
+        self._owners = dict(zip(futures, names, strict=True)) if len(futures) == len(names) else {}
+        self._names = tuple(names)
         self._limits = limits
         self._began = time.monotonic()
         self._lost_at: float | None = None
-        self._heartbeats = Heartbeats(pool, run_id, self._began)
+        self._heartbeats = _Heartbeats(workers, run_id, self._began)
         self._next_heartbeat = self._began + limits.heartbeat_seconds / 4
 
     def outcome(self) -> Outcome:
-        look = _LOOK_SECONDS
+        look = self._limits.look_seconds
         every = len(self._waiting)
         while True:
             began, before = time.monotonic(), len(self._waiting)
-            self._waiting = self._pool.wait_for_one(self._waiting, look)
+            self._waiting = self._workers.wait_for_one(self._waiting, look)
             self._excuse(time.monotonic() - began - look)
             if not self._waiting:
                 return Outcome()
             if len(self._waiting) < before:  # the others come in a moment; to ask who is there would take longer
                 look = _CLOSE_LOOK_SECONDS
                 continue
-            gone = frozenset(self._members) - set(self._pool.names)
+            gone = frozenset(self._names) - set(self._workers.names)
             if gone and self._is_settled(gone):
                 return Outcome(tuple(self._waiting), gone=gone)
             late, hung = ({}, {}) if gone else (self._late(), self._hung())
             if late or hung:
                 return Outcome(tuple(self._waiting), hung=hung, late=late)
-            look = _CLOSE_LOOK_SECONDS if gone or len(self._waiting) < every else _LOOK_SECONDS
+            look = _CLOSE_LOOK_SECONDS if gone or len(self._waiting) < every else self._limits.look_seconds
 
     def _excuse(self, late_seconds: float) -> None:
         """Where this process itself stood still, as a stopped or suspended one does, nobody else is to blame."""
@@ -135,8 +157,8 @@ class _Watch:
             or self._workers_on(self._waiting) <= set(gone)
         )
 
-    def _workers_on(self, futures: Sequence[Future[Any]]) -> set[str]:
-        return {self._owners[future] for future in futures} if self._owners else set(self._members)
+    def _workers_on(self, futures: Sequence[Any]) -> set[str]:
+        return {self._owners[future] for future in futures} if self._owners else set(self._names)
 
     def _late(self) -> dict[str, str]:
         whole = self._limits.whole_seconds
@@ -163,11 +185,11 @@ class _Watch:
         return hung
 
 
-class Heartbeats:
-    """Heartbeats of the members of a run: asked for without waiting, and never more than one at a time of each."""
+class _Heartbeats:
+    """Heartbeats of workers in a run: asked for without waiting, and never more than one at a time of each."""
 
-    def __init__(self, pool: DaskWorkers, run_id: str, began: float) -> None:
-        self._pool = pool
+    def __init__(self, workers: Present, run_id: str, began: float) -> None:
+        self._workers = workers
         self._run_id = run_id
         self._began = began
         self._asked: dict[str, Any] = {}
@@ -182,7 +204,7 @@ class Heartbeats:
                 if heartbeat is not None:
                     self._heard[member] = now, heartbeat
                 asked = None
-            self._asked[member] = asked or self._pool.ask_heartbeat(member, self._run_id)
+            self._asked[member] = asked or self._workers.ask_heartbeat(member, self._run_id)
 
     def excuse(self, seconds: float) -> None:
         """Let all that was heard be so much younger."""

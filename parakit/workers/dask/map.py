@@ -1,4 +1,4 @@
-"""Mapping a function over items on the workers of a pool, whatever becomes of some of them.
+"""Mapping a function over items on the workers of a cluster, whatever becomes of some of them.
 
 Each item goes to one worker. What a worker that died or hangs has not answered is done again by the others.
 """
@@ -7,18 +7,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from distributed import Future
 from distributed.scheduler import KilledWorker
 
 from parakit.errors import WorkerLost
-from parakit.workers.dask.liveness import Limits, watch
-from parakit.workers.dask.sending import send
+from parakit.workers.dask.cluster import DaskCluster
+from parakit.workers.dask.liveness import Limits, await_while_alive
 from parakit.workers.dask.worker_ids import address_of
-
-if TYPE_CHECKING:
-    from parakit.workers.dask.pool import DaskWorkers
 
 __all__ = ["map_on"]
 
@@ -27,12 +24,14 @@ _SILENT_SECONDS = 10.0  # without a sign of life
 _NOBODY = "no run"
 
 
-def map_on(pool: DaskWorkers, function: Callable[[Any], Any], items: Sequence[Any], limit_seconds: float) -> list[Any]:
+def map_on(
+    cluster: DaskCluster, function: Callable[[Any], Any], items: Sequence[Any], limit_seconds: float
+) -> list[Any]:
     """Apply an importable function to items; its results in the order of the items.
 
     Parameters
     ----------
-    pool : DaskWorkers
+    cluster : DaskCluster
     function : callable
         Its errors are raised here.
     items : sequence
@@ -49,10 +48,10 @@ def map_on(pool: DaskWorkers, function: Callable[[Any], Any], items: Sequence[An
     loss = WorkerLost("There is no worker in this pool.", cause="all of them died, or the scheduler is gone")
     for _ in range(_ROUNDS):
         missing = [number for number in range(len(items)) if number not in results]
-        if not missing or not pool.names:
+        if not missing or not cluster.names:
             break
         try:
-            _do_some(pool, function, {number: items[number] for number in missing}, results, deadline)
+            _do_some(cluster, function, {number: items[number] for number in missing}, results, deadline)
         except WorkerLost as error:
             loss = error
         if time.monotonic() > deadline:
@@ -68,22 +67,27 @@ def map_on(pool: DaskWorkers, function: Callable[[Any], Any], items: Sequence[An
 
 
 def _do_some(
-    pool: DaskWorkers, function: Callable[[Any], Any], items: dict[int, Any], results: dict[int, Any], deadline: float
+    cluster: DaskCluster,
+    function: Callable[[Any], Any],
+    items: dict[int, Any],
+    results: dict[int, Any],
+    deadline: float,
 ) -> None:
     """One round: what comes of it is added to the results."""
-    names = pool.names
-    pool.make_ready(names)
+    names = cluster.names
+    cluster.make_ready(names)
     owners = {number: names[place % len(names)] for place, number in enumerate(items)}
     futures: dict[int, Future[Any]] = {}
     for number, item in items.items():
-        placed = send(pool, _NOBODY, item, owners[number], _SILENT_SECONDS)
+        placed = cluster.send(item, owners[number], _SILENT_SECONDS, _NOBODY)
         place = address_of(owners[number])
-        futures[number] = pool.client.submit(function, placed, workers=[place], pure=False)
+        futures[number] = cluster.client.submit(function, placed, workers=[place], pure=False)
     left = max(0.1, deadline - time.monotonic())
-    outcome = watch(pool, _NOBODY, list(futures.values()), list(owners.values()), Limits(_SILENT_SECONDS, left, left))
+    limits = Limits(_SILENT_SECONDS, left, left)
+    outcome = await_while_alive(cluster, list(futures.values()), list(owners.values()), limits, _NOBODY)
     if outcome.waiting:
-        pool.client.cancel(list(outcome.waiting))
-    pool.exclude(outcome.hung)  # and not those that are late: somebody else may need them
+        cluster.client.cancel(list(outcome.waiting))
+    cluster.exclude(outcome.hung)  # and not those that are late: somebody else may need them
     for number, future in futures.items():
         if future not in outcome.waiting and _is_an_answer(future):
             results[number] = future.result(timeout=_SILENT_SECONDS)

@@ -20,15 +20,15 @@ from parakit.errors import StaleGeneration
 from parakit.system.devices import own
 from parakit.workers.remote import heartbeat, release
 
-__all__ = ["PULSE", "WorkerStore", "forget", "install", "take_gpu"]
+__all__ = ["HEARTBEAT", "WorkerStore", "forget", "install", "take_gpu"]
 
-_HANDLER = "parakit_board"
+_HANDLER = "parakit_store"
 #: What a worker is asked for a heartbeat by.
-PULSE = "parakit_pulse"
+HEARTBEAT = "parakit_heartbeat"
 _POLL_SECONDS = 0.002
 _ASK_SECONDS = 10.0
 
-_boards: dict[str, tuple[int, dict[str, bytes]]] = {}
+_notes: dict[str, tuple[int, dict[str, bytes]]] = {}
 _lock = threading.Lock()
 
 
@@ -83,7 +83,7 @@ class WorkerStore:
         reply: dict[str, Any] | None = await getattr(keeper, _HANDLER)(
             run_id=self.run_id, generation=self.generation, key=key, value=value
         )
-        if reply is None:  # what Dask answers where nobody taught the worker to keep boards
+        if reply is None:  # what Dask answers where nobody taught the worker to keep stores
             raise GroupBroken(
                 "The member that was to keep the store is gone, and another process is at its address.",
                 cause="it died while the group was formed, and was started anew",
@@ -93,30 +93,30 @@ class WorkerStore:
 
 def _answer(run_id: str, generation: int, key: str, value: bytes | None) -> dict[str, Any]:
     with _lock:
-        newest, notes = _boards.get(run_id, (-1, {}))
+        newest, notes = _notes.get(run_id, (-1, {}))
         if generation < newest:
             return {"stale": True, "value": None}
         if generation > newest:
             notes = {}
-            _boards[run_id] = generation, notes
+            _notes[run_id] = generation, notes
         if value is not None:
             notes[key] = bytes(value)
         return {"stale": False, "value": notes.get(key)}
 
 
 def install(dask_worker: Worker) -> None:
-    """Let a worker keep boards and give heartbeats; done once on every worker of a pool."""
+    """Let a worker keep stores and give heartbeats; done once on every worker of a pool."""
 
     def handle(run_id: str, generation: int, key: str, value: bytes | None) -> dict[str, Any]:
         return _answer(run_id, generation, key, value)
 
-    def give_pulse(run_id: str) -> dict[str, Any]:
+    def give_heartbeat(run_id: str) -> dict[str, Any]:
         # On the event loop, beside the thread that carries out orders.
         found = heartbeat(run_id)
         return {} if found is None else {"still_seconds": found.still_seconds, "waiting": found.waiting}
 
     dask_worker.handlers[_HANDLER] = handle
-    dask_worker.handlers[PULSE] = give_pulse
+    dask_worker.handlers[HEARTBEAT] = give_heartbeat
 
 
 def take_gpu(given: Mapping[str, str], dask_worker: Worker) -> None:
@@ -128,4 +128,4 @@ def forget(run_id: str) -> None:
     """Let go of everything that a run holds on this worker."""
     release(run_id)
     with _lock:
-        _boards.pop(run_id, None)
+        _notes.pop(run_id, None)

@@ -2,38 +2,35 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from time import perf_counter
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from distributed import Future
 
-from parakit.checkpoints.state import State, copy_state
-from parakit.engines.base import StepRecord
-from parakit.engines.replicated import EXCHANGE, UPDATE, Replica, evaluated
+from parakit.checkpoints.state import State
+from parakit.engines.account import EXCHANGE, UPDATE, StepRecord
+from parakit.engines.make import make_engine
 from parakit.errors import RunError
 from parakit.failures.run_failed import code_failed
-from parakit.gradients.gradient_sum import GradientSum, flatten
+from parakit.gradients.gradient_sum import GradientSum
 from parakit.trees import pack
 from parakit.workers import remote
 from parakit.workers.commands import Answer, Failure
+from parakit.workers.dask.channel import Channel, settled
 from parakit.workers.session import Job, Report
 
-if TYPE_CHECKING:
-    from parakit.workers.dask.session import DaskSession
-
-__all__ = ["TaskTeam", "settled", "squared_norm"]
+__all__ = ["TaskTeam", "squared_norm"]
 
 
 class TaskTeam:
     """The team that a strategy's text sees when it runs beside the notebook: parts are tasks on Dask workers."""
 
-    def __init__(self, session: DaskSession, job: Job) -> None:
-        self._session = session
+    def __init__(self, channel: Channel, job: Job) -> None:
+        self._channel = channel
         self._job = job
         with job.recipe.settings.in_force():
-            self.replica = Replica(job.recipe)
+            self.replica = make_engine(job.recipe)
         self.replica.own_memory()
         self.halted = 0
         self._measuring = False
@@ -42,13 +39,14 @@ class TaskTeam:
     def segment(self, first: int, count: int, request: int) -> Report:
         """Run the strategy's text for some steps."""
         committed = self.replica.commit()
-        self._measuring, self._norms = len(self._session.members) > 1, []
+        self._measuring, self._norms = len(self._channel.members) > 1, []
+        if self._measuring:
+            self.replica.measure_norms()
         for step in range(first, first + count):
             self._make(step)
-            self.replica.share_norm = None
             if self.halted > request:
                 break
-        self.replica.check_parameters()
+        self.replica.finish_segment(alone=True)
         return Report(self._collect(), committed)
 
     def _make(self, step: int) -> None:
@@ -66,26 +64,25 @@ class TaskTeam:
 
     def map_gradients(self, step: int) -> list[Future[Any]]:
         """One task a member, over the chunks it holds, at the present parameters."""
-        session = self._session
-        flat = flatten(self.replica.model.parameters(), self.replica.buffer.dtype).numpy()
-        parameters = session.spread(flat, session.members)
+        channel = self._channel
+        flat = self.replica.flat_parameters().numpy()
+        parameters = channel.spread(flat, channel.members)
         parts = [
-            session.submit_to([member], remote.map_gradient, *session.order_for(member, step, rank, parameters))
-            for rank, member in enumerate(session.members)
+            channel.order([member], remote.map_gradient, step, rank, parameters)[member]
+            for rank, member in enumerate(channel.members)
         ]
         if self._measuring:
             self._measuring = False
             # Where the parts are: they need not travel for it, and nobody waits before the segment's end.
             self._norms = [
-                session.submit_to([member], squared_norm, part)
-                for member, part in zip(session.members, parts, strict=True)
+                channel.submit_to([member], squared_norm, part)
+                for member, part in zip(channel.members, parts, strict=True)
             ]
-            self.replica.share_norm = math.nan  # the driver has no share, but the replica is to measure the sum's
         return parts
 
     def add(self, parts: Sequence[Future[Any]]) -> Future[Any]:
         """A task that adds some parts."""
-        return self._session.submit_to(self._session.members, remote.add, *parts)
+        return self._channel.submit_to(self._channel.members, remote.add, *parts)
 
     def update(self, summed: Callable[[], Future[Any]]) -> None:
         """One step of the driver's optimizer."""
@@ -95,15 +92,15 @@ class TaskTeam:
         """The sum that the members' tasks come to; the wait for it is no part of the update."""
         began = perf_counter()
         total = self._fetch(summed())
-        self.replica.phase_seconds[EXCHANGE] += perf_counter() - began
+        self.replica.account.seconds[EXCHANGE] += perf_counter() - began
         return total
 
     def _fetch(self, root: Future[Any]) -> GradientSum:
-        session = self._session
-        session.watch([root], session.members)
+        channel = self._channel
+        channel.wait([root], channel.members)
         answer = settled(root, self._job.limit_seconds)
         if answer.failure is not None:
-            raise session.explained({session.members[max(0, answer.failure.rank)]: answer.failure})
+            raise channel.explained({channel.members[max(0, answer.failure.rank)]: answer.failure})
         total: GradientSum = answer.value
         return total
 
@@ -121,20 +118,15 @@ class TaskTeam:
 
     def values(self) -> State:
         """The present parameters and buffers, as arrays."""
-        with evaluated(self.replica.optimizer):
-            state = self.replica.live_state()
-            return {part: pack(copy_state(state[part])) for part in ("parameters", "buffers")}
+        return dict(pack(self.replica.values()))
 
     def _collect(self) -> tuple[list[StepRecord], ...]:
         """Every member's accounts, completed by what the driver knows; averages the running statistics."""
-        session, replica = self._session, self.replica
-        alone = len(session.members) == 1
-        collected = list(session.everyone(remote.collect, alone, limits=session.patience()).values())
-        replica.computation.buffers.take([one.buffers for one in collected])
-        for other in collected[1:]:
-            replica.agreement.check(collected[0].marks, other.marks)
-        replica.computation.attributes.write(collected[0].attributes)
-        together = self.replica.take_records()
+        channel = self._channel
+        alone = len(channel.members) == 1
+        collected = channel.ask(channel.members, remote.collect, alone, limits=channel.patience())
+        self.replica.adopt(collected)
+        together = self.replica.account.take_records()
         norms = [settled(norm, self._job.limit_seconds).value for norm in self._norms] or [None] * len(collected)
         return tuple(
             [_completed(record, one.records, norm) for record in together]
@@ -156,12 +148,3 @@ def _completed(step: StepRecord, parts: Sequence[StepRecord], norm: float | None
     seconds[EXCHANGE] = max(0.0, step.wall_seconds - computing - step.seconds[UPDATE])
     norms = None if norm is None or step.norms is None else (norm, step.norms[1])
     return StepRecord(step.step, step.loss, step.learning_rate, seconds, step.wall_seconds, mine[-1].samples, norms)
-
-
-def settled(future: Future[Any], limit_seconds: float) -> Answer:
-    """The answer of a future that is done; a task that Dask itself gave up on answers that its worker is lost."""
-    try:
-        answer: Answer = future.result(timeout=limit_seconds)
-    except Exception as error:
-        return Answer(failure=Failure("group", -1, type(error).__name__, f"{type(error).__name__}: {error}"))
-    return answer

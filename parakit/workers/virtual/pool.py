@@ -20,9 +20,8 @@ from parakit.collectives.base import ExchangeMethod
 from parakit.costs.model import CostModel, costs_of
 from parakit.costs.networks import network_named
 from parakit.data.chunks import DEFAULT_CHUNKS
-from parakit.engines.base import StepRecord
+from parakit.engines.account import StepRecord
 from parakit.engines.evaluation import Tally
-from parakit.engines.optimizers import learning_rate
 from parakit.errors import InputError, WorkerCountError
 from parakit.strategies.base import requirements_of
 from parakit.workers.assignment import GroupAssignment
@@ -300,16 +299,16 @@ class TimedCrew(SimulatedCrew):
     def form(self, assignment: GroupAssignment, state: State | None) -> ExchangeMethod:
         """Make an assignment the active one; no chunk is loaded."""
         if state is not None:
-            self._replica.load(state)
+            self._engine.load(state)
         self._validation_rows = 0 if assignment.validation is None else sum(assignment.validation.sizes)
         return self._seat(assignment)
 
     def _do(self, first: int, count: int, request: int) -> tuple[list[StepRecord], ...]:
         self._timed.forget()
-        self._timed.rate = learning_rate(self._replica.optimizer)
+        self._timed.rate = self._engine.learning_rate
         for step in range(first, first + count):
             self._job.strategy.step(self._timed, step)
-            self._replica.step = step + 1
+            self._engine.step = step + 1
             if self._halt > request:
                 break
         return self._timed.take_records()

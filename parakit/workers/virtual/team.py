@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from parakit.costs.model import CostModel
 from parakit.data.chunks import EpochOrder
-from parakit.engines.base import StepRecord
+from parakit.engines.account import StepRecord
 from parakit.workers.assignment import GroupAssignment
 from parakit.workers.inline import InlineTeam
 from parakit.workers.session import SampledRanks

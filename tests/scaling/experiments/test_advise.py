@@ -13,7 +13,7 @@ import parakit as pk
 from parakit.errors import DataError, InputError, ModelError, PoolError, RunError
 from parakit.events.records import SegmentDone
 from parakit.runs.planning import plan
-from parakit.scaling.experiments import advise, visits
+from parakit.scaling.experiments import advise, arms, visits
 from parakit.scaling.experiments.advise import layouts
 from parakit.scaling.study.advice import Advice, Layout
 from parakit.scaling.study.records import Measurement
@@ -48,8 +48,8 @@ def test_of_many_layouts_some_are_chosen(cores: int) -> None:
 
 @pytest.mark.dask
 def test_advice_on_processes_can_be_followed(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in ("advising", "hosts"):
-        monkeypatch.setattr(f"parakit.scaling.{module}.cores_here", two)
+    for module in ("scaling.experiments.advise", "system.this_host"):
+        monkeypatch.setattr(f"parakit.{module}.cores_here", two)
     model = Net()
     before = [p.clone() for p in model.parameters()]
     with pk.connect(2) as workers:
@@ -93,8 +93,8 @@ def test_workers_of_another_machine_keep_their_layout(inline: pk.Workers, monkey
 
 def test_few_rows_of_large_data_are_trained(inline: pk.Workers, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[int] = []
-    made = advise.begun
-    monkeypatch.setattr(advise, "begun", lambda plan, pool: (seen.append(plan.start.samples), made(plan, pool))[1])
+    made = arms.start_run
+    monkeypatch.setattr(arms, "start_run", lambda plan, pool: (seen.append(plan.start.samples), made(plan, pool))[1])
     advised(inline, batch_size=10)
     assert set(seen) == {80}
 
@@ -179,7 +179,7 @@ def test_without_a_rival_no_ratio_is_told() -> None:
 
 def test_the_first_segments_of_a_run_are_not_timed_for_its_memory_is_new(inline: pk.Workers) -> None:
     made = plan(Net(), data(), on=inline, workers=2, batch_size=BATCH, steps=visits.ENDLESS)
-    run = visits.begun(made, inline)
+    run = visits.start_run(made, inline)
     try:
         found = visits.timed(run, 2, 0.01)
         assert found.segments[0].first_step >= sum(s.steps for s in run.history.of(SegmentDone)[:3])
@@ -196,7 +196,7 @@ def test_the_first_segments_of_a_run_are_not_timed_for_its_memory_is_new(inline:
 def test_an_interrupt_keeps_what_was_measured_and_leaves_the_pool_free(
     pool: pk.Workers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    timed, made = advise.timed, []
+    timed, made = arms.timed, []
 
     def once(*args: Any) -> Any:
         if made:
@@ -204,7 +204,7 @@ def test_an_interrupt_keeps_what_was_measured_and_leaves_the_pool_free(
         made.append(timed(*args))
         return made[-1]
 
-    monkeypatch.setattr(advise, "timed", once)
+    monkeypatch.setattr(arms, "timed", once)
     advice = advised(pool, seconds=60.0)
     assert advice.stopped == "interrupted."
     assert "Incomplete: interrupted." in repr(advice)
@@ -215,8 +215,8 @@ def test_an_interrupt_before_anything_was_measured_goes_on(inline: pk.Workers, m
     def interrupted(*_: Any) -> Any:
         raise KeyboardInterrupt
 
-    for name in ("timed", "PlainArm"):
-        monkeypatch.setattr(advise, name, interrupted)
+    monkeypatch.setattr(arms, "timed", interrupted)
+    monkeypatch.setattr(advise, "PlainArm", interrupted)
     with pytest.raises(KeyboardInterrupt):
         advised(inline)
     assert is_free(inline)

@@ -15,12 +15,11 @@ from torch import nn
 
 import parakit as pk
 from parakit.baselines.plain_loop import PlainRates
-from parakit.errors import DataError, InputError, ModelError, PoolError, RunFailed, WorkerCountError
+from parakit.errors import DataError, InputError, ModelError, PoolError, RunFailed, Unreachable, WorkerCountError
 from parakit.events.records import PHASES, RunStart
-from parakit.scaling.experiments import visits as visiting
-from parakit.scaling.experiments.order import visits
+from parakit.scaling.experiments import arms
 from parakit.scaling.experiments.progress_bar import Ticker
-from parakit.scaling.experiments.schedule import usual_counts
+from parakit.scaling.experiments.schedule import Count, blocks, usual_counts
 from parakit.scaling.experiments.sweep import sweep
 from parakit.scaling.study.study import Scaling
 from parakit.workers.virtual.pool import simulated
@@ -63,20 +62,21 @@ def is_free(on: pk.Workers) -> bool:
 
 @pytest.mark.parametrize("seed", range(5))
 def test_every_block_visits_everything_once_in_an_order_of_its_own(seed: int) -> None:
-    order = visits((1, 2, 4, 8), (1, 2), 6, seed)
-    blocks = [[(v.workers, v.threads) for v in order if v.block == block] for block in range(6)]
-    assert [v.block for v in order] == sorted(v.block for v in order)
-    for block in blocks:
-        assert sorted(block) == [(0, 1), (0, 2), (1, 0), (2, 0), (4, 0), (8, 0)]
-    assert len({tuple(block) for block in blocks}) > 1
-    assert order == visits((1, 2, 4, 8), (1, 2), 6, seed)
-    assert order != visits((1, 2, 4, 8), (1, 2), 6, seed + 1)
+    places = [*(Count(n, 1) for n in (1, 2, 4, 8)), Count(0, 1), Count(0, 2)]
+    order = list(blocks(places, 6, seed))
+    found = [[place for each, place in order if each == block] for block in range(6)]
+    assert [block for block, _ in order] == sorted(block for block, _ in order)
+    for block in found:
+        assert len(block) == len(places)
+        assert set(block) == set(places)
+    assert len({tuple(block) for block in found}) > 1
+    assert order == list(blocks(places, 6, seed))
+    assert order != list(blocks(places, 6, seed + 1))
 
 
 def test_every_place_of_a_block_has_everything_about_as_often() -> None:
-    order = visits((1, 2), (1,), 300, 0)
-    first = Counter(v.workers for v in order[::3])
-    assert min(first.values()) > 70
+    order = list(blocks("abc", 300, 0))
+    assert min(Counter(place for _, place in order[::3]).values()) > 70
 
 
 # --- what comes of one
@@ -184,7 +184,7 @@ def test_a_baseline_that_fails_is_told_and_the_rest_is_measured(
 
 
 def test_an_interrupt_keeps_what_was_measured(inline: pk.Workers, monkeypatch: pytest.MonkeyPatch) -> None:
-    timed, made = visiting.timed, []
+    timed, made = arms.timed, []
 
     def once(*args: Any) -> Any:
         made.append(timed(*args))
@@ -192,7 +192,7 @@ def test_an_interrupt_keeps_what_was_measured(inline: pk.Workers, monkeypatch: p
             threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
         return made[-1]
 
-    monkeypatch.setattr(visiting, "timed", once)
+    monkeypatch.setattr(arms, "timed", once)
     study = swept(inline, repeats=1000)
     assert 2 <= len(study.measurements) < 12
     assert not study.complete
@@ -221,16 +221,19 @@ def test_an_interrupt_before_anything_was_measured_goes_on(inline: pk.Workers) -
 
 
 def test_a_run_that_fails_half_way_keeps_what_was_measured(inline: pk.Workers, monkeypatch: pytest.MonkeyPatch) -> None:
-    timed, made = visiting.timed, []
+    timed, made = arms.timed, []
 
-    def broken(run: pk.Run, *args: Any) -> Any:
-        if len(made) == 2:  # from here on the third visit cannot succeed
-            run._loop._membership.session._replica.model.fails_after = 0
-        made.append(timed(run, *args))
+    class Breaks(Net):
+        def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+            self.fails_after = 0 if len(made) == 2 else None  # from here on the third visit cannot succeed
+            return super().forward(inputs)
+
+    def counted(*args: Any) -> Any:
+        made.append(timed(*args))
         return made[-1]
 
-    monkeypatch.setattr(visiting, "timed", broken)
-    study = swept(inline, repeats=50)
+    monkeypatch.setattr(arms, "timed", counted)
+    study = swept(inline, Breaks(), repeats=50)
     assert not study.complete
     assert len([m for m in study.measurements if m.workers]) == 2
     assert "ArithmeticError: out of order" in study.stopped
@@ -257,14 +260,14 @@ def test_a_pool_that_closes_ends_the_sweep() -> None:
 def test_a_count_that_cannot_be_had_is_told_and_the_others_are_measured(
     inline: pk.Workers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    timed = visiting.timed
+    timed = arms.timed
 
-    def refused(run: pk.Run, count: int, seconds: float) -> Any:
+    def refused(run: pk.Run, count: int, *args: Any) -> Any:
         if count == 3:
-            raise visiting.Unreachable("3 workers could not be measured: the cluster is full.")
-        return timed(run, count, seconds)
+            raise Unreachable("3 workers could not be measured: the cluster is full.")
+        return timed(run, count, *args)
 
-    monkeypatch.setattr(visiting, "timed", refused)
+    monkeypatch.setattr(arms, "timed", refused)
     study = swept(inline, workers=[2, 3], repeats=1)
     assert study.workers == (1, 2)
     assert not study.complete

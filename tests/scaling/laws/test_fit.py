@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from parakit.errors import InputError
 from parakit.scaling.laws.fit import fit
 from parakit.scaling.laws.laws import LAWS, Law, law_named, usl
-from parakit.scaling.laws.least_squares import minimise
+from parakit.scaling.laws.solver import minimise
 
 DATA = Path(__file__).parents[2] / "data" / "scaling"
 

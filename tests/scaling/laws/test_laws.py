@@ -25,59 +25,13 @@ def test_karp_flatt_of_an_exact_usl_curve_is_a_line(n: int, sigma: float, kappa:
 
 
 @given(n=COUNTS, serial=FRACTIONS)
-def test_amdahl_is_the_usl_without_pairs(n: int, serial: float) -> None:
-    assert laws.amdahl(n, serial) == pytest.approx(laws.usl(n, serial, 0.0), rel=1e-9)
-    assert laws.karp_flatt(laws.amdahl(n, serial), n) == pytest.approx(serial, rel=1e-6, abs=1e-9)
-
-
-@given(n=COUNTS, serial=FRACTIONS)
-def test_serial_fractions_convert_there_and_back(n: int, serial: float) -> None:
-    parallel = laws.serial_fraction_of_parallel_run(serial, n)
-    assert laws.serial_fraction_of_serial_run(parallel, n) == pytest.approx(serial, abs=1e-9)
-    assert laws.gustafson(n, parallel) == pytest.approx(laws.amdahl(n, serial), rel=1e-6)
-
-
-@given(n=COUNTS, sigma=SMALL, kappa=st.floats(1e-6, 0.1), rate=RATES)
-def test_the_latency_form_is_inverted(n: int, sigma: float, kappa: float, rate: float) -> None:
-    latency = laws.usl_latency(n, sigma, kappa, rate)
-    assert laws.usl_workers_at_latency(latency, sigma, kappa, rate) == pytest.approx(n, rel=1e-6)
-
-
-def test_the_latency_form_without_pairs_or_without_any_loss() -> None:
-    latency = laws.usl_latency(40, 0.1, 0.0, 5.0)
-    assert laws.usl_workers_at_latency(latency, 0.1, 0.0, 5.0) == pytest.approx(40)
-    assert laws.usl_workers_at_latency(1.0, 0.0, 0.0) == math.inf
-
-
-def test_the_latency_form_of_an_array_and_of_what_cannot_be() -> None:
-    n = np.array([[1.0, 2.0], [30.0, 400.0]])
-    found = laws.usl_workers_at_latency(laws.usl_latency(n, 0.05, 0.002, 7.0), 0.05, 0.002, 7.0)
-    assert found == pytest.approx(n)
-    # Faster than any number of workers answers, and where the root would be that of a number below 0.
-    for latency, sigma, kappa in ((0.1, 0.05, 0.01), (0.0, 0.0, 2.0), (0.5, 0.0, 0.0), (0.1, 0.9, 0.0)):
-        assert math.isnan(laws.usl_workers_at_latency(latency, sigma, kappa))
-    mixed = laws.usl_workers_at_latency([0.01, laws.usl_latency(9, 0.1, 0.01)], 0.1, 0.01)
-    assert math.isnan(mixed[0])
-    assert mixed[1] == pytest.approx(9)
-
-
-@given(n=st.integers(1, 10_000), sigma=st.floats(0.0, 1.0), kappa=st.floats(1e-12, 1.0))
-def test_the_latency_form_keeps_its_digits_however_small_a_coefficient(n: int, sigma: float, kappa: float) -> None:
-    found = laws.usl_workers_at_latency(laws.usl_latency(n, sigma, kappa), sigma, kappa)
-    slope = abs(sigma - kappa + 2 * kappa * n) * n  # of the latency; where it is flat, digits are lost
-    assert found == pytest.approx(n, rel=1e-9 + 1e-13 / slope)
-
-
-def test_limits_of_the_usl() -> None:
-    assert laws.usl_limit(0.05, 10.0) == pytest.approx(200.0)
-    assert laws.usl_optimum(0.05) == pytest.approx(20.0)
-    assert laws.usl_limit(0.0) == math.inf
+def test_without_pairs_the_usl_is_amdahls_law(n: int, serial: float) -> None:
+    assert laws.usl(n, serial, 0.0) == pytest.approx(1 / (serial + (1 - serial) / n), rel=1e-9)
+    assert laws.karp_flatt(laws.usl(n, serial, 0.0), n) == pytest.approx(serial, rel=1e-6, abs=1e-9)
 
 
 @given(serial=FRACTIONS, kappa=st.floats(0.0, 10.0), rate=RATES)
 def test_one_worker_has_a_speedup_of_one(serial: float, kappa: float, rate: float) -> None:
-    assert laws.amdahl(1, serial) == pytest.approx(1.0)
-    assert laws.gustafson(1, serial) == pytest.approx(1.0)
     assert laws.usl(1, serial, kappa, rate) == pytest.approx(rate)
     for name in LAWS:
         law = law_named(name)

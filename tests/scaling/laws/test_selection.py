@@ -9,11 +9,10 @@ import numpy as np
 import pytest
 
 from parakit.errors import InputError
-from parakit.scaling.laws.evidence import akaike, held_out_counts
 from parakit.scaling.laws.fit import fit
 from parakit.scaling.laws.laws import LAWS, Law, law_named, usl
 from parakit.scaling.laws.observations import Points
-from parakit.scaling.laws.selection import Prediction, compare
+from parakit.scaling.laws.selection import Prediction, akaike, compare, held_out_counts
 from tests.benchmarks.coverage import choose, other_curves, prefixes, training_curves
 from tests.scaling.laws.test_fit import noisy
 

@@ -145,18 +145,18 @@ class TestOnFixedPorts:
         run.stop()
         run.wait(LIMIT, progress=False)
 
-    def test_who_asks_for_a_board_where_its_keeper_was_is_told(self, cluster: SpecCluster, pool: Any) -> None:
+    def test_who_asks_for_a_store_where_its_keeper_was_is_told(self, cluster: SpecCluster, pool: Any) -> None:
         keeper, other = pool.names[:2]
-        restart(pool, keeper)  # and nobody has taught the second one to keep boards
+        restart(pool, keeper)  # and nobody has taught the second one to keep stores
         store = WorkerStore(address_of(keeper), "a run", 1)
         with Client(cluster) as client:
-            asked = client.submit(store.put, "key", b"value", workers=[address_of(other)])
+            asked = client.submit(store.set, "key", b"value", workers=[address_of(other)])
             with pytest.raises(GroupBroken, match="another process is at its address"):
                 asked.result(30)
 
     def test_an_order_for_the_first_life_is_none_for_the_second(self, pool: Any) -> None:
         name = pool.names[0]
-        pool.make_ready([name])
+        pool.cluster.make_ready([name])
         restart(pool, name)
         with pytest.raises(WorkerLost, match="died"):
-            pool._run(remote.survey, [name])
+            pool.cluster.run(remote.survey, [name])
