@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from statistics import median
 
-__all__ = ["NEWS_SECONDS", "SEGMENT_SECONDS", "segment_seconds"]
+__all__ = ["NEWS_SECONDS", "SEGMENT_SECONDS", "Pace", "segment_seconds"]
 
 #: As long as a segment is where nothing speaks for more: so often there are news, and a commit.
 SEGMENT_SECONDS = 0.25
@@ -13,6 +13,8 @@ SEGMENT_SECONDS = 0.25
 NEWS_SECONDS = 0.4
 _LONGEST_SECONDS = 0.8
 _CONTROL_SHARE = 0.006
+_CONTROLS = 9  # segments whose median is gone by
+_GROWTH = 4  # a segment is at most this many times longer than the one before
 
 
 def segment_seconds(control_seconds: float, news_seconds: float = _LONGEST_SECONDS) -> float:
@@ -32,10 +34,6 @@ def segment_seconds(control_seconds: float, news_seconds: float = _LONGEST_SECON
     return min(max(SEGMENT_SECONDS, control_seconds / _CONTROL_SHARE), longest)
 
 
-_CONTROLS = 9
-_GROWTH = 4  # a segment is at most this many times longer than the one before
-
-
 class Pace:
     """How many steps make a segment."""
 
@@ -45,10 +43,12 @@ class Pace:
         self._control: deque[float] = deque(maxlen=_CONTROLS)
 
     def learn(self, steps: int, seconds: float, control_seconds: float, news_seconds: float) -> None:
+        """Take a segment into account: its steps, their time, and that of control."""
         self._step_seconds = max(1e-6, seconds / steps)
         self._control.append(control_seconds)
         wanted = round(segment_seconds(median(self._control), news_seconds) / self._step_seconds)
         self.steps = max(1, min(wanted, _GROWTH * self.steps))
 
     def seconds(self, steps: int) -> float:
+        """How long some steps should take."""
         return steps * self._step_seconds

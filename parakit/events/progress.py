@@ -1,4 +1,4 @@
-"""Progress in words: one line for people who wait in a script or a terminal, and a sentence for an event."""
+"""Progress in words: one line for people who wait in a script or a terminal."""
 
 from __future__ import annotations
 

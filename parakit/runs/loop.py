@@ -110,7 +110,7 @@ class RunLoop:
         try:
             self._verbs[type(action)](action)
         except WorkerLost as loss:
-            self._note(ordered=())
+            self._note(ordered=(), reported=False)
             self._membership.note_loss(loss, self.step)
 
     def _verbs_of_actions(self) -> dict[type[actions.Action], Callable[[Any], object]]:

@@ -13,21 +13,12 @@ __all__ = ["Copied", "Goals", "GroupState", "Growth", "RunState", "Segment", "St
 
 @dataclass(frozen=True)
 class Segment:
-    """Some steps that were ordered in one go.
-
-    Parameters
-    ----------
-    first, count : int
-    number : int
-        Of the newest request that was known when it was ordered; a higher one ends it early.
-    ordered_at : float
-        Seconds since the start of the run.
-    """
+    """Some steps that were ordered in one go."""
 
     first: int
     count: int
-    number: int
-    ordered_at: float = 0.0
+    number: int  # of the newest request that was known then; a higher one ends it early
+    ordered_at: float = 0.0  # seconds since the start of the run, as all moments that are not said to be others
 
     @property
     def end(self) -> int:
@@ -37,19 +28,11 @@ class Segment:
 
 @dataclass(frozen=True)
 class Copied:
-    """The state on the notebook's side: of which step it is, and when a newer one and a checkpoint are due.
+    """The state on the notebook's side: of which step it is, and when a newer one and a checkpoint are due."""
 
-    Parameters
-    ----------
-    step : int
-        -1 if there is none yet.
-    fetch_at, save_at : float
-        Seconds since the start of the run; infinite for what is never due.
-    """
-
-    step: int = -1
+    step: int = -1  # if there is none yet
     fetch_at: float = 0.0
-    save_at: float = math.inf
+    save_at: float = math.inf  # if nothing is saved
 
     def due(self, now: float) -> bool:
         """Whether it is time for a newer one."""
@@ -58,94 +41,43 @@ class Copied:
 
 @dataclass(frozen=True)
 class RunState:
-    """Where a run stands.
+    """Where a run stands."""
 
-    Parameters
-    ----------
-    steps, steps_per_epoch : int
-        Of the whole run, and of an epoch.
-    validates : bool
-        Whether each epoch ends with an evaluation.
-    step : int
-        Committed steps.
-    epochs : int
-        That were closed.
-    ordered : tuple of Segment
-        Those without a report, the one that is going on first.
-    paused : bool
-        Whether it stands still.
-    reported : bool
-        Whether a report came since somebody last looked after the copy.
-    segment_steps : int
-        How many steps make a segment at present.
-    copied : Copied
-    """
-
-    steps: int
+    steps: int  # of the whole run
     steps_per_epoch: int
-    validates: bool = False
-    step: int = 0
-    epochs: int = 0
-    ordered: tuple[Segment, ...] = ()
-    paused: bool = False
-    reported: bool = False
-    segment_steps: int = 1
+    validates: bool = False  # whether each epoch ends with an evaluation
+    step: int = 0  # committed steps
+    epochs: int = 0  # that were closed
+    ordered: tuple[Segment, ...] = ()  # without a report; the first one is going on
+    paused: bool = False  # whether it stands still
+    reported: bool = False  # whether a report came since somebody last looked after the copy
+    segment_steps: int = 1  # that make a segment at present
     copied: Copied = Copied()
 
 
 @dataclass(frozen=True)
 class Goals:
-    """What is wanted of a run.
+    """What is wanted of a run."""
 
-    Parameters
-    ----------
-    target : int
-        Workers.
-    asked_at : float
-        When the target was last asked for, by the clock of the pool.
-    paused, stopping : bool
-    rate : float or None
-        A learning rate to go on at, until it is granted.
-    measuring : bool
-        Whether plain PyTorch is to be measured, until it is.
-    number : int
-        Counts requests; a segment ordered under a number is ended by a higher one.
-    """
-
-    target: int
-    asked_at: float = 0.0
+    target: int  # workers
+    asked_at: float = 0.0  # for the target, by the clock of the pool
     paused: bool = False
     stopping: bool = False
-    rate: float | None = None
-    measuring: bool = False
-    number: int = 0
+    rate: float | None = None  # a learning rate to go on at, until it is granted
+    measuring: bool = False  # plain PyTorch, until that is done
+    number: int = 0  # counts requests; a segment ordered under a number is ended by a higher one
 
 
 @dataclass(frozen=True)
 class Staged:
-    """A group that is being staged.
+    """A group that is being staged."""
 
-    Parameters
-    ----------
-    target : int
-        The worker count that it was staged for; those who are there may be fewer.
-    members : tuple of str
-    since : float
-        Seconds since the start of the run.
-    ready : bool
-        Whether its members have what they need, or cannot get it.
-    error : str
-        Why not; empty if all is well.
-    lost : bool
-        Whether that is the loss of a worker.
-    """
-
-    target: int
+    target: int  # the worker count that it was staged for; those who are there may be fewer
     members: tuple[str, ...]
     since: float
-    ready: bool = False
-    error: str = ""
-    lost: bool = False
+    ready: bool = False  # whether its members have what they need, or cannot get it
+    error: str = ""  # why not
+    lost: bool = False  # whether that is the loss of a worker
 
 
 @dataclass(frozen=True)
@@ -158,44 +90,18 @@ class Growth:
 
 @dataclass(frozen=True)
 class GroupState:
-    """Who is in a run's group, and what is under way to change that.
+    """Who is in a run's group, and what is under way to change that."""
 
-    Parameters
-    ----------
-    members : tuple of str
-        The active workers; before there is a group, those to begin with.
-    there : tuple of str
-        All workers of the pool, where that matters: without a group, or without the one that is wanted.
-    formed : bool
-        Whether the members are a group that can be spoken to.
-    recovering : bool
-        Whether that is so for a loss.
-    staged : Staged or None
-    growth : Growth or None
-    fruitless : int
-        Losses in a row without a segment between them.
-    in_vain : int
-        Changes in a row of which somebody was lost before they took place, the last of them `vain_at`.
-    vain_at, looked_at : float
-        Seconds since the start of the run; the second is when a paused run last looked whether everybody is there.
-    lost_at : float
-        When somebody was last lost, by the clock of the pool.
-    patience : float
-        Seconds that staging may take.
-    orders_ahead : bool
-        Whether its session takes an order while another has no report.
-    """
-
-    members: tuple[str, ...]
-    there: tuple[str, ...] = ()
-    formed: bool = True
-    recovering: bool = False
+    members: tuple[str, ...]  # the active workers; before there is a group, those to begin with
+    there: tuple[str, ...] = ()  # all workers of the pool, where the group is not the one that is wanted
+    formed: bool = True  # whether the members can be spoken to as a group
+    recovering: bool = False  # whether they cannot since a loss
     staged: Staged | None = None
     growth: Growth | None = None
-    fruitless: int = 0
-    in_vain: int = 0
-    vain_at: float = -math.inf
-    looked_at: float = 0.0
-    lost_at: float = -math.inf
-    patience: float = 40.0
-    orders_ahead: bool = True
+    fruitless: int = 0  # losses in a row without a segment between them
+    in_vain: int = 0  # changes in a row of which somebody was lost before they took place
+    vain_at: float = -math.inf  # when the last of them was
+    looked_at: float = 0.0  # when a paused run last looked whether everybody is there
+    lost_at: float = -math.inf  # when somebody was last lost, by the clock of the pool
+    patience: float = 40.0  # seconds that staging may take
+    orders_ahead: bool = True  # whether an order can be given while another has no report

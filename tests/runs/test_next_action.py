@@ -119,6 +119,9 @@ SITUATIONS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any], Acti
     "a change is being staged, so nothing is ordered ahead": (
         {"ordered": (GOING,)}, {"target": 3}, {"staged": on_its_way(3)}, AwaitReport(),
     ),
+    "nor while a change is being staged that nobody wants any more": (
+        {"ordered": (GOING,)}, {}, {"staged": on_its_way(3)}, AwaitReport(),
+    ),
     "a change is ready, but a segment goes on": (
         {"ordered": (GOING,)}, {"target": 3, "number": 1}, {"staged": staged(3)}, AwaitReport(),
     ),
@@ -362,7 +365,7 @@ class Imagined:
         raise AssertionError(f"no end: {self.done[-20:]}")
 
     def note_loss(self) -> None:
-        self.run = replace(self.run, ordered=())
+        self.run = replace(self.run, ordered=(), reported=False)
         lost_at = self.group.lost_at if self.group.recovering else self.now
         self.group = replace(
             self.group, formed=False, recovering=True, staged=None, fruitless=self.group.fruitless + 1, lost_at=lost_at
