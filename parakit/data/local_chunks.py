@@ -10,6 +10,8 @@ from torch import Tensor
 
 from parakit.data.chunks import EpochOrder
 from parakit.data.samples import Samples
+from parakit.data.source import Unread
+from parakit.errors import ParakitError
 from parakit.system.devices import CPU
 
 __all__ = ["LocalChunks"]
@@ -69,6 +71,19 @@ class LocalChunks:
             if self._all is not None
         }
         self._epoch = -1
+
+    def take_over(self, wanted: tuple[int, ...], brought: Mapping[int, Samples | Unread]) -> None:
+        """Hold the chunks that are wanted, some of which were brought, packed or to be read here.
+
+        Raises
+        ------
+        ParakitError
+            If one of them is neither here nor brought.
+        """
+        adopted = {chunk: samples.unpacked() for chunk, samples in brought.items() if chunk in wanted}
+        self.change([c for c in wanted if c in self.chunks and c not in adopted], adopted)
+        if self.chunks != tuple(sorted(wanted)):
+            raise ParakitError(f"This worker holds the chunks {self.chunks} where {wanted} are wanted.")
 
     def share(self, step: int) -> Samples | None:
         """The rows of a step's global batch that are held here, or None if there are none."""

@@ -18,9 +18,10 @@ import torch
 from parakit.data.samples import Samples
 from parakit.trees import leaves
 
-__all__ = ["ChunkLoader", "InMemory", "Source", "Unread", "fingerprint_of", "probe"]
+__all__ = ["ChunkLoader", "InMemory", "Source", "Unread", "fingerprint_of", "probe", "probed_rows"]
 
 Rows = npt.NDArray[np.int64]
+Check = Callable[[Samples, Rows], None]
 _PROBED_ROWS = 1024
 _SEEN_ROWS = 64
 
@@ -82,9 +83,14 @@ def fingerprint_of(samples: Samples) -> str:
     return mark.hexdigest()[:16]
 
 
-def probe(source: Source, rows: int = _PROBED_ROWS) -> Samples:
-    """Rows to try a model on: all that are in memory, else some from everywhere."""
-    return source.samples if isinstance(source, InMemory) else source.take(_spread(len(source), rows))
+def probe(source: Source) -> Samples:
+    """Rows to try a model on: all that are in memory, else `probed_rows`."""
+    return source.samples if isinstance(source, InMemory) else source.take(probed_rows(source))
+
+
+def probed_rows(source: Source) -> torch.Tensor:
+    """Numbers of some rows from everywhere, ascending; int64."""
+    return _spread(len(source), _PROBED_ROWS)
 
 
 def _spread(count: int, most: int) -> torch.Tensor:
@@ -101,18 +107,18 @@ class Unread:
     rows : int64 array
         That make up the chunk.
     check : callable or None
-        Raises where the rows cannot be trained on.
+        Given samples and the numbers of their rows, raises where they cannot be trained on.
     """
 
     source: Source
     rows: Rows
-    check: Callable[[Samples], None] | None = None
+    check: Check | None = None
 
     def unpacked(self) -> Samples:
         """The rows, loaded here and now."""
         samples = self.source.take(self.rows)
         if self.check is not None:
-            self.check(samples)
+            self.check(samples, self.rows)
         return samples
 
 
@@ -131,14 +137,18 @@ class ChunkLoader:
 
     source: Source
     pieces: Sequence[Any]
-    check: Callable[[Samples], None] | None = None
+    check: Check | None = None
 
     def __call__(self, chunk: int) -> Samples:
         """The samples of a chunk, loaded by this process."""
-        return self.source.take(self.pieces[chunk])
+        return self._unread(chunk).unpacked()
 
     def packed(self, chunk: int) -> Samples | Unread:
         """What is sent to the owner of a chunk: its samples, or where it gets them."""
         if self.source.loaded_by == "notebook":
-            return self(chunk).packed()
-        return Unread(self.source, np.asarray(self.pieces[chunk], np.int64), self.check)
+            return self.source.take(self.pieces[chunk]).packed()
+        return self._unread(chunk)
+
+    def _unread(self, chunk: int) -> Unread:
+        check = self.check if self.source.loaded_by == "worker" else None  # what is in memory was checked as a whole
+        return Unread(self.source, np.asarray(self.pieces[chunk], np.int64), check)

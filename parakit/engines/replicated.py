@@ -26,7 +26,7 @@ from parakit.engines.fused_updates import prefer_fused
 from parakit.engines.passes import passes_for
 from parakit.engines.recipe import Parts, Recipe, load_parts
 from parakit.engines.sharded_update import Shard, can_shard, common_nbytes
-from parakit.engines.step import Update, gradient, update
+from parakit.engines.step import Updater, gradient, update
 from parakit.engines.turns import Turns
 from parakit.engines.whole_update import WholeUpdate
 from parakit.errors import Diverged
@@ -75,7 +75,7 @@ class Replica(Engine):
         self.agreement = Agreement(self.passes, traits.rules, traits.counted, watched=recipe.check > 0)
         self._whole_update = WholeUpdate(self.optimizer, self.buffer, self.hooks, closure=traits.closure)
         #: How the sum of a batch becomes an update.
-        self.placed: Update = self._whole_update
+        self.updater: Updater = self._whole_update
         self.go_on()
 
     # --- a step
@@ -96,23 +96,6 @@ class Replica(Engine):
         vector, own = self.buffer.detach_slice(part)
         summed = self._group.reduce_scatter(vector, tail=part.tail, own=own)
         return GradientSlice(summed.pieces, summed.tail, part.unit)
-
-    def loss_of(self, total: Counts) -> float:
-        """The loss of a batch; not a number if it is a mean over nothing, as where every label is ignored."""
-        return math.nan if self.loss.divides and total.count == 0 else total.mean_loss
-
-    def check_loss(self, loss: float, rate: float) -> None:
-        """Refuse a loss that no step can go on from, if the recipe says so."""
-        if self.recipe.stop_on_nonfinite and not math.isfinite(loss):
-            raise Diverged(f"The loss of step {self.step} is {loss}, at learning rate {rate:g}.", step=self.step)
-
-    def advance_schedule(self) -> None:
-        """Let the scheduler step, at the end of an epoch or of each step."""
-        if self.scheduler is None:
-            return
-        at_epoch_end = (self.step + 1) % self.recipe.order.steps_per_epoch == 0
-        if self.recipe.scheduler_every == "step" or at_epoch_end:
-            self.scheduler.step()
 
     @property
     def learning_rate(self) -> float:
@@ -144,7 +127,7 @@ class Replica(Engine):
     @property
     def sharded(self) -> bool:
         """Whether this worker updates its own slice alone."""
-        return isinstance(self.placed, Shard)
+        return isinstance(self.updater, Shard)
 
     def join(self, group: Group) -> None:
         """Belong to a group: gradients live where it adds them, and the update is divided where that can be."""
@@ -158,7 +141,7 @@ class Replica(Engine):
     def _share(self, group: Group) -> slice | None:
         """Update a slice from now on; says where it is, if it is to stay where torch makes it."""
         shard = Shard(self.optimizer, self.buffer.parameters, group)
-        self.placed = shard
+        self.updater = shard
         self.account.forget_seconds()  # no step has begun
         large = (shard.where.stop - shard.where.start) * self.buffer.dtype.itemsize >= _LARGE_SLICE
         return shard.where if large else None
@@ -166,7 +149,7 @@ class Replica(Engine):
     def leave(self) -> None:
         """Belong to no group, and hold everything in this process's own memory again."""
         self._group, self.passes.peers = None, ALONE
-        shard, self.placed = self.placed, self._whole_update
+        shard, self.updater = self.updater, self._whole_update
         if isinstance(shard, Shard):
             shard.leave()
 
@@ -244,7 +227,7 @@ class Replica(Engine):
 
     def restore(self, state: State) -> None:
         """Take over a state."""
-        shard, self.placed = self.placed, self._whole_update
+        shard, self.updater = self.updater, self._whole_update
         if isinstance(shard, Shard):
             shard.leave()
         counted = self.agreement.completed(state.get("attributes") or {})

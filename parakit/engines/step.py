@@ -10,27 +10,32 @@ calls for the gradient at the place where a loop by hand would have forward and 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
+from torch.optim.lr_scheduler import LRScheduler
 
 from parakit.data.local_chunks import LocalChunks
 from parakit.engines.account import BACKWARD, DATA, FORWARD, StepAccount
+from parakit.engines.optimizers import learning_rate
 from parakit.engines.passes import Passes
 from parakit.engines.recipe import Recipe
+from parakit.errors import Diverged
 from parakit.gradients.gradient_sum import GradientSum
+from parakit.losses.summed import SummedLoss
 from parakit.model_state.peers import speaking_to
 from parakit.system.process_settings import seed_all
 
-__all__ = ["Update", "Worker", "gradient", "update"]
+__all__ = ["Updater", "Worker", "gradient", "update"]
 
 
-class Update(Protocol):
+class Updater(Protocol):
     """How the sum of a batch becomes a step of the optimizer: of the whole model, or of this worker's part of it."""
 
     def load(self, total: Any) -> None:
-        """Make the mean over the batch the gradient; the sum is divided once, by the count of all samples."""
+        """Make the mean over the batch the gradient."""
 
     def squared_norm(self) -> float:
         """Of that mean, over the whole model."""
@@ -50,23 +55,13 @@ class Worker(Protocol):
 
     recipe: Recipe
     device: torch.device
-    account: StepAccount
+    loss: SummedLoss
     passes: Passes
-    placed: Update
+    optimizer: torch.optim.Optimizer
+    updater: Updater
+    scheduler: LRScheduler | None
+    account: StepAccount
     step: int
-
-    @property
-    def learning_rate(self) -> float:
-        """Of the first parameter group."""
-
-    def loss_of(self, total: Any) -> float:
-        """The loss of a batch."""
-
-    def check_loss(self, loss: float, rate: float) -> None:
-        """Refuse one that is not finite."""
-
-    def advance_schedule(self) -> None:
-        """Let the learning rate go on along its schedule."""
 
     def begin_update(self) -> None:
         """From now on, the state is of no step."""
@@ -100,32 +95,41 @@ def gradient(worker: Worker, step: int, chunks: LocalChunks, rank: int) -> Gradi
 
 def update(worker: Worker, summed: Callable[[], Any]) -> None:
     """One step of the optimizer, by the gradient over the whole batch."""
-    recipe, account, placed = worker.recipe, worker.account, worker.placed
+    recipe, account, updater = worker.recipe, worker.account, worker.updater
     losses: list[float] = []
     norms: list[tuple[float, float]] = []
-    rate = worker.learning_rate
+    rate = learning_rate(worker.optimizer)
     account.begin_update()
     worker.begin_update()
 
     def evaluate() -> float:
         with torch.enable_grad():
             total = summed()  # `gradient` above, then the exchange
-        losses.append(worker.loss_of(total))
-        first = len(losses) == 1  # a line search may well try what is not finite
-        if first:
-            worker.check_loss(losses[0], rate)
-        placed.load(total)
+        # Not a number if it is a mean over nothing, as where every label is ignored.
+        losses.append(math.nan if worker.loss.divides and total.count == 0 else total.mean_loss)
+        first = len(losses) == 1
+        if first and recipe.stop_on_nonfinite:  # a line search may well try what is not finite, later
+            check_finite(losses[0], worker.step, rate)
+        updater.load(total)  # the sum becomes the mean: divided once, by the count of all samples
         if first and account.measuring:
-            norms.append((account.share_norm, placed.squared_norm()))
-        placed.call_hooks()
+            norms.append((account.share_norm, updater.squared_norm()))
+        updater.call_hooks()
         if recipe.clip_norm is not None:
-            placed.clip(recipe.clip_norm)
+            updater.clip(recipe.clip_norm)
         return losses[-1]
 
-    placed.step(evaluate)
-    worker.advance_schedule()
+    updater.step(evaluate)
+    at_epoch_end = (worker.step + 1) % recipe.order.steps_per_epoch == 0
+    if worker.scheduler is not None and (recipe.scheduler_every == "step" or at_epoch_end):
+        worker.scheduler.step()
     account.close(worker.step, losses[0], rate, norms[0] if norms else None)
     worker.end_update()
+
+
+def check_finite(loss: float, step: int, rate: float) -> None:
+    """Refuse a loss that no step can go on from."""
+    if not math.isfinite(loss):
+        raise Diverged(f"The loss of step {step} is {loss}, at learning rate {rate:g}.", step=step)
 
 
 def mixed(seed: int, step: int, rank: int) -> int:

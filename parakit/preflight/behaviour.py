@@ -22,7 +22,7 @@ from parakit.model_state.structure import Structure
 from parakit.model_state.sync_batch_norm import has_synchronised
 from parakit.preflight.changes import Changed, Changes, no_steps_of_own
 from parakit.preflight.evaluating import evaluation_of
-from parakit.preflight.labels import check_kind_of_labels, check_labels, check_shapes
+from parakit.preflight.labels import LabelRange, check_kind_of_labels, check_labels, check_shapes
 from parakit.preflight.reach import backward_once, check_reach, computed_attributes
 from parakit.preflight.shares import Shares
 from parakit.preflight.trial import Trial
@@ -245,9 +245,10 @@ class _FirstStep:
             output = trial.forward(rows)
         loss = trial.parts.loss
         check_kind_of_labels(loss, output, trial.samples.targets)
-        check_labels(loss, output, trial.samples.targets, "data")
+        check_labels(loss, output, trial.samples.targets, "data", trial.numbers.get("data"))
+        trial.labels = LabelRange.of(loss, output, "data")
         if held_out is not None:
-            check_labels(loss, output, held_out.targets, "validation")
+            check_labels(loss, output, held_out.targets, "validation", trial.numbers.get("validation"))
         with self._refusing_steps("loss", training):
             value: Any = check_scalar(trial.loss(output, rows.targets))
         check_shapes(loss, output, rows.targets)

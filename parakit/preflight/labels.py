@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from parakit.data.samples import Samples
 from parakit.errors import DataError, LossError
 from parakit.losses.summed import ELEMENTWISE, WEIGHTED, as_object
 from parakit.trees import Tree
@@ -53,7 +54,7 @@ def check_shapes(loss: Any, output: Tree, target: Tree) -> None:
         )
 
 
-def check_labels(loss: Any, output: Any, targets: Tree, what: str) -> None:
+def check_labels(loss: Any, output: Any, targets: Tree, what: str, rows: Any = None) -> None:
     """Refuse class labels that the model's output has no class for, before a worker meets them.
 
     Parameters
@@ -63,9 +64,11 @@ def check_labels(loss: Any, output: Any, targets: Tree, what: str) -> None:
     output : tree of tensors
         The model's output for a few samples.
     targets : tree of tensors
-        All targets.
+        All targets, or those of some rows.
     what : str
         The argument's name, for messages.
+    rows : sequence of int, optional
+        The numbers of these rows, where they are not all.
 
     Raises
     ------
@@ -74,7 +77,7 @@ def check_labels(loss: Any, output: Any, targets: Tree, what: str) -> None:
     """
     known = LabelRange.of(loss, output, what)
     if known is not None:
-        known.check(targets)
+        known.check(targets, rows)
 
 
 @dataclass(frozen=True)
@@ -103,8 +106,18 @@ class LabelRange:
             return None
         return cls(output.shape[min(1, output.ndim - 1)], int(loss.ignore_index), what)
 
-    def check(self, targets: Tree) -> None:
+    def __call__(self, samples: Samples, rows: Any) -> None:
+        """Refuse samples with a label out of range; errors as for `check`."""
+        self.check(samples.targets, rows)
+
+    def check(self, targets: Tree, rows: Any = None) -> None:
         """Refuse targets with a label out of range.
+
+        Parameters
+        ----------
+        targets : tree of tensors
+        rows : sequence of int, optional
+            The numbers of their rows; counted from 0 unless they are given.
 
         Raises
         ------
@@ -117,8 +130,9 @@ class LabelRange:
         wrong = ((labels < 0) | (labels >= self.classes)) & (labels != self.ignored)
         if bool(wrong.any()):
             place = tuple(int(i) for i in wrong.nonzero()[0])
+            row = place[0] if rows is None else int(rows[place[0]])
             raise DataError(
-                f"{self.what} has the label {int(labels[place])} at row {place[0]}, but the model's output has "
+                f"{self.what} has the label {int(labels[place])} at row {row}, but the model's output has "
                 f"{self.classes} classes, 0 to {self.classes - 1}; {int(wrong.sum())} labels are out of range.",
                 cause="labels that count from 1, or a last layer that is too small",
                 remedy="map the labels to 0 to the number of classes less 1, or widen the model's last layer",

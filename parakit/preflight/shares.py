@@ -87,7 +87,7 @@ class Shares:
             if not checks:
                 return self._as_each_share_has_it()
             raise self._explained(error) from error
-        return found.knowing(*targets) if self._trial.whole else found
+        return found.knowing(*targets) if not self._trial.numbers else found
 
     def _as_each_share_has_it(self) -> SummedLoss:
         """The form by outputs alone, for whoever wants each share to be a batch of its own."""

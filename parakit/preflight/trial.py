@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -17,6 +17,7 @@ from parakit.gradients.forward import call_model
 from parakit.losses.summed import check_loss, describe
 from parakit.model_state.attributes import Attributes, same
 from parakit.preflight.copies import frozen_parts, is_lazy
+from parakit.preflight.labels import LabelRange
 from parakit.serialization import Frozen
 from parakit.system.devices import CPU
 from parakit.system.process_settings import undisturbed
@@ -39,12 +40,16 @@ class Trial:
         What it will be trained on: all rows, or some from everywhere.
     sizes : sequence of int
         Of batches that the model may have been written for.
-    whole : bool
-        Whether these are all rows.
+    numbers : mapping of str to Tensor
+        The numbers of the rows of "data" and of "validation", of which only some are tried.
     """
 
-    def __init__(self, frozen: Frozen, samples: Samples, sizes: Sequence[int] = (), *, whole: bool = True) -> None:
-        self.samples, self.whole = samples, whole
+    def __init__(
+        self, frozen: Frozen, samples: Samples, sizes: Sequence[int] = (), numbers: Mapping[str, Tensor] | None = None
+    ) -> None:
+        self.samples, self.numbers = samples, numbers or {}
+        #: The class labels that the model has outputs for, once it was tried and if that is known.
+        self.labels: LabelRange | None = None
         self._sizes = sizes
         self._generator = torch.Generator().manual_seed(0)
         self._take(frozen)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from parakit.data.samples import Samples
+from parakit.data.source import InMemory, Source
 from parakit.errors import DataError, InputError
 from parakit.model_state.buffers import check_rules
 from parakit.preflight import Wanted
@@ -201,8 +202,13 @@ def _share_of_time(check: Any) -> float:
     return float(check)
 
 
+def source_of(model: Any, data: Any) -> Source:
+    """Where the rows come from that a model is to be trained on."""
+    return data if isinstance(data, Source) else InMemory(samples_of(model, data))
+
+
 def samples_of(model: Any, data: Any) -> Samples:
-    """Data that a model is to be trained on, or evaluated."""
+    """Data that a model is to be trained on, or evaluated, in memory."""
     _check_given(model, data)
     samples = Samples.of(data)
     _check_samples(samples)

@@ -23,7 +23,7 @@ from parakit.collectives.topology import equal_counts, hierarchical
 from parakit.data.chunks import DEFAULT_CHUNKS, EpochOrder, check_chunks, chunk_count, cut
 from parakit.data.ownership import ChunkAssignment
 from parakit.data.samples import Samples
-from parakit.data.source import ChunkLoader, InMemory
+from parakit.data.source import ChunkLoader, InMemory, Source, probe, probed_rows
 from parakit.engines.make import make_engine
 from parakit.engines.memory_needs import check_fits_memory, needs_of
 from parakit.engines.optimizers import AtRate
@@ -31,6 +31,7 @@ from parakit.engines.recipe import Parts, Recipe, Traits
 from parakit.errors import CheckpointError, DataError, InputError
 from parakit.events.records import RunStart
 from parakit.preflight import Trial, check_model, frozen_parts, traits_of
+from parakit.preflight.labels import LabelRange
 from parakit.preflight.optimizers import Optimizing, check_optimizer, check_rate_of_schedule
 from parakit.runs.arguments import (
     Asked,
@@ -38,7 +39,7 @@ from parakit.runs.arguments import (
     check_pool,
     default_loss,
     default_optimizer,
-    samples_of,
+    source_of,
     warn_of_hooks,
 )
 from parakit.runs.identity import identity_of
@@ -74,21 +75,30 @@ def plan(model: nn.Module, data: Any, *, on: Workers, **options: Unpack[TrainOpt
 class _Split:
     """The data of a run, in chunks; and how many steps go through them."""
 
-    samples: Samples
-    held_out: Samples | None
+    source: Source
+    samples: Samples  # to try a model on: all rows, where they are in memory
+    validation: Source | None
     pieces: list[npt.NDArray[np.int64]]
     order: EpochOrder
     steps: int
 
 
 def _split(model: nn.Module, data: Any, asked: Asked) -> _Split:
-    samples, options = samples_of(model, data), asked.options
-    held_out = None if options["validation"] is None else Samples.of(options["validation"], what="validation")
-    batch = _batch_size(options["batch_size"], len(samples))
-    pieces = cut(len(samples), chunk_count(len(samples), batch, asked.chunks), options["seed"])
+    source, options = source_of(model, data), asked.options
+    rows = len(source)
+    validation = _validation(options["validation"])
+    batch = _batch_size(options["batch_size"], rows)
+    pieces = cut(rows, chunk_count(rows, batch, asked.chunks), options["seed"])
     check_chunks(asked.workers, len(pieces))
     order = EpochOrder(tuple(len(rows) for rows in pieces), batch, options["seed"])
-    return _Split(samples, held_out, pieces, order, _steps(options["epochs"], options["steps"], order.steps_per_epoch))
+    steps = _steps(options["epochs"], options["steps"], order.steps_per_epoch)
+    return _Split(source, probe(source), validation, pieces, order, steps)
+
+
+def _validation(given: Any) -> Source | None:
+    if given is None or isinstance(given, Source):
+        return given
+    return InMemory(Samples.of(given, what="validation"))
 
 
 def _batch_size(batch_size: int | None, samples: int) -> int:
@@ -126,14 +136,17 @@ class _Tried:
     identity: dict[str, Any]
     parameters: int
     notes: tuple[str, ...]
+    labels: LabelRange | None
 
 
 def _try_out(model: nn.Module, split: _Split, asked: Asked, pool: Workers) -> _Tried:
     check_model(model)
     warn_of_hooks(5)
     _warn_of_modes(model, 5)
-    trial = Trial(frozen_parts(_parts(model, split, asked)), split.samples, (split.order.batch_size,))
-    traits = traits_of(trial, asked.wanted, model, split.held_out)
+    held_out = None if split.validation is None else probe(split.validation)
+    parts = frozen_parts(_parts(model, split, asked))
+    trial = Trial(parts, split.samples, (split.order.batch_size,), _numbers_of_rows(split))
+    traits = traits_of(trial, asked.wanted, model, held_out)
     optimizing = check_optimizer(trial, split.steps, split.order.steps_per_epoch, asked.options["scheduler_every"])
     for note in optimizing.notes:
         warnings.warn(note, UserWarning, stacklevel=4)
@@ -141,8 +154,14 @@ def _try_out(model: nn.Module, split: _Split, asked: Asked, pool: Workers) -> _T
     recipe = _recipe(trial, replace(traits, closure=optimizing.closure), split.order, asked)
     parameters = sum(p.numel() for p in trial.model.parameters() if p.requires_grad)
     _check_memory(trial, optimizing, parameters, asked, pool)
-    identity = identity_of(recipe, trial.parts, InMemory(split.samples))
-    return _Tried(recipe, rate, identity, parameters, optimizing.notes)
+    identity = identity_of(recipe, trial.parts, split.source)
+    return _Tried(recipe, rate, identity, parameters, optimizing.notes, trial.labels)
+
+
+def _numbers_of_rows(split: _Split) -> dict[str, Tensor]:
+    """Of what is not in memory, so that only some rows are tried."""
+    sources = {"data": split.source, "validation": split.validation}
+    return {name: probed_rows(s) for name, s in sources.items() if s is not None and not isinstance(s, InMemory)}
 
 
 def _parts(model: nn.Module, split: _Split, asked: Asked) -> Parts:
@@ -267,8 +286,8 @@ def _loaded(place: str | os.PathLike[str]) -> Checkpoint:
 
 def _put_together(asked: Asked, split: _Split, tried: _Tried, resumption: Resumption | None, pool: Workers) -> Plan:
     saving = _saving(asked.options, tried.recipe)
-    validation = _pieces_in_order(split.held_out, split.order.batch_size if tried.recipe.traits.gather else None)
-    job = _job(asked, split, tried.recipe, validation)
+    validation = _pieces_in_order(split.validation, split.order.batch_size if tried.recipe.traits.gather else None)
+    job = _job(asked, split, tried, validation)
     active = asked.workers
     if active > pool.size:  # virtual workers, which come into being when they are needed
         pool.grow(active)
@@ -287,11 +306,11 @@ def _saving(options: TrainOptions, recipe: Recipe) -> Saving | None:
     return Saving(checkpoints, options["checkpoint_seconds"])
 
 
-def _job(asked: Asked, split: _Split, recipe: Recipe, validation: Sequence[Tensor]) -> Job:
-    held_out = split.held_out
+def _job(asked: Asked, split: _Split, tried: _Tried, validation: Sequence[Tensor]) -> Job:
+    labels = tried.labels
     return Job(
-        uuid.uuid4().hex[:8], recipe, asked.strategy, ChunkLoader(InMemory(split.samples), split.pieces),
-        _nothing if held_out is None else ChunkLoader(InMemory(held_out), validation),
+        uuid.uuid4().hex[:8], tried.recipe, asked.strategy, ChunkLoader(split.source, split.pieces, labels),
+        ChunkLoader(split.validation or split.source, validation, labels and replace(labels, what="validation")),
         float(asked.options["limit_seconds"]), asked.options["threads"], split.pieces,
     )  # fmt: skip
 
@@ -300,21 +319,17 @@ def _start(job: Job, assignment: GroupAssignment, split: _Split, tried: _Tried, 
     order = split.order
     return RunStart(
         0.0, repr(job.strategy), assignment.members, pool.kind, pool.cores, job.threads or pool.threads,
-        tried.parameters, len(split.samples), len(split.pieces), order.batch_size, split.steps, order.steps_per_epoch,
+        tried.parameters, len(split.source), len(split.pieces), order.batch_size, split.steps, order.steps_per_epoch,
         order.seed, simulated=pool.simulated, device=pool.device,
     )  # fmt: skip
 
 
-def _pieces_in_order(held_out: Samples | None, rows: int | None) -> list[Tensor]:
+def _pieces_in_order(held_out: Source | None, rows: int | None) -> list[Tensor]:
     """Held-out rows in pieces; of so many rows each, where a loss looks at a whole piece."""
     if held_out is None:
         return []
     every = torch.arange(len(held_out))
     return list(every.split(rows) if rows else every.tensor_split(min(DEFAULT_CHUNKS, len(held_out))))
-
-
-def _nothing(_: int) -> Samples:
-    raise InputError("This run has no validation data.")
 
 
 def _assignment(members: Sequence[str], order: EpochOrder, validation: Sequence[Tensor]) -> GroupAssignment:

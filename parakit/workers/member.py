@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from time import perf_counter
@@ -17,7 +17,6 @@ from parakit.collectives.base import ExchangeMethod, GroupBroken, ProcessGroup, 
 from parakit.collectives.compressed import CompressedGroup
 from parakit.collectives.form import form_group
 from parakit.data.local_chunks import LocalChunks
-from parakit.data.samples import Samples
 from parakit.engines.make import make_engine
 from parakit.engines.recipe import Recipe
 from parakit.errors import ParakitError, StaleGeneration
@@ -124,8 +123,8 @@ class Member:
             raise StaleGeneration(f"Generation {orders.generation} comes after {self.generation}.")
         self.rank = orders.rank
         self._begin(orders.generation)
-        _take(self.training, orders.training, training)
-        _take(self.validation, orders.validation, validation)
+        self.training.take_over(orders.training, training)
+        self.validation.take_over(orders.validation, validation)
         if isinstance(state, Answer):  # a newcomer's state comes straight from a member that stays
             if state.failure is not None:
                 raise GroupBroken(f"The state could not be fetched from a member: {state.failure.text}")
@@ -253,11 +252,3 @@ class Member:
     def add(self, parts: Any) -> GradientSum:
         """Not for a text that runs on the workers."""
         raise NotImplementedError("add is a verb of strategies that run on the driver")
-
-
-def _take(holding: LocalChunks, wanted: tuple[int, ...], brought: Mapping[int, Samples]) -> None:
-    """Hold the chunks that are wanted, some of which were brought."""
-    adopted = {chunk: samples.unpacked() for chunk, samples in brought.items() if chunk in wanted}
-    holding.change([c for c in wanted if c in holding.chunks and c not in adopted], adopted)
-    if holding.chunks != tuple(sorted(wanted)):
-        raise ParakitError(f"This worker holds the chunks {holding.chunks} where {wanted} are wanted.")

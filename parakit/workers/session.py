@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Protocol
@@ -13,7 +13,7 @@ import numpy.typing as npt
 from parakit.checkpoints.in_shared_memory import SnapshotsReader
 from parakit.checkpoints.state import State
 from parakit.collectives.base import ExchangeMethod
-from parakit.data.samples import Samples
+from parakit.data.source import ChunkLoader
 from parakit.engines.account import StepRecord
 from parakit.engines.evaluation import Tally
 from parakit.engines.recipe import Recipe
@@ -38,8 +38,8 @@ class Job:
         Unique; separates runs on one pool.
     recipe : Recipe
     strategy : Strategy
-    load, load_validation : callable
-        Give the samples of a chunk from its source, as often as they are lost.
+    load, load_validation : ChunkLoader
+        Give the samples of a chunk from its source, as often as they are lost; the second has none without validation.
     limit_seconds : float
         The longest that a worker may say nothing beyond what its work should take.
     threads : int or None
@@ -51,8 +51,8 @@ class Job:
     run_id: str
     recipe: Recipe
     strategy: Strategy
-    load: Callable[[int], Samples]
-    load_validation: Callable[[int], Samples]
+    load: ChunkLoader
+    load_validation: ChunkLoader
     limit_seconds: float
     threads: int | None = None
     pieces: Sequence[npt.NDArray[np.int64]] = ()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,6 +15,7 @@ import parakit as pk
 from parakit.checkpoints.state import State
 from parakit.engines.base import Group
 from parakit.engines.replicated import Replica
+from parakit.events.records import Recovered
 from parakit.gradients.gradient_sum import GradientSum, flatten, unflatten_into
 from parakit.workers import remote
 from tests.runs.test_exact import wait_for
@@ -72,7 +75,7 @@ class CutReplica(Replica):
 
     def join(self, group: Group) -> None:
         super().join(group)
-        self._cut = self.placed = CutUpdate(self.optimizer, self.buffer.parameters, group)
+        self._cut = self.updater = CutUpdate(self.optimizer, self.buffer.parameters, group)
 
     def live_state(self) -> State:
         state = super().live_state()
@@ -173,3 +176,15 @@ def test_each_worker_holds_a_slice_and_a_resized_run_puts_them_together(pool: pk
     torch.testing.assert_close(parameters(run), expected, rtol=0, atol=1e-9)
     assert sum(kept) == 2 * len(expected)  # Adam's two, once in all
     assert max(kept) <= len(expected) + 2
+
+
+@pytest.mark.dask
+def test_where_a_slice_is_lost_the_run_goes_back_to_the_notebook_s_copy(nothing_left: None) -> None:
+    with pk.connect("inline") as inline:
+        expected = parameters(begun(inline, pk.strategies.AllReduce(), steps=1500))
+    with pk.connect(2) as two:
+        run = begun(two, Cut(), steps=1500, limit_seconds=5)
+        wait_for(run, lambda: run.step > 100)
+        os.kill(next(iter(two.pids.values())), signal.SIGKILL)  # type: ignore[attr-defined]
+        torch.testing.assert_close(parameters(run), expected, rtol=0, atol=1e-9)
+        assert len(run.history.of(Recovered)) == 1

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 import parakit as pk
 from parakit.data.samples import Samples
-from parakit.data.source import Source
-from parakit.errors import InputError, RunFailed
-from parakit.events import Resized
+from parakit.data.source import Source, probed_rows
+from parakit.errors import CheckpointError, DataError, RunFailed
+from parakit.events import EpochEnded, Resized
 from tests.runs.test_exact import wait_for
 
 ROWS, WIDTH, CLASSES, PART = 2400, 6, 3, 100
@@ -75,11 +75,11 @@ def written(folder: Path, targets: Tensor | None = None) -> Parts:
     return Parts(str(folder))
 
 
-def trained(workers: pk.Workers, data: Any, **options: Any) -> pk.Run:
+def trained(pool: pk.Workers, data: Any, **options: Any) -> pk.Run:
     torch.manual_seed(5)
     model = nn.Sequential(nn.Linear(WIDTH, 8), nn.Tanh(), nn.Linear(8, CLASSES)).double()
     options = {"batch_size": BATCH, "steps": STEPS, "seed": 1, "learning_rate": 0.2} | options
-    return pk.train(model, data, on=workers, **options)
+    return pk.train(model, data, on=pool, **options)
 
 
 def largest_difference(one: nn.Module, other: nn.Module) -> float:
@@ -113,9 +113,15 @@ def test_inline_workers_train_as_with_rows_in_memory(tmp_path: Path, plain: nn.M
 
 def test_labels_out_of_range_are_found_where_rows_are_read(tmp_path: Path) -> None:
     targets = everything()[1]
-    targets[1777] = CLASSES + 4  # a row that is not among those that are tried
-    with pk.connect("inline") as workers, pytest.raises(RunFailed, match=f"label {CLASSES + 4}.*{CLASSES} classes"):
+    source = written(tmp_path)
+    tried = set(probed_rows(source).tolist())
+    row = max(set(range(ROWS)) - tried)
+    targets[row] = CLASSES + 4
+    with pk.connect("inline") as workers, pytest.raises(RunFailed, match=f"label {CLASSES + 4} at row {row}, but"):
         trained(workers, written(tmp_path, targets)).wait(30, progress=False)
+    targets[row], targets[max(tried)] = 0, -3
+    with pk.connect("inline") as workers, pytest.raises(DataError, match=f"label -3 at row {max(tried)}, but"):
+        trained(workers, written(tmp_path, targets))
 
 
 @pytest.mark.dask
@@ -123,15 +129,25 @@ def test_each_worker_reads_its_own_chunks_and_the_notebook_only_some_rows(
     tmp_path: Path, processes: pk.Workers, plain: nn.Module
 ) -> None:
     source = written(tmp_path)
-    held_out = tuple(part[:480] for part in everything())
-    run = trained(processes, source, workers=2, validation=held_out, steps=ROWS // BATCH).wait(60, progress=False)
-    assert run.history.validation_losses if hasattr(run.history, "validation_losses") else True
+    run = trained(processes, source, workers=2).wait(60, progress=False)
     read = source.rows_read()
     assert sum(rows for pid, rows in read.items() if pid != os.getpid()) == ROWS
     assert len(read) == 3
     assert read[os.getpid()] < ROWS / 2
-    short = trained(processes, source, workers=2).wait(60, progress=False)
-    assert largest_difference(short.model, plain) < EXACT
+    assert largest_difference(run.model, plain) < EXACT
+
+
+@pytest.mark.dask
+def test_held_out_rows_are_read_by_workers_too(tmp_path: Path, processes: pk.Workers) -> None:
+    for name in ("train", "held out"):
+        (tmp_path / name).mkdir()
+    held_out = written(tmp_path / "held out")
+    run = trained(processes, everything(), workers=2, validation=held_out, steps=ROWS // BATCH).wait(60, progress=False)
+    (epoch,) = run.history.of(EpochEnded)
+    known = nn.functional.cross_entropy(run.model(everything()[0]), everything()[1])
+    assert epoch.validation_loss == pytest.approx(float(known.detach()), abs=EXACT)
+    read = held_out.rows_read()
+    assert sum(rows for pid, rows in read.items() if pid != os.getpid()) == ROWS
 
 
 @pytest.mark.dask
@@ -147,28 +163,15 @@ def test_newcomers_read_what_they_take_over(tmp_path: Path, processes: pk.Worker
     assert largest_difference(run.model, known) < EXACT
 
 
-def test_a_checkpoint_of_other_files_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "one").mkdir()
-    (tmp_path / "other").mkdir()
+def test_a_checkpoint_is_of_the_files_that_it_was_trained_on(tmp_path: Path) -> None:
+    for name in ("one", "other"):
+        (tmp_path / name).mkdir()
     one, other = written(tmp_path / "one"), written(tmp_path / "other")
-    (tmp_path / "other" / "000.npz").rename(tmp_path / "other" / "zero.npz")
+    with (tmp_path / "other" / "000.npz").open("ab") as file:
+        file.write(b" ")  # as large as no file of the other
     with pk.connect("inline") as workers:
         trained(workers, one, checkpoint=tmp_path / "saved").wait(30, progress=False)
-        (tmp_path / "other" / "zero.npz").link_to if False else None
-        with pytest.raises(Exception, match="data"):
-            trained(workers, other_named(other, tmp_path), steps=STEPS + 2, resume=tmp_path / "saved")
-
-
-def other_named(source: Parts, tmp_path: Path) -> Parts:
-    """The same rows in a file that is larger than it was."""
-    path = Path(source.folder)
-    (path / "zero.npz").rename(path / "000.npz")
-    with np.load(path / "000.npz") as file:
-        held = dict(file)
-    np.savez(path / "000", **held, more=np.zeros(1000))
-    return source
-
-
-def test_what_is_no_source_is_still_refused() -> None:
-    with pk.connect("inline") as workers, pytest.raises((InputError, Exception), match="cannot read"):
-        trained(workers, object())
+        with pytest.raises(CheckpointError, match="data"):
+            trained(workers, other, steps=STEPS + 2, resume=tmp_path / "saved")
+        run = trained(workers, one, steps=STEPS + 2, resume=tmp_path / "saved").wait(30, progress=False)
+    assert [step.step for step in run.history.steps] == [STEPS, STEPS + 1]

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any
 
-from parakit.data.samples import Samples
+from parakit.data.source import ChunkLoader
 from parakit.errors import WorkerLost
 from parakit.serialization import dumps
 from parakit.system.malloc import return_free_memory
@@ -100,13 +100,13 @@ class Staging:
             )
         return placed
 
-    def place(self, member: str, chunks: Sequence[int], load: Callable[[int], Samples]) -> Any:
+    def place(self, member: str, chunks: Sequence[int], load: ChunkLoader) -> Any:
         """Send chunks to a member."""
         if not chunks:
             return {}
         if self._channel.closed:
             raise WorkerLost("The run ended while its chunks were under way.")
-        return self._channel.send({chunk: load(chunk).packed() for chunk in chunks}, member)
+        return self._channel.send({chunk: load.packed(chunk) for chunk in chunks}, member)
 
     def take(self, generation: int) -> Brought:
         """What was brought for a generation; from now on it is its members'."""
