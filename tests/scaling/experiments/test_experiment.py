@@ -70,9 +70,7 @@ def test_what_there_was_no_time_for_is_named() -> None:
     assert made.stopped == f"there was no time for {next(p for p in PLACES if p.workers != found.workers)}."
 
 
-@pytest.mark.parametrize(
-    ("named", "told"), [(False, "the cluster is full."), (True, "2 workers: the cluster is full.")]
-)
+@pytest.mark.parametrize(("named", "told"), [(False, "it is full."), (True, "2 workers: it is full.")])
 def test_a_place_that_cannot_be_reached_is_not_visited_again(named: bool, told: str) -> None:
     arm = Pretended(count_2=Unreachable("it is full."))
     made = experiment(arm, named=named)

@@ -326,6 +326,14 @@ def test_a_sweep_without_end_is_refused_with_its_numbers(inline: pk.Workers, how
     inline.hold("free", lambda: None)  # nothing was started
 
 
+@pytest.mark.parametrize("name", ["steps", "scheduler", "validation", "rate"])
+def test_options_that_a_sweep_has_not_are_refused_as_python_does(inline: pk.Workers, name: str) -> None:
+    with pytest.raises(TypeError, match=rf"sweep\(\) got an unexpected keyword argument '{name}'"):
+        swept(inline, **{name: 1})
+    with pytest.raises(TypeError, match=rf"advise\(\) got an unexpected keyword argument '{name}'"):
+        pk.advise(Net(), data(), on=inline, **{name: 1})
+
+
 def test_counts_may_come_from_a_generator(inline: pk.Workers) -> None:
     assert swept(inline, workers=(n for n in (2, 1)), repeats=1, seconds=0.01).workers == (1, 2)
 
