@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from parakit.errors import InputError
-from parakit.events.reader import data_frame, event_from_dict, parsed
+from parakit.events.reader import data_frame, event_from_dict, parse
 from parakit.events.records import KINDS, PHASES, Event, GradientNorms, SegmentDone, StepDone
 from parakit.system.files import write_whole
 
@@ -146,7 +146,7 @@ class History:
         InputError
             If the text is no JSON array of events.
         """
-        records = parsed(text, "history")
+        records = parse(text, "history")
         if not isinstance(records, list) or not all(isinstance(record, dict) for record in records):
             raise InputError(f"A history is a JSON array of objects, not {text[:80]!r}.")
         return cls.from_dicts(records)

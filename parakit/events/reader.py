@@ -19,7 +19,7 @@ from parakit.events.records import KINDS, Event
 if TYPE_CHECKING:
     import pandas
 
-__all__ = ["Reader", "data_frame", "event_from_dict", "parsed"]
+__all__ = ["Reader", "data_frame", "event_from_dict", "parse"]
 
 # The plain types whose values may stand in a record, and what a file may hold in their place.
 _ACCEPTS: dict[type, tuple[type, ...]] = {
@@ -105,7 +105,7 @@ def _no_event(_: type[Any], record: Any) -> InputError:
 _EVENTS = Reader(_no_event, lambda name, _, part: InputError(f"{name} cannot be {part!r}."), older=True)
 
 
-def parsed(text: str, what: str) -> Any:
+def parse(text: str, what: str) -> Any:
     """The value that a JSON text holds.
 
     Raises

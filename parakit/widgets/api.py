@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
 from parakit.errors import InputError
+from parakit.runs.options import TrainOptions
 from parakit.runs.run import Run
 from parakit.widgets.output import hands_free
 from parakit.widgets.panel import Panel
@@ -88,7 +89,7 @@ def panel(
     else:
         _check_subject(subject, data, on)
         assert on is not None  # as checked
-        draft = Draft(subject, data, on, workers, options)
+        draft = Draft(subject, data, on, workers, cast(TrainOptions, options))
         made = Panel(on, None, draft, draft.settings, baselines, bool(tour))
     made.open(block=block)
     return made

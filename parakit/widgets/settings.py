@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, cast
 
 from parakit import strategies
 from parakit.data.chunks import DEFAULT_CHUNKS, check_chunks, chunk_count
 from parakit.errors import InputError
 from parakit.events.records import StepDone
+from parakit.runs.options import TrainOptions
 from parakit.runs.planning import plan
 from parakit.runs.run import Run
 from parakit.runs.train import train
@@ -20,7 +21,6 @@ __all__ = ["Draft", "refuse_options", "settings_of"]
 
 _EPOCHS = 20
 _MOST_WORKERS = 64
-_CHOSEN = ("strategy", "batch_size", "learning_rate", "epochs")  # with the controls, when the run starts
 
 
 class Draft:
@@ -32,7 +32,7 @@ class Draft:
         As for `train`.
     workers : int or None
         How many to begin with.
-    options : dict
+    options : TrainOptions
         More options of `train`; those that the controls show are their first values.
 
     Raises
@@ -41,11 +41,12 @@ class Draft:
         As `train`, if something cannot be right.
     """
 
-    def __init__(self, model: Any, data: Any, pool: Workers, workers: int | None, options: dict[str, Any]) -> None:
+    def __init__(self, model: Any, data: Any, pool: Workers, workers: int | None, options: TrainOptions) -> None:
         self._model, self._data, self._pool = model, data, pool
+        options = {**options, "workers": workers}
         if options.get("epochs") is None and options.get("steps") is None:
-            options = {**options, "epochs": _EPOCHS}
-        trial = plan(model, data, on=pool, workers=workers, **options)
+            options["epochs"] = _EPOCHS
+        trial = plan(model, data, on=pool, **options)
         order = trial.job.recipe.order
         self.settings = Settings(
             trial.workers,
@@ -58,16 +59,16 @@ class Draft:
         )
         #: What the run will be, as far as that is known before it begins.
         self.start_planned = trial.start
-        self._given_rate = options.get("learning_rate")
-        self._options = {name: value for name, value in options.items() if name not in _CHOSEN}
+        self._options = options
 
     def start(self, wanted: int, **chosen: Any) -> Run:
         """Train, with what was chosen in the controls; `wanted` workers must be possible, if not from the start."""
-        pieces = self._options.get("chunks", DEFAULT_CHUNKS)
+        pieces = self._options.get("chunks") or DEFAULT_CHUNKS
         check_chunks(wanted, chunk_count(self.settings.most_samples, chosen["batch_size"], pieces))
         if chosen["learning_rate"] == self.settings.learning_rate:
-            chosen["learning_rate"] = self._given_rate  # a schedule may begin at a rate of its own
-        return train(self._model, self._data, on=self._pool, **self._options, **chosen)
+            chosen["learning_rate"] = self._options.get("learning_rate")  # a schedule may begin at a rate of its own
+        options = cast(TrainOptions, {**self._options, **chosen})
+        return train(self._model, self._data, on=self._pool, **options)
 
 
 def settings_of(run: Run) -> Settings:

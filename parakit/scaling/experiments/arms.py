@@ -15,7 +15,7 @@ from parakit.events.history import History
 from parakit.events.records import Resized, RunStart
 from parakit.runs.plan import Plan
 from parakit.runs.run import Run
-from parakit.scaling.experiments.visits import LOOK_SECONDS, Timed, check_going, end, start_run, timed
+from parakit.scaling.experiments.visits import LOOK_SECONDS, Timed, check_going, end, start_run, time_run
 from parakit.workers.pool import Workers
 
 __all__ = ["Arm", "FreshRun", "ResizedRun"]
@@ -98,7 +98,7 @@ class ResizedRun(Arm):
         """Train with some workers until so many seconds are timed; errors as for `Arm.visit`."""
         if self.run is None:
             self.run = start_run(self._made, self._pool)
-        return self._keep(timed(self.run, count, seconds))
+        return self._keep(time_run(self.run, count, seconds))
 
     def rest(self) -> None:
         """Pause the run, and wait until it stands still."""
@@ -137,7 +137,7 @@ class FreshRun(Arm):
         """Train with some workers until so many seconds are timed, and end that run; errors as for `Arm.visit`."""
         self.run = start_run(self._make(count, threads), self._pool)
         try:
-            found = timed(self.run, count, seconds, self._left())
+            found = time_run(self.run, count, seconds, self._left())
         finally:
             end(self.run)
         return self._keep(found, key=count)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 import uuid
 from dataclasses import replace
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from parakit.costs.calibration import usual_seconds
 from parakit.costs.model import CostModel
 from parakit.errors import InputError, RunError
 from parakit.runs.arguments import check_on_cores, check_pool
+from parakit.runs.options import StepOptions
 from parakit.runs.planning import plan
 from parakit.runs.train import train
 from parakit.scaling.experiments.visits import ENDLESS
@@ -36,7 +37,14 @@ _LOOK_SECONDS = 0.02
 
 
 def probe_contention(
-    model: nn.Module, data: Any, *, on: Workers, rows: int, workers: int = 2, seconds: float = 1.0, **how: Any
+    model: nn.Module,
+    data: Any,
+    *,
+    on: Workers,
+    rows: int,
+    workers: int = 2,
+    seconds: float = 1.0,
+    **options: Unpack[StepOptions],
 ) -> float:
     """What every other busy worker adds to the time of a worker's own work, as a share of it.
 
@@ -56,8 +64,8 @@ def probe_contention(
         How many compute at once.
     seconds : float
         To time each trial.
-    **how
-        As for `parakit.train`, such as loss and optimizer.
+    **options
+        As for `parakit.train`: loss, optimizer, clip_norm, strategy, limit_seconds.
 
     Returns
     -------
@@ -73,7 +81,7 @@ def probe_contention(
     """
     _check_host(on, workers)
     check_positive("seconds", seconds)
-    job = plan(model, data, on=on, workers=1, steps=1, batch_size=rows, **how).job
+    job = plan(model, data, on=on, workers=1, steps=1, batch_size=rows, **options).job
     trial = replace(plain_trial(job, on), seconds=float(seconds), cores=on.threads)
     alone, together = (_seconds_of_a_step(on, trial, count) for count in (1, workers))
     return max(0.0, together / alone - 1) / ((workers - 1) * on.threads)

@@ -154,10 +154,10 @@ def sweep(
     about = _about(first, pool, scaling, counts, repeats, float(seconds), seed)
     places = [*(Count(count, pool.threads) for count in counts), *_rivals(pool)]
     check_free(pool, "sweep")
-    return _swept(pool, arm, about, first, clock, places, shown=progress)
+    return _measure(pool, arm, about, first, clock, places, shown=progress)
 
 
-def _swept(
+def _measure(
     pool: Workers, arm: Arm, about: About, first: Plan, clock: Clock, places: list[Count], *, shown: bool
 ) -> Scaling:
     ticker = Ticker(len(places) * about.repeats, about.seconds + AROUND_SECONDS, shown=shown)

@@ -24,7 +24,7 @@ from parakit.runs.run import Run
 from parakit.system.threads import uninterrupted
 from parakit.workers.pool import Workers
 
-__all__ = ["ENDLESS", "LOOK_SECONDS", "Timed", "check_going", "end", "start_run", "timed"]
+__all__ = ["ENDLESS", "LOOK_SECONDS", "Timed", "check_going", "end", "start_run", "time_run"]
 
 #: Steps of a run that is timed: whoever times it ends it.
 ENDLESS = 10**9
@@ -102,7 +102,7 @@ def end(run: Run) -> None:
         run.wait(_END_SECONDS, progress=False)
 
 
-def timed(run: Run, count: int, seconds: float, limit_seconds: float = math.inf) -> Timed:
+def time_run(run: Run, count: int, seconds: float, limit_seconds: float = math.inf) -> Timed:
     """Let a run train at a worker count until so many seconds are timed.
 
     Segments are as long as in a run that nobody watches: where control costs much, up to 0.8 s. With shorter ones,
@@ -134,7 +134,7 @@ def timed(run: Run, count: int, seconds: float, limit_seconds: float = math.inf)
     while True:
         segments = _warm(run.history.newer(SegmentDone, since), count, least)
         if sum(segment.seconds for segment in segments) >= seconds:
-            return _timed(run.history, _enough(segments, seconds))
+            return _cut(run.history, _enough(segments, seconds))
         if run.world_size != count and (run.target != count or time.monotonic() - asked > _ARRIVAL_SECONDS):
             raise _unreachable(run, count)
         check_going(run)
@@ -160,7 +160,7 @@ def _enough(segments: Sequence[SegmentDone], seconds: float) -> list[SegmentDone
     return list(segments[: int(np.searchsorted(ends, seconds)) + 1])
 
 
-def _timed(history: History, segments: Sequence[SegmentDone]) -> Timed:
+def _cut(history: History, segments: Sequence[SegmentDone]) -> Timed:
     first, end = segments[0].first_step, segments[-1].first_step + segments[-1].steps
     steps = [step for step in history.steps if first <= step.step < end]
     norms = [found for found in history.of(GradientNorms) if first <= found.step < end]

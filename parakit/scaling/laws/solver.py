@@ -84,14 +84,14 @@ def _squares(points: Points, losses: Floats) -> tuple[Floats, Floats]:
 
 def free_coefficients(law: Law, points: Points) -> Floats:
     """What fits best if coefficients may be below 0, as they are where the speedup is superlinear."""
-    return _solved(law, points, tuple(range(len(law.coefficients)))).coefficients
+    return _solve(law, points, tuple(range(len(law.coefficients)))).coefficients
 
 
 def faces(law: Law, points: Points) -> tuple[Face, ...]:
     """The best of each face that has it within the bounds; the best of all first, the simpler of equals."""
     many = len(law.coefficients)
     choices: Iterable[tuple[int, ...]] = (kept for size in range(many + 1) for kept in combinations(range(many), size))
-    solved = [_solved(law, points, kept) for kept in choices]
+    solved = [_solve(law, points, kept) for kept in choices]
     within = [face for face in solved if (face.coefficients >= 0).all()]
     least = min(face.sum_of_squares for face in within)
     enough = least * (1 + _SAME) + _SAME_SQUARES * points.many
@@ -99,14 +99,14 @@ def faces(law: Law, points: Points) -> tuple[Face, ...]:
     return (best, *(face for face in within if face is not best))
 
 
-def _solved(law: Law, points: Points, kept: tuple[int, ...]) -> Face:
+def _solve(law: Law, points: Points, kept: tuple[int, ...]) -> Face:
     values = np.zeros(len(law.coefficients))
     if kept:
-        values[list(kept)] = _searched(law, points, list(kept))
+        values[list(kept)] = _search(law, points, list(kept))
     return Face(kept, values, float(squares(law, points, values[None])[0][0]))
 
 
-def _searched(law: Law, points: Points, kept: list[int]) -> Floats:
+def _search(law: Law, points: Points, kept: list[int]) -> Floats:
     matrix, reach = law.matrix(points.counts)[:, kept], reaches(law, points)[kept]
     roots, share = np.sqrt(points.repeats), points.repeats / points.many
 

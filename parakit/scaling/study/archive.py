@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from parakit.errors import InputError
 from parakit.events.history import History
-from parakit.events.reader import Reader, data_frame, parsed
+from parakit.events.reader import Reader, data_frame, parse
 from parakit.events.records import PHASES, Event, StepDone
 from parakit.scaling.study.records import About, Measurement
 from parakit.system.files import write_whole
@@ -23,14 +23,14 @@ from parakit.validation import brief
 if TYPE_CHECKING:
     import pandas
 
-__all__ = ["frame", "packed", "read", "unpacked", "write"]
+__all__ = ["frame", "pack", "read", "unpack", "write"]
 
 _FORMAT = "parakit scaling study"
 _VERSION = 2  # 1 had no flags for simulated workers and workers in turns: their pool's name told
 _READABLE = (1, _VERSION)
 
 
-def packed(
+def pack(
     measurements: Sequence[Measurement], about: About, histories: Sequence[History], stopped: str, notes: Sequence[str]
 ) -> dict[str, Any]:
     """A study as plain values."""
@@ -45,15 +45,15 @@ def packed(
     }
 
 
-def unpacked(text: str) -> dict[str, Any]:
-    """What `packed` was given, from JSON; by the same names.
+def unpack(text: str) -> dict[str, Any]:
+    """What `pack` was given, from JSON; by the same names.
 
     Raises
     ------
     InputError
         If the text is no such study, or holds values that cannot be.
     """
-    values = parsed(text, "study")
+    values = parse(text, "study")
     if not isinstance(values, dict) or values.get("format") != _FORMAT:
         raise InputError(f"This JSON is no study: {brief(values)}", remedy="give what study.to_json() wrote")
     if values.get("version") not in _READABLE or type(values["version"]) is not int:

@@ -273,7 +273,7 @@ class Scaling:
 
     def to_dict(self) -> dict[str, Any]:
         """Everything but the fits, as plain values."""
-        return archive.packed(self.measurements, self.about, self.histories, self.stopped, self.notes)
+        return archive.pack(self.measurements, self.about, self.histories, self.stopped, self.notes)
 
     def to_json(self) -> str:
         """The study as JSON, with the steps that were timed."""
@@ -288,7 +288,7 @@ class Scaling:
         InputError
             If the text is no such study, or holds values that cannot be.
         """
-        values = archive.unpacked(text)
+        values = archive.unpack(text)
         return cls(values.pop("measurements"), **values)
 
     def save(self, path: str | os.PathLike[str]) -> Path:

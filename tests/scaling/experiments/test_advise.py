@@ -181,9 +181,9 @@ def test_the_first_segments_of_a_run_are_not_timed_for_its_memory_is_new(inline:
     made = plan(Net(), data(), on=inline, workers=2, batch_size=BATCH, steps=visits.ENDLESS)
     run = visits.start_run(made, inline)
     try:
-        found = visits.timed(run, 2, 0.01)
+        found = visits.time_run(run, 2, 0.01)
         assert found.segments[0].first_step >= sum(s.steps for s in run.history.of(SegmentDone)[:3])
-        again = visits.timed(run, 2, 0.01)
+        again = visits.time_run(run, 2, 0.01)
         assert len(run.history.newer(SegmentDone, found.segments[-1].at_seconds)) > len(again.segments)
     finally:
         visits.end(run)
@@ -196,7 +196,7 @@ def test_the_first_segments_of_a_run_are_not_timed_for_its_memory_is_new(inline:
 def test_an_interrupt_keeps_what_was_measured_and_leaves_the_pool_free(
     pool: pk.Workers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    timed, made = arms.timed, []
+    timed, made = arms.time_run, []
 
     def once(*args: Any) -> Any:
         if made:
@@ -204,7 +204,7 @@ def test_an_interrupt_keeps_what_was_measured_and_leaves_the_pool_free(
         made.append(timed(*args))
         return made[-1]
 
-    monkeypatch.setattr(arms, "timed", once)
+    monkeypatch.setattr(arms, "time_run", once)
     advice = advised(pool, seconds=60.0)
     assert advice.stopped == "interrupted."
     assert "Incomplete: interrupted." in repr(advice)
@@ -215,7 +215,7 @@ def test_an_interrupt_before_anything_was_measured_goes_on(inline: pk.Workers, m
     def interrupted(*_: Any) -> Any:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(arms, "timed", interrupted)
+    monkeypatch.setattr(arms, "time_run", interrupted)
     monkeypatch.setattr(advise, "PlainArm", interrupted)
     with pytest.raises(KeyboardInterrupt):
         advised(inline)

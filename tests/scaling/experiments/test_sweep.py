@@ -184,7 +184,7 @@ def test_a_baseline_that_fails_is_told_and_the_rest_is_measured(
 
 
 def test_an_interrupt_keeps_what_was_measured(inline: pk.Workers, monkeypatch: pytest.MonkeyPatch) -> None:
-    timed, made = arms.timed, []
+    timed, made = arms.time_run, []
 
     def once(*args: Any) -> Any:
         made.append(timed(*args))
@@ -192,7 +192,7 @@ def test_an_interrupt_keeps_what_was_measured(inline: pk.Workers, monkeypatch: p
             threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
         return made[-1]
 
-    monkeypatch.setattr(arms, "timed", once)
+    monkeypatch.setattr(arms, "time_run", once)
     study = swept(inline, repeats=1000)
     assert 2 <= len(study.measurements) < 12
     assert not study.complete
@@ -221,7 +221,7 @@ def test_an_interrupt_before_anything_was_measured_goes_on(inline: pk.Workers) -
 
 
 def test_a_run_that_fails_half_way_keeps_what_was_measured(inline: pk.Workers, monkeypatch: pytest.MonkeyPatch) -> None:
-    timed, made = arms.timed, []
+    timed, made = arms.time_run, []
 
     class Breaks(Net):
         def forward(self, inputs: torch.Tensor) -> torch.Tensor:
@@ -232,7 +232,7 @@ def test_a_run_that_fails_half_way_keeps_what_was_measured(inline: pk.Workers, m
         made.append(timed(*args))
         return made[-1]
 
-    monkeypatch.setattr(arms, "timed", counted)
+    monkeypatch.setattr(arms, "time_run", counted)
     study = swept(inline, Breaks(), repeats=50)
     assert not study.complete
     assert len([m for m in study.measurements if m.workers]) == 2
@@ -260,14 +260,14 @@ def test_a_pool_that_closes_ends_the_sweep() -> None:
 def test_a_count_that_cannot_be_had_is_told_and_the_others_are_measured(
     inline: pk.Workers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    timed = arms.timed
+    timed = arms.time_run
 
     def refused(run: pk.Run, count: int, *args: Any) -> Any:
         if count == 3:
             raise Unreachable("3 workers could not be measured: the cluster is full.")
         return timed(run, count, *args)
 
-    monkeypatch.setattr(arms, "timed", refused)
+    monkeypatch.setattr(arms, "time_run", refused)
     study = swept(inline, workers=[2, 3], repeats=1)
     assert study.workers == (1, 2)
     assert not study.complete
@@ -324,6 +324,14 @@ def test_a_sweep_without_end_is_refused_with_its_numbers(inline: pk.Workers, how
     with pytest.raises(InputError, match=told):
         swept(inline, **how)
     inline.hold("free", lambda: None)  # nothing was started
+
+
+@pytest.mark.parametrize("name", ["steps", "scheduler", "validation", "rate"])
+def test_options_that_a_sweep_has_not_are_refused_as_python_does(inline: pk.Workers, name: str) -> None:
+    with pytest.raises(TypeError, match=rf"sweep\(\) got an unexpected keyword argument '{name}'"):
+        swept(inline, **{name: 1})
+    with pytest.raises(TypeError, match=rf"advise\(\) got an unexpected keyword argument '{name}'"):
+        pk.advise(Net(), data(), on=inline, **{name: 1})
 
 
 def test_counts_may_come_from_a_generator(inline: pk.Workers) -> None:
