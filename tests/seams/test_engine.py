@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -109,7 +110,11 @@ class Cut:
     engine = CutReplica
     runs_on = "workers"
 
+    def __init__(self, pause_seconds: float = 0.0) -> None:
+        self._pause_seconds = pause_seconds
+
     def step(self, team: Any, step: int) -> None:
+        time.sleep(self._pause_seconds)  # leaves time for changes in mid-run
         team.update(lambda: team.sum_for_update(team.gradient(step)))
 
 
@@ -164,7 +169,7 @@ def test_each_worker_holds_a_slice_and_a_resized_run_puts_them_together(pool: pk
     with pk.connect("inline") as inline:
         run = begun(inline, pk.strategies.AllReduce(), steps=400)
         expected = parameters(run)
-    run = begun(pool, Cut(), steps=400)
+    run = begun(pool, Cut(0.01), steps=400)
     wait_for(run, lambda: run.step > 5)
     run.resize(3)
     wait_for(run, lambda: run.world_size == 3)
@@ -181,9 +186,9 @@ def test_each_worker_holds_a_slice_and_a_resized_run_puts_them_together(pool: pk
 @pytest.mark.dask
 def test_where_a_slice_is_lost_the_run_goes_back_to_the_notebook_s_copy(nothing_left: None) -> None:
     with pk.connect("inline") as inline:
-        expected = parameters(begun(inline, pk.strategies.AllReduce(), steps=1500))
+        expected = parameters(begun(inline, pk.strategies.AllReduce(), steps=400))
     with pk.connect(2) as two:
-        run = begun(two, Cut(), steps=1500, limit_seconds=5)
+        run = begun(two, Cut(0.01), steps=400, limit_seconds=5)
         wait_for(run, lambda: run.step > 100)
         os.kill(next(iter(two.pids.values())), signal.SIGKILL)  # type: ignore[attr-defined]
         torch.testing.assert_close(parameters(run), expected, rtol=0, atol=1e-9)
