@@ -103,7 +103,7 @@ class RunLoop:
     def _act(self) -> None:
         goals = self._requests.goals
         state = replace(self._state, segment_steps=self._metrics.pace.steps, copied=self._latest.copied)
-        action = next_action(state, goals, self._membership.seen(goals), self.now())
+        action = next_action(state, goals, self._membership.seen(goals, idle=not state.ordered), self.now())
         if isinstance(action, actions.Fail):
             assert self._membership.loss is not None
             raise self._membership.loss

@@ -105,10 +105,10 @@ class Membership:
         """Short names of the active workers, in the order of their ranks."""
         return tuple(self.session.label(member) for member in self.assignment.members)
 
-    def seen(self, goals: Goals) -> GroupState:
-        """How the group is now; who is there is asked for only where that matters."""
+    def seen(self, goals: Goals, *, idle: bool) -> GroupState:
+        """How the group is now; who is there is asked for only where that matters, as in a group that is idle."""
         group, change = self._group, self._change
-        asked = not group.formed or (change is None and goals.target != len(group.members))
+        asked = not group.formed or (idle and change is None and goals.target != len(group.members))
         there, staged = self._pool.names if asked else (), None if change is None else change.seen()
         return replace(group, there=there, staged=staged, orders_ahead=self.session.orders_ahead)
 
