@@ -100,7 +100,7 @@ def plain_trial(job: Job, pool: Workers) -> PlainTrial:
     held = recipe.frozen.memory
     assert held is not None
     memory = held.key if held.key is not None and pool.maps_memory else held.array()
-    rows = _rows(job).packed()
+    rows = _rows(job).pack()
     return PlainTrial(uuid.uuid4().hex, dumps(recipe), memory, rows, recipe.order.batch_size, device=pool.device)
 
 

@@ -162,7 +162,7 @@ def _steps(recipe: Recipe, trial: PlainTrial, device: torch.device) -> Iterator[
             parameter.data = parameter.data.clone()
     optimizer = parts.optimizer(parameters)
     set_mode(optimizer, "train")
-    samples = trial.samples.unpacked().on(device)
+    samples = trial.samples.unpack().on(device)
     for rows in _batches(len(samples), trial.batch_size):
         batch = samples.take(rows.to(device))
 

@@ -24,7 +24,7 @@ from pathlib import Path
 import psutil
 
 from parakit.checkpoints.compatibility import Identity
-from parakit.checkpoints.format import Bytes, Checkpoint, Damaged, packed, unpacked
+from parakit.checkpoints.format import Bytes, Checkpoint, Damaged, deserialize, serialize
 from parakit.checkpoints.state import State
 from parakit.checkpoints.storage import Place, Store, store_at
 from parakit.errors import CheckpointError, InputError
@@ -101,7 +101,7 @@ class Checkpoints:
             If the state holds what is not plain, or it cannot be written, or another file cannot be removed.
         """
         name = f"step-{int(state['step']):012d}.parakit"
-        parts = packed(state, identity)
+        parts = serialize(state, identity)
         try:
             self._sweep()
             self._write(name, parts)
@@ -184,7 +184,7 @@ def load(place: Place) -> Checkpoint:
     store = store_at(place)
     if store.is_file():
         try:
-            return unpacked(store.read(""), Path(store.root).name)
+            return deserialize(store.read(""), Path(store.root).name)
         except OSError as error:
             raise CheckpointError(f"{str(place)!r} cannot be read: {error}") from error
     found = _newest(store)
@@ -215,7 +215,7 @@ def _newest(store: Store) -> Checkpoint | None:
     while names := [name for name in _checkpoints(store) if name not in tried]:
         tried.add(names[-1])
         try:
-            found = unpacked(store.read(names[-1]), names[-1])
+            found = deserialize(store.read(names[-1]), names[-1])
             return Checkpoint(found.step, found.state, found.identity, found.name, tuple(damaged))
         except FileNotFoundError:
             continue

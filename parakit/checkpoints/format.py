@@ -1,7 +1,7 @@
 """What the file of a checkpoint holds.
 
 Owns the format: a line with the version, a header in JSON, the tensors' bytes, and the SHA-256 of all that. Reading one
-runs no code of anybody's: what is neither a tensor nor a plain value is refused when it is packed, and nothing is
+runs no code of anybody's: what is neither a tensor nor a plain value is refused when it is serialized, and nothing is
 believed before the digest has been checked.
 
 Reference: FIPS 180-4, "Secure hash standard", section 6.2, for the digest.
@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from parakit.checkpoints.state import State
 from parakit.errors import CheckpointError
 
-__all__ = ["Bytes", "Checkpoint", "Damaged", "check_plain", "packed", "unpacked"]
+__all__ = ["Bytes", "Checkpoint", "Damaged", "check_plain", "deserialize", "serialize"]
 
 _MAGIC = b"parakit checkpoint "
 _VERSION = 1  # the first line and the digest at the end stay as they are in every version
@@ -84,7 +84,7 @@ def check_plain(state: State) -> None:
     _pack(state, "", [])
 
 
-def packed(state: State, identity: Mapping[str, Any]) -> list[Bytes]:
+def serialize(state: State, identity: Mapping[str, Any]) -> list[Bytes]:
     """The parts of a file; tensors on the CPU are not copied."""
     tensors: list[Tensor] = []
     content = {"identity": dict(identity), "state": _pack(state, "", tensors)}
@@ -146,7 +146,7 @@ def _below(path: str, key: Any) -> str:
     return f"{path}.{key}".lstrip(".") if named else f"{path}[{key!r}]"
 
 
-def unpacked(data: bytes, name: str) -> Checkpoint:
+def deserialize(data: bytes, name: str) -> Checkpoint:
     """The checkpoint that a file holds; believes nothing before the digest has been checked."""
     whole = memoryview(data)
     body, digest = whole[:-_DIGEST_BYTES], whole[-_DIGEST_BYTES:]

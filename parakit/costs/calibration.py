@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from parakit.costs.collectives import Link, algorithm_named, all_reduce_seconds
+from parakit.costs.collectives import Link, all_reduce_seconds, find_algorithm
 from parakit.costs.networks import NETWORKS, Network
 from parakit.costs.settled_steps import FEWEST_STEPS, WARM_UP_STEPS, Group, groups_of
 from parakit.errors import InputError
@@ -116,7 +116,7 @@ def calibrate(histories: History | Iterable[History], *, algorithm: str | None =
     sample_seconds, fixed_seconds, contention = _computing(groups, remarks)
     spread, stragglers, times = _variation(groups, remarks)
     method = next((group for group in groups if group.travels), groups[0]).method
-    chosen = algorithm_named(algorithm or _algorithm(method.way, remarks))
+    chosen = find_algorithm(algorithm or _algorithm(method.way, remarks))
     simulated = any(start.simulated for start in starts)
     if simulated:
         remarks.append("Calibrated from simulated runs: these are the numbers that they were priced with.")

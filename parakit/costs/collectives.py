@@ -23,8 +23,19 @@ import numpy.typing as npt
 from parakit.errors import InputError, WorkerCountError
 
 __all__ = [
-    "ALGORITHMS", "Link", "algorithm_named", "all_reduce_seconds", "binomial_tree", "halving_doubling", "hierarchical",
-    "lower_bound", "parameter_server", "pipelined_tree", "recursive_doubling", "ring", "shared_memory",
+    "ALGORITHMS",
+    "Link",
+    "all_reduce_seconds",
+    "binomial_tree",
+    "find_algorithm",
+    "halving_doubling",
+    "hierarchical",
+    "lower_bound",
+    "parameter_server",
+    "pipelined_tree",
+    "recursive_doubling",
+    "ring",
+    "shared_memory",
 ]  # fmt: skip
 
 Floats = npt.NDArray[np.float64]
@@ -275,7 +286,7 @@ ALGORITHMS: dict[str, Callable[..., Any]] = {
 }
 
 
-def algorithm_named(name: str) -> str:
+def find_algorithm(name: str) -> str:
     """The name of an algorithm as `ALGORITHMS` has it, found whatever its case, hyphens and underscores.
 
     Raises
@@ -323,4 +334,4 @@ def all_reduce_seconds(algorithm: str, n: Counts, nbytes: float, link: Link, **o
     >>> round(all_reduce_seconds("ring", 4, 4_000_000, gigabit), 4)
     0.0483
     """
-    return ALGORITHMS[algorithm_named(algorithm)](n, nbytes, link, **options)
+    return ALGORITHMS[find_algorithm(algorithm)](n, nbytes, link, **options)

@@ -6,8 +6,8 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any, Self
 
-from parakit.costs.collectives import algorithm_named
-from parakit.costs.networks import NETWORKS, Network, machine_named, network_named
+from parakit.costs.collectives import find_algorithm
+from parakit.costs.networks import NETWORKS, Network, find_machine, find_network
 from parakit.costs.order_statistics import check_probability
 from parakit.errors import InputError
 
@@ -52,10 +52,10 @@ class CostNumbers:
     remarks: tuple[str, ...] = field(default=(), compare=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "network", network_named(self.network))
-        object.__setattr__(self, "algorithm", algorithm_named(self.algorithm))
+        object.__setattr__(self, "network", find_network(self.network))
+        object.__setattr__(self, "algorithm", find_algorithm(self.algorithm))
         if self.within is not None:
-            object.__setattr__(self, "within", network_named(self.within))
+            object.__setattr__(self, "within", find_network(self.within))
         _check_numbers(self)
 
     def with_(self, **changes: Any) -> Self:
@@ -91,7 +91,7 @@ class CostNumbers:
 
 def _of_machine(machine: Any) -> dict[str, Any]:
     """What a machine means for a cost numbers."""
-    node = machine_named(machine)
+    node = find_machine(machine)
     return {
         "workers_per_node": node.cores, "cores": node.cores, "ports": node.ports, "threads": 1,
         "relative_speed": node.relative_speed, "within": node.within, "network": node.between,

@@ -24,7 +24,7 @@ from typing import Any, TypeVar
 from parakit.costs.collectives import Link
 from parakit.errors import InputError
 
-__all__ = ["MACHINES", "NETWORKS", "Machine", "Network", "machine_named", "network_named"]
+__all__ = ["MACHINES", "NETWORKS", "Machine", "Network", "find_machine", "find_network"]
 
 
 @dataclass(frozen=True)
@@ -158,7 +158,7 @@ _ALSO = {"nvlink": "NVLink 4", "infiniband": "InfiniBand HDR", "wifi": "Wi-Fi 6"
 _T = TypeVar("_T")
 
 
-def network_named(network: Any) -> Network:
+def find_network(network: Any) -> Network:
     """The network of a name, whatever its case; a `Network` is returned as it is.
 
     Raises
@@ -169,7 +169,7 @@ def network_named(network: Any) -> Network:
     return network if isinstance(network, Network) else _find("network", NETWORKS, network)
 
 
-def machine_named(machine: Any) -> Machine:
+def find_machine(machine: Any) -> Machine:
     """The machine of a name, whatever its case; a `Machine` is returned as it is.
 
     Raises

@@ -80,7 +80,7 @@ class LocalChunks:
         ParakitError
             If one of them is neither here nor brought.
         """
-        adopted = {chunk: samples.unpacked() for chunk, samples in brought.items() if chunk in wanted}
+        adopted = {chunk: samples.unpack() for chunk, samples in brought.items() if chunk in wanted}
         self.change([c for c in wanted if c in self.chunks and c not in adopted], adopted)
         if self.chunks != tuple(sorted(wanted)):
             raise ParakitError(f"This worker holds the chunks {self.chunks} where {wanted} are wanted.")

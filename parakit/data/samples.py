@@ -97,7 +97,7 @@ class Samples:
         """Apply a function to every tensor."""
         return Samples(map_tree(function, self.inputs), map_tree(function, self.targets))
 
-    def copied(self) -> Samples:
+    def copy_rows(self) -> Samples:
         """The same in memory of their own: code may write to what it is given."""
         return self.map(lambda leaf: leaf.clone())
 
@@ -105,11 +105,11 @@ class Samples:
         """The rows on a device; copied only if they are elsewhere."""
         return self if device.type == "cpu" else self.map(lambda leaf: leaf.to(device))
 
-    def packed(self) -> Samples:
+    def pack(self) -> Samples:
         """The rows as numpy arrays, which travel between processes without a copy."""
         return Samples(pack(self.inputs), pack(self.targets))
 
-    def unpacked(self) -> Samples:
+    def unpack(self) -> Samples:
         """The rows as tensors again."""
         return Samples(unpack(self.inputs), unpack(self.targets))
 

@@ -114,7 +114,7 @@ class Unread:
     rows: Rows
     check: Check | None = None
 
-    def unpacked(self) -> Samples:
+    def unpack(self) -> Samples:
         """The rows, loaded here and now."""
         samples = self.source.take(self.rows)
         if self.check is not None:
@@ -141,12 +141,12 @@ class ChunkLoader:
 
     def __call__(self, chunk: int) -> Samples:
         """The samples of a chunk, loaded by this process."""
-        return self._unread(chunk).unpacked()
+        return self._unread(chunk).unpack()
 
-    def packed(self, chunk: int) -> Samples | Unread:
+    def pack(self, chunk: int) -> Samples | Unread:
         """What is sent to the owner of a chunk: its samples, or where it gets them."""
         if self.source.loaded_by == "notebook":
-            return self.source.take(self.pieces[chunk]).packed()
+            return self.source.take(self.pieces[chunk]).pack()
         return self._unread(chunk)
 
     def _unread(self, chunk: int) -> Unread:

@@ -142,7 +142,7 @@ def tally(
     try:
         for first in range(0, len(samples), rows_at_once):
             part = samples.slice(first, min(first + rows_at_once, len(samples)))
-            part = part.copied() if copies else part
+            part = part.copy_rows() if copies else part
             with torch.set_grad_enabled(needs_grad or loss.meets):
                 total += _tally_of(model, loss, part, judging)
     finally:

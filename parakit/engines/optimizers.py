@@ -18,7 +18,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from parakit.tensor_layout import shaped_like
 
-__all__ = ["AtRate", "evaluated", "lay_out_state", "learning_rate", "set_learning_rate", "set_mode"]
+__all__ = ["AtRate", "evaluation_mode", "lay_out_state", "learning_rate", "set_learning_rate", "set_mode"]
 
 # Where torch's schedulers keep rates: in the optimizer's groups, and in attributes of their own.
 _GROUP_RATES = ("lr", "initial_lr", "max_lr", "min_lr", "swa_lr")
@@ -129,7 +129,7 @@ def set_mode(optimizer: torch.optim.Optimizer, mode: str) -> None:
 
 
 @contextmanager
-def evaluated(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+def evaluation_mode(optimizer: torch.optim.Optimizer) -> Iterator[None]:
     """Let parameters be those to evaluate, for an optimizer that trains others."""
     set_mode(optimizer, "eval")
     try:

@@ -22,7 +22,7 @@ from parakit.data.local_chunks import LocalChunks
 from parakit.data.samples import Samples
 from parakit.engines.recipe import Recipe
 from parakit.exactness.check import Check
-from parakit.exactness.outputs import replaced, rows_checked, tensors_in
+from parakit.exactness.outputs import check_rows, replace_tensors, tensors_in
 from parakit.exactness.separation import Separation, outputs_alone
 from parakit.gradients.forward import call_model
 from parakit.gradients.gradient_buffer import GradientBuffer
@@ -220,11 +220,11 @@ class WholeBatch(Passes):
         count = self._recipe.order.batch_rows(rows.step)
         places = torch.zeros(0, dtype=torch.int64) if rows.places is None else rows.places
         output = self._output = call_model(self._model, samples.inputs)
-        self._kept = [rows_checked(leaf, len(samples)) for leaf in tensors_in(output)]
+        self._kept = [check_rows(leaf, len(samples)) for leaf in tensors_in(output)]
         self._own = [leaf.detach().requires_grad_(leaf.requires_grad) for leaf in self._kept]
         whole = [self._rows(leaf, places, count) for leaf in self._own]
         targets = samples.map(lambda leaf: self._rows(leaf, places, count)).targets
-        value = mean_of(self._loss.function(replaced(output, iter(whole)), targets))
+        value = mean_of(self._loss.function(replace_tensors(output, iter(whole)), targets))
         return ShareLoss(value, float(len(places)), float(len(places)))
 
     def _rows(self, mine: Tensor, places: Tensor, count: int) -> Tensor:
@@ -242,7 +242,7 @@ class WholeBatch(Passes):
         if pairs:
             torch.autograd.backward([leaf for leaf, _ in pairs], [grad for _, grad in pairs])
         self._kept, self._own = [], []
-        self.buffer.arrived(loss, rows.unit)
+        self.buffer.take_arrivals(loss, rows.unit)
 
 
 def passes_for(recipe: Recipe, *args: Any, **kwargs: Any) -> Passes:

@@ -246,7 +246,7 @@ class Replica(Engine):
         """Evaluate the present model on the rows held; where a loss looks at a whole piece, chunk by chunk."""
         traits, total = self.recipe.traits, Tally()
         pieces = chunks.each.values() if traits.gather else [held] if (held := chunks.samples) is not None else []
-        with optimizers.evaluated(self.optimizer):
+        with optimizers.evaluation_mode(self.optimizer):
             for piece in pieces:
                 total += tally(
                     self.model, self.loss, piece, len(piece) if traits.gather else ROWS_AT_ONCE,
@@ -258,7 +258,7 @@ class Replica(Engine):
 
     def values(self) -> State:
         """The parameters and buffers to evaluate; their tensors are the ones in use only until the next step."""
-        with optimizers.evaluated(self.optimizer):
+        with optimizers.evaluation_mode(self.optimizer):
             state = self.live_state()
             return copy_state({part: state[part] for part in ("parameters", "buffers")})  # type: ignore[no-any-return]
 

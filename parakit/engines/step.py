@@ -78,7 +78,7 @@ def gradient(worker: Worker, step: int, chunks: LocalChunks, rank: int) -> Gradi
     account.lap(DATA)
     passes.begin(rows)
     if rows.samples is not None:
-        seed_all(worker.device, mixed(recipe.seed, step, rank), others=recipe.traits.draws.others)
+        seed_all(worker.device, mix_seed(recipe.seed, step, rank), others=recipe.traits.draws.others)
         passes.note_state(rows)
         with speaking_to(passes.peers, standing_in=rows.stand_in):
             loss = passes.forward(rows)  # the model, then the loss
@@ -132,7 +132,7 @@ def check_finite(loss: float, step: int, rate: float) -> None:
         raise Diverged(f"The loss of step {step} is {loss}, at learning rate {rate:g}.", step=step)
 
 
-def mixed(seed: int, step: int, rank: int) -> int:
+def mix_seed(seed: int, step: int, rank: int) -> int:
     """One seed from three numbers; neighbours land far apart."""
     mix = (seed * 0x9E3779B97F4A7C15 + step * 0xBF58476D1CE4E5B9 + rank * 0x94D049BB133111EB) % 2**64
     return (mix ^ (mix >> 31)) % 2**63

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from parakit.data.samples import Samples
 from parakit.errors import BatchDependent, ModelError
-from parakit.exactness.outputs import replaced, tensors_in
+from parakit.exactness.outputs import replace_tensors, tensors_in
 from parakit.exactness.separation import Separation, cut_of, difference
 from parakit.exactness.turns import Purse, Turns
 from parakit.gradients.forward import call_model
@@ -186,9 +186,9 @@ class Check:
             return None
 
     def _loss_of(self, output: Any, given: list[Tensor], samples: Samples, first: int, end: int) -> ShareLoss:
-        part = samples.slice(first, end).copied()
+        part = samples.slice(first, end).copy_rows()
         with torch.enable_grad():
-            return self._loss(replaced(output, iter([leaf[first:end] for leaf in given])), part.targets)
+            return self._loss(replace_tensors(output, iter([leaf[first:end] for leaf in given])), part.targets)
 
     def _gradients_agree(self, output: Any, given: list[Tensor], samples: Samples, parts: list[ShareLoss]) -> bool:
         wanted = [leaf for leaf in given if leaf.requires_grad]

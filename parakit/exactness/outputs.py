@@ -10,7 +10,7 @@ from torch import Tensor
 
 from parakit.errors import LossError
 
-__all__ = ["replaced", "rows_checked", "tensors_in"]
+__all__ = ["check_rows", "replace_tensors", "tensors_in"]
 
 
 def tensors_in(output: Any) -> list[Tensor]:
@@ -25,7 +25,7 @@ def tensors_in(output: Any) -> list[Tensor]:
     return found
 
 
-def replaced(output: Any, tensors: Iterator[Tensor]) -> Any:
+def replace_tensors(output: Any, tensors: Iterator[Tensor]) -> Any:
     """The same output with other tensors in the places of its own."""
     return _mapped(lambda _: next(tensors), output)
 
@@ -47,7 +47,7 @@ def _mapped(function: Callable[[Tensor], Tensor], output: Any) -> Any:
     return output
 
 
-def rows_checked(leaf: Tensor, rows: int) -> Tensor:
+def check_rows(leaf: Tensor, rows: int) -> Tensor:
     """A tensor of an output that is to be gathered.
 
     Raises

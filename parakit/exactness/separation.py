@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from parakit.data.samples import Samples
 from parakit.errors import ModelError, ParakitError
 from parakit.exactness.outputs import tensors_in
-from parakit.failures.source_lines import listing, places_of, told
+from parakit.failures.source_lines import describe_error, listing, places_of
 from parakit.gradients.forward import call_model
 from parakit.losses.summed import ShareLoss, SummedLoss
 from parakit.model_state.undisturbed import Still
@@ -181,7 +181,7 @@ class Separation:
             weights.append(float(of_these))
             return weights[-1] if whole is None else whole.weights[number] * len(samples) / whole.rows
 
-        rows = samples.copied()
+        rows = samples.copy_rows()
         with self._still.once(), torch.set_grad_enabled(wanted):
             share = self._loss.of_share(lambda: call_model(self._model, rows.inputs), rows.targets, divide)
             places, size = self._gradient(share) if gradient else (torch.zeros(1, dtype=torch.float64), 0.0)
@@ -224,7 +224,7 @@ def part_fails(error: Exception, rows: int, cut: int) -> ModelError:
     """The error for rows that go through together, and not in parts."""
     return ModelError(
         f"{rows} samples go through the model and the loss, but not parts of {cut} and {rows - cut} of them: "
-        f"{told(error)}",
+        f"{describe_error(error)}",
         where=listing(places_of(error)),
         cause="a batch that must have some sizes, such as an even one: a worker's share of it may have any",
         remedy="make what belongs together, such as a pair, one row of the data; or pad what is missing in forward",

@@ -8,7 +8,7 @@ from typing import Protocol
 from parakit.errors import RunFailed
 from parakit.failures.source_lines import Place, listing
 
-__all__ = ["Raised", "code_failed"]
+__all__ = ["Raised", "code_failure"]
 
 _SHOWN_ROWS = 6
 
@@ -48,7 +48,7 @@ class Raised(Protocol):
         """See above."""
 
 
-def code_failed(fact: str, raised: Raised, rows: Sequence[int], remedy: str) -> RunFailed:
+def code_failure(fact: str, raised: Raised, rows: Sequence[int], remedy: str) -> RunFailed:
     """The error for a run whose step raised one.
 
     Parameters

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from parakit.serialization.local_code import is_local
 
-__all__ = ["Place", "listing", "places_of", "raised_by_parakit", "short", "told"]
+__all__ = ["Place", "describe_error", "listing", "places_of", "raised_by_parakit", "short"]
 
 _HERE = Path(__file__).resolve().parents[1]
 _MOST = 4
@@ -51,7 +51,7 @@ def raised_by_parakit(error: BaseException) -> bool:
     return bool(frames) and _is_parakits(frames[-1]) and not any(map(_is_own, frames))
 
 
-def told(error: BaseException) -> str:
+def describe_error(error: BaseException) -> str:
     """An error of somebody else's in one line."""
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text}" if len(text) <= 300 else f"{type(error).__name__}: {text[:300]}..."

@@ -99,13 +99,13 @@ class GradientBuffer:
         """
         root = share.weight / unit
         share.value.backward(None if root == 1.0 and share.value.dim() == 0 else self._root_of(root, share.value))
-        self.arrived(share, unit)
+        self.take_arrivals(share, unit)
 
-    def arrived(self, share: ShareLoss, unit: float = 1.0) -> None:
+    def take_arrivals(self, share: ShareLoss, unit: float = 1.0) -> None:
         """Let the sum have what backward passes since `begin` have left: the gradient of a share, in a unit."""
         self.sum.unit = unit
         self.sum.note(share)
-        self._placed.arrived()
+        self._placed.take_arrivals()
 
     def _root_of(self, root: float, value: Tensor) -> Tensor:
         """What a backward pass begins with; nearly always the same as last time."""

@@ -129,7 +129,7 @@ class Copied:
         for parameter, arrival in zip(self._parameters, self._arrivals, strict=True):
             parameter.grad, arrival.used = None, False
 
-    def arrived(self) -> None:
+    def take_arrivals(self) -> None:
         """Let the sum have what backward passes since `begin` have left."""
         for parameter, arrival in zip(self._parameters, self._arrivals, strict=True):
             if not arrival.used:
@@ -166,7 +166,7 @@ class InPlace(Copied):
     def _registered(self) -> list[torch.utils.hooks.RemovableHandle]:
         return []
 
-    def arrived(self) -> None:
+    def take_arrivals(self) -> None:
         """Let the sum have what backward passes since `begin` have left, when it is asked for it."""
         for parameter, arrival in zip(self._parameters, self._arrivals, strict=True):
             arrival.look(parameter)
@@ -216,9 +216,9 @@ class Sliced(Copied):
                 arrivals.append(_StayingArrival(view))
         return arrivals
 
-    def arrived(self) -> None:
+    def take_arrivals(self) -> None:
         """Let the sum have what backward passes since `begin` have left; the slice when it is asked for it."""
-        super().arrived()
+        super().take_arrivals()
         self._sum.defer(self._gather if self._apart else None)
 
     def _gather(self) -> None:

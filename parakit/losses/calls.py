@@ -71,7 +71,7 @@ class CallsOfLosses(TorchFunctionMode):
     divide : callable, optional
         Where it is given, means over classes become sums over a share, divided by what it returns.
     judging : bool
-        Whether to keep what was compared, for `judged`.
+        Whether to keep what was compared, for `count_right`.
     apart : bool
         Whether means over classes are to be leaves of the graph, so that it can be told what becomes of each.
 
@@ -141,7 +141,7 @@ class CallsOfLosses(TorchFunctionMode):
             ignored = {**dict(zip(names, args, strict=False)), **kwargs}.get("ignore_index", -100)
             self._compared.append(_Comparison(output, target, ignored, None))
 
-    def judged(self) -> Judged | None:
+    def count_right(self) -> Judged | None:
         """How many classes were predicted rightly; None where nothing, or not one thing alone, was compared."""
         compared = self._compared
         if not compared or any(not other.is_like(compared[0]) for other in compared[1:]):

@@ -30,7 +30,7 @@ from parakit.losses.summed import (
 )  # fmt: skip
 from parakit.trees import Tree, leaves, map_tree
 
-__all__ = ["Draw", "cuts_of", "draws_of", "find_form", "holds_label", "summed"]
+__all__ = ["Draw", "cuts_of", "draws_of", "find_form", "holds_label", "summing_form"]
 
 #: The loss of rows first to end of some samples, in some form; see `SummedLoss.of_share`.
 Evaluate = Callable[[SummedLoss, int, int, Divide | None], ShareLoss]
@@ -168,7 +168,7 @@ def _check_not_zero(candidate: SummedLoss, draws: Sequence[Draw], seen: Sequence
         )
 
 
-def summed(loss: Any, output: Tree, target: Tree) -> SummedLoss:
+def summing_form(loss: Any, output: Tree, target: Tree) -> SummedLoss:
     """The summing form of a user's loss, tried on the outputs of some samples.
 
     Parameters

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from parakit.model_state.containers import PLAIN, UNKNOWN, alike, decoded, encoded
-from parakit.model_state.marks import described, mark_of
+from parakit.model_state.containers import PLAIN, UNKNOWN, alike, decode, encode
+from parakit.model_state.marks import mark_of, nested_lists
 from parakit.model_state.variables import ABSENT, Place, modules_within, variable_to_be, variables_of
 from parakit.serialization import Frozen, TooLarge, freeze
 
@@ -157,7 +157,9 @@ class Attributes:
         groups = [(place,) if isinstance(place, str) else tuple(place) for place in places]
         there = self.places() if any(groups) else {}
         return [
-            float(zlib.crc32(repr([(path, described(there[path].get())) for path in group if path in there]).encode()))
+            float(
+                zlib.crc32(repr([(path, nested_lists(there[path].get())) for path in group if path in there]).encode())
+            )
             for group in groups
         ]
 
@@ -169,7 +171,7 @@ class Attributes:
     def _keep(self, value: Any) -> Kept:
         if _is_plain(value):
             return value
-        code = encoded(value, self._owned)
+        code = encode(value, self._owned)
         if isinstance(code, list):
             return {"plain": code}
         if type(value) is Tensor and value.layout is torch.strided:
@@ -193,7 +195,7 @@ class Attributes:
         if isinstance(kept, Tensor):
             return kept.detach().clone()
         if isinstance(kept, dict):
-            return decoded(kept["plain"]) if "plain" in kept else _frozen(kept).thaw(self._known)
+            return decode(kept["plain"]) if "plain" in kept else _frozen(kept).thaw(self._known)
         return kept
 
 

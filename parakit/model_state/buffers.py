@@ -19,7 +19,7 @@ from parakit.errors import InputError, ModelError
 from parakit.model_state.peers import Peers
 from parakit.validation import in_short
 
-__all__ = ["RULES", "Buffers", "Rule", "buffers_of", "check_rules", "merged", "rules_for"]
+__all__ = ["RULES", "Buffers", "Rule", "buffers_of", "check_rules", "merge", "rules_for"]
 
 #: What a user may choose for a buffer.
 RULES = ("mean", "sum", "max", "min", "first", "own")
@@ -198,7 +198,7 @@ class Buffers:
         for dtype in (torch.float64, torch.complex128, torch.int64):  # in the same order on every worker
             every |= _of_all(peers, {name: values for name, values in mine.items() if values.dtype == dtype})
         for name, values in every.items():
-            there[name].copy_(merged(self._rules[name], _wide(self._before[name]).cpu(), values))
+            there[name].copy_(merge(self._rules[name], _wide(self._before[name]).cpu(), values))
 
     def stood_in(self) -> None:
         """After a forward pass over rows that are no part of the batch: undo what it did, but for what is alike."""
@@ -219,7 +219,7 @@ class Buffers:
             if rule in ("alike", "own", "first"):
                 buffer.copy_(values[0])
             else:
-                buffer.copy_(merged(rule, _wide(buffer), [_wide(value) for value in values]))
+                buffer.copy_(merge(rule, _wide(buffer), [_wide(value) for value in values]))
 
     def surprises(self) -> list[str]:
         """Buffers that have changed since this was last asked, and have no rule: nobody saw them change before."""
@@ -292,7 +292,7 @@ def _of_all(peers: Peers, mine: Mapping[str, Tensor]) -> dict[str, list[Tensor]]
     }
 
 
-def merged(rule: str, before: Tensor, values: Sequence[Tensor]) -> Tensor:
+def merge(rule: str, before: Tensor, values: Sequence[Tensor]) -> Tensor:
     """What the values of all workers come to.
 
     Parameters

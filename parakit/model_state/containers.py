@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["PLAIN", "UNKNOWN", "alike", "decoded", "encoded"]
+__all__ = ["PLAIN", "UNKNOWN", "alike", "decode", "encode"]
 
 #: Types whose values are themselves.
 PLAIN = (bool, int, float, complex, str, bytes, type(None))
@@ -30,7 +30,7 @@ class _NotPlainError(Exception):
     """Something else is in it."""
 
 
-def encoded(value: Any, owned: Collection[int] = ()) -> Any:
+def encode(value: Any, owned: Collection[int] = ()) -> Any:
     """A container as lists: its type's name, and what it holds; UNKNOWN where something else is in it.
 
     Parameters
@@ -83,7 +83,7 @@ class _Encoder:
         return tensor.detach().clone()
 
 
-def decoded(code: Any) -> Any:
+def decode(code: Any) -> Any:
     """The container that was encoded, made anew."""
     if isinstance(code, Tensor):
         return code.detach().clone()
@@ -91,8 +91,8 @@ def decoded(code: Any) -> Any:
         return code
     name, parts = code[:2]
     if name in _MAPPINGS:
-        return _MAPPINGS[name]((decoded(key), decoded(part)) for key, part in parts)
-    made = [decoded(part) for part in parts]
+        return _MAPPINGS[name]((decode(key), decode(part)) for key, part in parts)
+    made = [decode(part) for part in parts]
     return deque(made, code[2]) if name == _DEQUE else _SEQUENCES[name](made)
 
 

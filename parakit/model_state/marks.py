@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from parakit.model_state.containers import PLAIN
 
-__all__ = ["described", "mark_of", "slots_of"]
+__all__ = ["mark_of", "nested_lists", "slots_of"]
 
 _LOOKED_AT = 1 << 22  # elements
 _MOST = 20_000  # parts of a value
@@ -32,7 +32,7 @@ def mark_of(tensor: Tensor) -> tuple[Any, ...]:
     return tuple(tensor.shape), str(tensor.dtype), total
 
 
-def described(value: Any) -> Any:
+def nested_lists(value: Any) -> Any:
     """A value as nested lists of what its parts can be told by; order counts where it does in the value."""
     return _Description().of(value)
 

@@ -240,7 +240,7 @@ class _FirstStep:
 
     def _compute(self, held_out: Samples | None, *, training: bool = False) -> Tensor:
         """Forward and the loss, whose mistakes are told in words; returns what a backward pass begins with."""
-        trial, rows = self._trial, self.rows.copied()
+        trial, rows = self._trial, self.rows.copy_rows()
         with self._refusing_steps("model", training):
             output = trial.forward(rows)
         loss = trial.parts.loss

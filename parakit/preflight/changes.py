@@ -20,7 +20,7 @@ from torch import Tensor, optim
 
 from parakit.data.samples import Samples
 from parakit.errors import LossError, ModelError
-from parakit.failures.source_lines import listing, places_of, told
+from parakit.failures.source_lines import describe_error, listing, places_of
 from parakit.gradients.forward import call_model
 from parakit.losses.summed import check_scalar
 from parakit.model_state.attributes import ABSENT, Attributes, Kept, same, too_large
@@ -161,7 +161,7 @@ class Changes:
             return torch.random.get_rng_state()
 
     def _forward(self, rows: Samples) -> Any:
-        rows = rows.copied()
+        rows = rows.copy_rows()
         return self._trial.parts.loss(call_model(self._model, rows.inputs), rows.targets)
 
     def _seen(self, still: Still, rows: Samples, begin: Mapping[str, Kept] | None = None) -> _Seen:
@@ -220,7 +220,7 @@ class Changes:
             return self._seen(still, rows, left)
         except Exception as error:
             raise ModelError(
-                f"The model and its loss cannot be called twice: {told(error)}",
+                f"The model and its loss cannot be called twice: {describe_error(error)}",
                 where=listing(places_of(error)),
                 cause=f"what the first call leaves in {self.passing[0]}",
                 remedy="call both twice with the same batch in this notebook until it works",

@@ -8,7 +8,7 @@ from torch import nn
 
 from parakit.engines.recipe import Parts
 from parakit.errors import ModelError
-from parakit.failures.source_lines import told
+from parakit.failures.source_lines import describe_error
 from parakit.serialization import Frozen, freeze
 from parakit.validation import brief
 
@@ -31,7 +31,7 @@ def frozen_parts(parts: Parts) -> Frozen:
     except Exception as error:
         what, culprit = _culprit(parts) or ("model, the loss or the optimizer", "")
         raise ModelError(
-            f"The {what} cannot be pickled, so it cannot travel to the workers: {culprit}{told(error)}",
+            f"The {what} cannot be pickled, so it cannot travel to the workers: {culprit}{describe_error(error)}",
             cause="it holds something that lives in this process only, such as a lock, a file or a generator",
             remedy="create such things in forward, or leave them out in __getstate__"
             if what == "model"

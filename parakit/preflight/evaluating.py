@@ -10,7 +10,7 @@ from torch import Tensor
 from parakit.data.samples import Samples
 from parakit.errors import DataError
 from parakit.exactness.outputs import tensors_in
-from parakit.failures.source_lines import listing, places_of, told
+from parakit.failures.source_lines import describe_error, listing, places_of
 from parakit.gradients.forward import call_model
 from parakit.losses.calls import CallsOfLosses
 from parakit.losses.summed import SummedLoss
@@ -36,7 +36,7 @@ def evaluation_of(trial: Trial, loss: SummedLoss, held_out: Samples | None, trai
     outputs: list[Any] = []
 
     def evaluated() -> bool:
-        given = rows.copied()
+        given = rows.copy_rows()
         with CallsOfLosses(judging=True) as seen:
             outputs.append(call_model(trial.model, given.inputs))
             loss.function(outputs[-1], given.targets)
@@ -59,7 +59,7 @@ def evaluation_of(trial: Trial, loss: SummedLoss, held_out: Samples | None, trai
 
 
 def _held_out_error(error: Exception, rows: Samples, trial: Trial, output: Any, trained_output: Any) -> DataError:
-    fact = f"validation does not go through the model and the loss: {told(error)}"
+    fact = f"validation does not go through the model and the loss: {describe_error(error)}"
     where = listing(places_of(error))
     if output is not None and _shape_of(output) != _shape_of(trained_output):
         return DataError(

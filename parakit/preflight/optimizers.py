@@ -15,7 +15,7 @@ import torch
 from parakit.engines.memory_needs import states_of
 from parakit.engines.optimizers import AtRate, learning_rate
 from parakit.errors import ModelError
-from parakit.failures.source_lines import listing, places_of, told
+from parakit.failures.source_lines import describe_error, listing, places_of
 from parakit.preflight.trial import Trial
 from parakit.validation import brief
 
@@ -119,7 +119,7 @@ def _made(factory: Any, argument: Any, name: str) -> Any:
     except Exception as error:
         given = "the list of parameters" if name == "optimizer" else "the optimizer"
         raise ModelError(
-            f"The {name} function raised {told(error)}",
+            f"The {name} function raised {describe_error(error)}",
             where=listing(places_of(error)),
             cause=f"it is called with {given}, and with nothing else",
             remedy=f"{name}={examples[name]}, say",
@@ -174,12 +174,12 @@ def _try_step(optimizer: torch.optim.Optimizer, trial: Trial) -> None:
     except Exception as error:
         if "dense" in str(error) and "sparse" in f"{type(optimizer).__name__} {error}".lower():
             raise ModelError(
-                f"The optimizer {type(optimizer).__name__} cannot step: {told(error)}",
+                f"The optimizer {type(optimizer).__name__} cannot step: {describe_error(error)}",
                 cause="it wants sparse gradients, and workers add gradients up as dense ones",
                 remedy="use its sibling for dense gradients, such as torch.optim.Adam",
             ) from error
         raise ModelError(
-            f"The optimizer {type(optimizer).__name__} cannot step: {told(error)}",
+            f"The optimizer {type(optimizer).__name__} cannot step: {describe_error(error)}",
             where=listing(places_of(error)),
             remedy="let it make a step with one batch in this notebook until it works",
         ) from error

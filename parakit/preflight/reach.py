@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from parakit.errors import LossError, ModelError
-from parakit.failures.source_lines import listing, places_of, told
+from parakit.failures.source_lines import describe_error, listing, places_of
 from parakit.model_state.hooks import ParameterHooks
 
 __all__ = ["backward_once", "check_reach", "computed_attributes"]
@@ -39,7 +39,7 @@ def backward_once(value: Tensor, parameters: Iterable[nn.Parameter], hooks: Para
         value.backward()
     except Exception as error:
         raise LossError(
-            f"The loss has no gradient: {told(error)}",
+            f"The loss has no gradient: {describe_error(error)}",
             where=listing(places_of(error)),
             cause="the loss or the model detaches its result, or uses .item() or numpy",
             remedy="compute the loss with torch operations on the model's output only",

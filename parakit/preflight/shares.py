@@ -14,7 +14,7 @@ from torch import Tensor
 
 from parakit.data.samples import Samples
 from parakit.errors import LossError, ModelError, ParakitError
-from parakit.exactness.outputs import rows_checked, tensors_in
+from parakit.exactness.outputs import check_rows, tensors_in
 from parakit.exactness.separation import (
     Difference,
     Separation,
@@ -25,7 +25,7 @@ from parakit.exactness.separation import (
 )  # fmt: skip
 from parakit.gradients.forward import call_model
 from parakit.losses.calls import Divide
-from parakit.losses.forms import Draw, cuts_of, find_form, holds_label, summed
+from parakit.losses.forms import Draw, cuts_of, find_form, holds_label, summing_form
 from parakit.losses.summed import ShareLoss, SummedLoss
 from parakit.model_state.undisturbed import Still
 from parakit.preflight.changes import Changes
@@ -92,7 +92,7 @@ class Shares:
     def _as_each_share_has_it(self) -> SummedLoss:
         """The form by outputs alone, for whoever wants each share to be a batch of its own."""
         try:
-            return summed(self._trial.parts.loss, self._output, self._rows.targets)
+            return summing_form(self._trial.parts.loss, self._output, self._rows.targets)
         except LossError:
             return SummedLoss(self._trial.parts.loss, "mean")
 
@@ -100,7 +100,7 @@ class Shares:
         still = self._changes.still()
 
         def evaluate(form: SummedLoss, first: int, end: int, divide: Divide | None) -> ShareLoss:
-            part = rows.slice(first, end).copied()
+            part = rows.slice(first, end).copy_rows()
             try:
                 with still.kept(), still.once(), torch.set_grad_enabled(self._changes.needs_grad):
                     return form.of_share(lambda: call_model(self._model, part.inputs), part.targets, divide)
@@ -157,7 +157,7 @@ class Shares:
         ModelError
         """
         for leaf in tensors_in(self._output):
-            rows_checked(leaf, len(self._rows))
+            check_rows(leaf, len(self._rows))
         if not checks:
             return
         cut = self._first_meeting(self._rows)
@@ -195,7 +195,7 @@ class Shares:
         return 0
 
     def _outputs(self, still: Still, rows: Samples) -> list[Tensor]:
-        rows = rows.copied()
+        rows = rows.copy_rows()
         with still.once(), torch.set_grad_enabled(self._changes.needs_grad):
             return [leaf.detach() for leaf in tensors_in(call_model(self._model, rows.inputs))]
 

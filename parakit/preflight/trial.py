@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from parakit.data.samples import Samples
 from parakit.engines.recipe import Parts
 from parakit.errors import LossError, ModelError
-from parakit.failures.source_lines import listing, places_of, told
+from parakit.failures.source_lines import describe_error, listing, places_of
 from parakit.gradients.forward import call_model
 from parakit.losses.summed import check_loss, describe
 from parakit.model_state.attributes import Attributes, same
@@ -122,7 +122,7 @@ class Trial:
             return self.parts.loss(output, targets)
         except Exception as error:
             raise LossError(
-                f"The loss cannot be computed: {told(error)}",
+                f"The loss cannot be computed: {describe_error(error)}",
                 where=listing(places_of(error)),
                 cause=f"the model returns {describe(output)}, the targets are {describe(targets)}",
                 remedy="make the model's output, the targets and the loss fit together",
@@ -145,7 +145,7 @@ class Trial:
             cause = f"inputs of {forms}, which the model's layers do not take"
             remedy = f"try model(inputs[:{len(rows)}]) in this notebook until it works"
         return ModelError(
-            f"The model cannot compute a batch of {len(rows)} samples: {told(error)}",
+            f"The model cannot compute a batch of {len(rows)} samples: {describe_error(error)}",
             where=listing(places_of(error)), cause=cause, remedy=remedy,
         )  # fmt: skip
 
@@ -213,7 +213,7 @@ class Trial:
     def _buffers_made(self, names: Sequence[str], calls: Sequence[Samples]) -> dict[str, Tensor]:
         model = self.frozen.thaw().model
         for rows in calls:
-            call_model(model, rows.copied().inputs)
+            call_model(model, rows.copy_rows().inputs)
         return {name: b.detach().clone() for name, b in model.named_buffers() if name in names}
 
 

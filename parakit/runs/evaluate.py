@@ -71,7 +71,7 @@ def evaluate(
     blob, memory = dumps((frozen, traits, settings)), frozen.memory.key
     shares = torch.arange(len(samples)).tensor_split(min(pool.size, len(samples)))
     held = memory if memory and pool.maps_memory else frozen.memory.array()
-    items = [(blob, held, samples.take(rows).packed(), pool.device) for rows in shares]
+    items = [(blob, held, samples.take(rows).pack(), pool.device) for rows in shares]
     tallies: list[Tally] = pool.map(_tally_packed, items, limit_seconds)
     return sum(tallies, Tally()).result()
 
@@ -87,6 +87,6 @@ def _tally_on(device: torch.device, frozen: Frozen, traits: Traits, samples: Sam
     parts: Parts = frozen.thaw()
     loss = SummedLoss(parts.loss, traits.form, traits.calls).on(device)
     return tally(
-        parts.model.to(device), loss, samples.unpacked().on(device),
+        parts.model.to(device), loss, samples.unpack().on(device),
         judging=traits.judged, needs_grad=traits.grad_in_evaluation, copies=traits.writes,
     )  # fmt: skip

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from parakit.errors import Diverged, RunFailed
-from parakit.failures.run_failed import code_failed
+from parakit.failures.run_failed import code_failure
 from parakit.workers.commands import Failure
 
 __all__ = ["failure_of"]
@@ -21,7 +21,7 @@ def failure_of(error: BaseException, done: int, kept: int) -> RunFailed:
     elif isinstance(error, RunFailed):  # it says it all
         return error
     else:
-        failed = code_failed(
+        failed = code_failure(
             f"The run failed after step {done}", Failure.of("code", done, error), (),
             remedy=f"run.model holds the state of step {kept}; parakit.train(..., resume=run) goes on from there",
         )  # fmt: skip

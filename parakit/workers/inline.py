@@ -23,7 +23,7 @@ from parakit.engines.base import Engine
 from parakit.engines.evaluation import Tally
 from parakit.engines.make import make_engine
 from parakit.errors import RunFailed
-from parakit.failures.run_failed import code_failed
+from parakit.failures.run_failed import code_failure
 from parakit.gradients.gradient_sum import GradientSum
 from parakit.system.cores import usable_cores
 from parakit.system.devices import CPU, device_here, give_back, use
@@ -168,7 +168,7 @@ class InlineSession:
             return None
         step, at = self._engine.step, self._team.at
         rows = self._job.rows(step, at.chunks if at else None)
-        return code_failed(
+        return code_failure(
             f"Step {step} failed", Failure.of("code", step, error), rows,
             remedy="run.model holds the last state that was kept; parakit.train(..., resume=run) goes on from there",
         )  # fmt: skip

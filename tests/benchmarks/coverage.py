@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from parakit.scaling.laws.fit import fit
-from parakit.scaling.laws.laws import law_named, usl
+from parakit.scaling.laws.laws import find_law, usl
 from parakit.scaling.laws.selection import Prediction, compare
 
 NOISE = 0.02
@@ -85,7 +85,7 @@ class Outcome:
 def choose(truth: str, values: tuple[float, ...], counts: tuple[int, ...], trials: int, seed: int = 0) -> Outcome:
     """Comparisons of three repeats, asked for twice the largest count."""
     generator = np.random.default_rng(seed)
-    law, n, asked = law_named(truth), np.repeat(counts, 3), 2 * max(counts)
+    law, n, asked = find_law(truth), np.repeat(counts, 3), 2 * max(counts)
     exact, right = law.throughput(n, 100.0, values), law.throughput(asked, 100.0, values)
     found, by_log = [], []
     for _ in range(trials):

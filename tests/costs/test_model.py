@@ -14,7 +14,7 @@ from parakit.collectives.base import ExchangeMethod
 from parakit.costs import collectives
 from parakit.costs.breakdown import TERMS
 from parakit.costs.model import CostModel
-from parakit.costs.networks import MACHINES, NETWORKS, Network, machine_named, network_named
+from parakit.costs.networks import MACHINES, NETWORKS, Network, find_machine, find_network
 from parakit.costs.order_statistics import maximum_normal
 from parakit.errors import InputError
 from parakit.events.history import History
@@ -177,15 +177,15 @@ def test_what_cannot_be_is_refused(change: dict[str, Any], message: str) -> None
 
 def test_every_preset_has_a_source_and_is_found_by_its_name_in_any_case() -> None:
     for name, network in NETWORKS.items():
-        assert network_named(name.upper()) is network
+        assert find_network(name.upper()) is network
         assert network.source
         assert network.sped_up(2).link.message_seconds(1e6) == pytest.approx(network.link.message_seconds(1e6) / 2)
     for name, machine in MACHINES.items():
-        assert machine_named(name.lower()) is machine
-        assert network_named(machine.between).name == machine.between
-        assert network_named(machine.within).name == machine.within
+        assert find_machine(name.lower()) is machine
+        assert find_network(machine.between).name == machine.between
+        assert find_network(machine.within).name == machine.within
     own = Network("mine", 1e-6, 1e9, "measured")
-    assert network_named(own) is own
+    assert find_network(own) is own
     with pytest.raises(InputError, match="bandwidth"):
         Network("broken", 1e-6, 0.0, "made up")
 

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from parakit.data.samples import Samples
 from parakit.engines.evaluation import Evaluation, Tally, tally
-from parakit.losses.forms import summed
+from parakit.losses.forms import summing_form
 
 ROWS, CLASSES = 23, 3
 
@@ -24,7 +24,7 @@ def problem(*shape: int) -> tuple[nn.Module, torch.Tensor]:
 
 def judged(model: nn.Module, loss: Any, inputs: Any, targets: torch.Tensor, rows_at_once: int = 5) -> Tally:
     with torch.no_grad():
-        made = summed(loss, model(inputs), targets)
+        made = summing_form(loss, model(inputs), targets)
     return tally(model, made, Samples(inputs, targets), rows_at_once)
 
 
@@ -105,7 +105,7 @@ def test_a_regression_has_no_accuracy() -> None:
 @pytest.mark.parametrize("cuts", [[11], [1, 2], [7, 8, 20]], ids=str)
 def test_the_tallies_of_uneven_shares_add_up_to_the_whole(cuts: list[int]) -> None:
     model, inputs = problem()
-    loss = summed(nn.CrossEntropyLoss(ignore_index=1), model(inputs).detach(), LABELS)
+    loss = summing_form(nn.CrossEntropyLoss(ignore_index=1), model(inputs).detach(), LABELS)
     samples = Samples(inputs, LABELS)
     shares = [samples.slice(a, b) for a, b in zip([0, *cuts], [*cuts, ROWS], strict=True)]
     together = sum((tally(model, loss, share) for share in shares), Tally())
@@ -133,7 +133,7 @@ def test_a_model_is_evaluated_in_its_calm_and_left_in_the_mode_it_was_in() -> No
     modes = [module.training for module in model.modules()]
     statistics = {name: buffer.clone() for name, buffer in model.named_buffers()}
     _, inputs = problem()
-    loss = summed(nn.CrossEntropyLoss(), torch.zeros(ROWS, CLASSES), LABELS)
+    loss = summing_form(nn.CrossEntropyLoss(), torch.zeros(ROWS, CLASSES), LABELS)
     first, again = (tally(model, loss, Samples(inputs, LABELS), 4) for _ in range(2))
     assert first == again  # dropout would have drawn anew
     assert [module.training for module in model.modules()] == modes
@@ -145,7 +145,7 @@ def test_a_model_is_evaluated_in_its_calm_and_left_in_the_mode_it_was_in() -> No
 
 def test_the_modes_come_back_even_if_the_model_fails() -> None:
     model, inputs = nn.Sequential(nn.Linear(3, CLASSES), nn.Dropout()).double().train(), problem()[1]
-    loss = summed(nn.CrossEntropyLoss(), torch.zeros(ROWS, CLASSES), LABELS)
+    loss = summing_form(nn.CrossEntropyLoss(), torch.zeros(ROWS, CLASSES), LABELS)
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
         tally(model, loss, Samples(inputs, LABELS))
     assert all(module.training for module in model.modules())

@@ -22,7 +22,7 @@ from parakit.engines.optimizers import learning_rate
 from parakit.engines.recipe import Parts, Recipe, Traits
 from parakit.engines.replicated import Replica
 from parakit.gradients.gradient_sum import GradientSum
-from parakit.losses.forms import summed
+from parakit.losses.forms import summing_form
 from parakit.trees import leaves
 
 SIZES = (5, 3, 7, 4)
@@ -71,7 +71,7 @@ RULES = {"body.1.running_mean": "statistics", "body.1.running_var": "statistics"
 def recipe_of(
     model: nn.Module, loss: Any, optimizer: Any, scheduler: Any = None, every: str = "step", strategy: Any = None
 ) -> Recipe:
-    form = summed(loss, torch.zeros(len(ROWS), 3), ROWS.targets).knowing(ROWS.targets).form
+    form = summing_form(loss, torch.zeros(len(ROWS), 3), ROWS.targets).knowing(ROWS.targets).form
     traits = Traits(form=form, closure=optimizer is OPTIMIZERS["lbfgs"], rules=RULES)  # type: ignore[arg-type]
     return Recipe.of(
         Parts(model, loss, optimizer, scheduler, strategy), traits,

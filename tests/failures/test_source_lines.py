@@ -19,8 +19,8 @@ from torch import nn
 
 from parakit.data.samples import Samples
 from parakit.errors import DataError, Diverged, LossError, ParakitError, RunFailed
-from parakit.failures.run_failed import code_failed
-from parakit.failures.source_lines import Place, listing, places_of, raised_by_parakit, short, told
+from parakit.failures.run_failed import code_failure
+from parakit.failures.source_lines import Place, describe_error, listing, places_of, raised_by_parakit, short
 from parakit.workers.commands import Failure
 
 HERE = Path(__file__).name
@@ -162,12 +162,12 @@ def test_an_error_out_of_torch_is_not() -> None:
 
 
 def test_an_error_is_told_in_one_line() -> None:
-    assert told(ValueError("two\n   lines")) == "ValueError: two lines"
-    assert told(KeyError("x")) == "KeyError: 'x'"
+    assert describe_error(ValueError("two\n   lines")) == "ValueError: two lines"
+    assert describe_error(KeyError("x")) == "KeyError: 'x'"
 
 
 def test_a_long_one_is_cut() -> None:
-    text = told(ValueError("x" * 1000))
+    text = describe_error(ValueError("x" * 1000))
     assert text.endswith("x...")
     assert len(text) < 330
 
@@ -239,7 +239,7 @@ def lines(failed: RunFailed) -> list[str]:
 
 
 def test_a_failure_of_the_users_code_says_what_where_and_what_to_do(cell: str) -> None:
-    failed = code_failed("Step 3 failed", Told(places=(Place(cell, 2, "forward"),)), (), remedy="look there")
+    failed = code_failure("Step 3 failed", Told(places=(Place(cell, 2, "forward"),)), (), remedy="look there")
     assert lines(failed) == [
         "Step 3 failed: ValueError: too wide",
         '  File "a cell of this notebook", line 2, in forward',
@@ -253,15 +253,15 @@ def test_a_failure_of_the_users_code_says_what_where_and_what_to_do(cell: str) -
     ("rows", "words"), [((4,), "(rows 4 of the data)"), (range(6), "(rows 0, 1, 2, 3, 4, 5 of the data)")]
 )
 def test_the_rows_are_told(rows: Any, words: str) -> None:
-    assert lines(code_failed("Step 3 failed", Told(), rows, remedy=""))[0].endswith(f"too wide {words}")
+    assert lines(code_failure("Step 3 failed", Told(), rows, remedy=""))[0].endswith(f"too wide {words}")
 
 
 def test_of_many_rows_the_first_are() -> None:
-    assert "(rows 0, 1, 2, 3, 4, 5 and 94 others of the data" in str(code_failed("", Told(), range(100), remedy=""))
+    assert "(rows 0, 1, 2, 3, 4, 5 and 94 others of the data" in str(code_failure("", Told(), range(100), remedy=""))
 
 
 def test_a_mistake_of_parakits_is_admitted() -> None:
-    text = str(code_failed("Step 3 failed", Told(ours=True), (), remedy="look there"))
+    text = str(code_failure("Step 3 failed", Told(ours=True), (), remedy="look there"))
     assert "a mistake in parakit itself: no code of yours was on the way" in text
     assert "look there" not in text
 
@@ -269,7 +269,7 @@ def test_a_mistake_of_parakits_is_admitted() -> None:
 @pytest.mark.parametrize("kind", [LossError, Diverged])
 def test_an_error_in_parakits_words_keeps_its_parts(kind: Any) -> None:
     error = kind("the loss is no number", where='  File "x.py", line 1, in f', cause="a rate", remedy="a smaller one")
-    failed = code_failed("Step 3 failed", Failure.of("code", 3, error), (), remedy="look there")
+    failed = code_failure("Step 3 failed", Failure.of("code", 3, error), (), remedy="look there")
     assert lines(failed) == [
         "Step 3 failed: the loss is no number",
         '  File "x.py", line 1, in f',
@@ -279,12 +279,12 @@ def test_an_error_in_parakits_words_keeps_its_parts(kind: Any) -> None:
 
 
 def test_one_without_a_remedy_gets_one() -> None:
-    failed = code_failed("Step 3 failed", Failure.of("code", 3, LossError("no number")), (), remedy="look there")
+    failed = code_failure("Step 3 failed", Failure.of("code", 3, LossError("no number")), (), remedy="look there")
     assert lines(failed) == ["Step 3 failed: no number", "Remedy: look there"]
 
 
 def test_a_users_error_of_such_a_name_is_still_the_users() -> None:
-    assert "ParakitErrorOfMine: too wide" in str(code_failed("", Told("ParakitErrorOfMine"), (), remedy=""))
+    assert "ParakitErrorOfMine: too wide" in str(code_failure("", Told("ParakitErrorOfMine"), (), remedy=""))
 
 
 @pytest.mark.parametrize("name", ["DataError", "RunFailed", "ParakitError", "ModelError"])
@@ -293,7 +293,7 @@ def test_also_one_of_the_very_same_name(name: str) -> None:
         raise type(name, (ValueError,), {})("column x is missing")
 
     failure = pickle.loads(pickle.dumps(Failure.of("code", 3, raised(fail))))  # as from another process
-    failed = code_failed("Step 3 failed", failure, (1, 2), remedy="look there")
+    failed = code_failure("Step 3 failed", failure, (1, 2), remedy="look there")
     assert lines(failed)[0] == f"Step 3 failed: {name}: column x is missing (rows 1, 2 of the data)"
     assert ", in fail" in lines(failed)[3]
     assert lines(failed)[-2].startswith("Likely cause: the model, the loss or the optimizer raised this error")
@@ -307,6 +307,6 @@ class OfMine(LossError):
 @pytest.mark.parametrize("error", [ParakitError("too wide"), DataError("too wide"), OfMine("too wide")], ids=repr)
 def test_parakits_own_are_told_by_their_class(error: Exception) -> None:
     failure = pickle.loads(pickle.dumps(Failure.of("code", 3, error)))
-    assert lines(code_failed("Step 3 failed", failure, (1, 2), remedy="look there")) == [
+    assert lines(code_failure("Step 3 failed", failure, (1, 2), remedy="look there")) == [
         "Step 3 failed: too wide", "Remedy: look there",
     ]  # fmt: skip

@@ -15,7 +15,7 @@ from parakit.data.samples import Samples
 from parakit.gradients.forward import call_model
 from parakit.gradients.gradient_buffer import GradientBuffer
 from parakit.gradients.gradient_sum import GradientSum, flatten, unflatten_into
-from parakit.losses.forms import summed
+from parakit.losses.forms import summing_form
 from parakit.losses.summed import ShareLoss, SummedLoss
 
 ROWS = 10
@@ -35,7 +35,7 @@ def problem(dtype: torch.dtype = torch.float64) -> tuple[nn.Module, SummedLoss, 
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)).to(dtype)
         samples = Samples(torch.randn(ROWS, 4).to(dtype), torch.arange(ROWS) % 3)
-    return model, summed(nn.CrossEntropyLoss(), torch.zeros(ROWS, 3), samples.targets), samples
+    return model, summing_form(nn.CrossEntropyLoss(), torch.zeros(ROWS, 3), samples.targets), samples
 
 
 def backward(
@@ -241,7 +241,7 @@ def test_loading_another_sum_leaves_that_as_it_is() -> None:
 
 def test_a_loss_that_is_a_sum_is_not_divided() -> None:
     model, _, samples = problem()
-    loss = summed(nn.CrossEntropyLoss(reduction="sum"), torch.zeros(ROWS, 3), samples.targets)
+    loss = summing_form(nn.CrossEntropyLoss(reduction="sum"), torch.zeros(ROWS, 3), samples.targets)
     buffer = GradientBuffer(list(model.parameters()))
     own = backward(buffer, model, loss, samples)
     before = own.total.clone()
@@ -303,7 +303,7 @@ def test_a_parameter_used_twice_gets_the_gradient_of_both_uses() -> None:
     shared = nn.Linear(4, 4, bias=False).double()
     samples = Samples(torch.randn(ROWS, 4, dtype=torch.float64), torch.randn(ROWS, 4, dtype=torch.float64))
     model = nn.Sequential(shared, nn.Tanh(), shared)
-    loss = summed(nn.MSELoss(reduction="sum"), samples.inputs, samples.targets)
+    loss = summing_form(nn.MSELoss(reduction="sum"), samples.inputs, samples.targets)
     (expected,) = torch.autograd.grad((model(samples.inputs) - samples.targets).pow(2).sum(), [shared.weight])
     buffer = GradientBuffer(list(model.parameters()))
     assert torch.allclose(backward(buffer, model, loss, samples).total, expected.flatten(), rtol=1e-12)
@@ -358,7 +358,7 @@ def test_what_a_batch_does_not_reach_has_no_gradient_and_sparse_ones_are_dense(a
     buffer = GradientBuffer(list(model.parameters()))
     buffer.live_in(torch.zeros(buffer.numel, dtype=torch.float64), alone=alone)
     targets = torch.tensor([0, 1, 2])
-    loss = summed(nn.CrossEntropyLoss(), torch.zeros(3, 3), targets)
+    loss = summing_form(nn.CrossEntropyLoss(), torch.zeros(3, 3), targets)
     for first, used, unused in ((1, model.left, model.right), (0, model.right, model.left)):
         samples = Samples(torch.tensor([first, 3, 3]), targets)
         whole = backward(buffer, model, loss, samples)
@@ -381,7 +381,7 @@ def test_a_slice_that_nobody_else_reads_stays_where_it_is_made(forked: bool, cut
     model, loss, samples = problem()
     if forked:
         model, targets = Forked().double(), torch.tensor([0, 1, 2])
-        loss, samples = summed(nn.CrossEntropyLoss(), torch.zeros(3, 3), targets), Samples(targets, targets)
+        loss, samples = summing_form(nn.CrossEntropyLoss(), torch.zeros(3, 3), targets), Samples(targets, targets)
     buffer = GradientBuffer(list(model.parameters()))
     expected = backward(buffer, model, loss, samples).clone()
     where = slice(*(min(edge, len(expected.total)) for edge in cut))

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from parakit.errors import DataError, LossError
-from parakit.losses.forms import draws_of, find_form, summed
+from parakit.losses.forms import draws_of, find_form, summing_form
 from parakit.losses.summed import SummedLoss
 from parakit.preflight.labels import check_labels, check_shapes
 
@@ -172,7 +172,7 @@ def test_the_sums_of_any_shares_give_the_loss_of_the_whole(name: str, rows: int,
     output, target = data(rows, generator(seed))
     if getattr(original, "ignore_index", -100) == IGNORED:
         target[0] = 0  # torch's own mean over nothing but ignored labels is not a number
-    loss = summed(original, output, target)
+    loss = summing_form(original, output, target)
     assert_same_over_shares(loss, original, output, target, [cut for cut in cuts if cut < rows])
 
 
@@ -187,7 +187,7 @@ def test_a_share_with_nothing_but_ignored_labels_adds_nothing(name: str) -> None
     make, data = WEIGHTED[name]
     output, target = data(8, generator(3))
     target[:3], target[3:] = IGNORED, 2
-    loss = summed(make(), output, target)
+    loss = summing_form(make(), output, target)
     share = loss(output[:3], target[:3])
     assert share.total == share.count == 0.0
     assert_same_over_shares(loss, make(), output, target, [3])
@@ -197,7 +197,7 @@ def test_a_share_with_nothing_but_ignored_labels_adds_nothing(name: str) -> None
 def test_the_users_loss_stays_as_it_is(name: str) -> None:
     original, data = CASES[name]
     reduction = original.reduction
-    summed(original, *data(5, generator(0)))
+    summing_form(original, *data(5, generator(0)))
     assert original.reduction == reduction
 
 
@@ -205,14 +205,14 @@ def test_the_users_loss_stays_as_it_is(name: str) -> None:
 def test_labels_of_one_byte_count_like_any_others(weight: Tensor | None) -> None:
     output, target = labels(6, generator(1))
     original = nn.CrossEntropyLoss(weight=weight).double()
-    loss = summed(original, output, target.to(torch.uint8))
+    loss = summing_form(original, output, target.to(torch.uint8))
     assert_same_over_shares(loss, original, output, target.to(torch.uint8), [2])
 
 
 def test_a_label_of_one_byte_is_not_mistaken_for_the_ignored_one() -> None:
     output, target = normal(4, 200, g=generator(1)), torch.full((4,), 156, dtype=torch.uint8)  # -100 in eight bits
     original = nn.CrossEntropyLoss()
-    assert_same_over_shares(summed(original, output, target), original, output, target, [1])
+    assert_same_over_shares(summing_form(original, output, target), original, output, target, [1])
 
 
 FORMS: dict[str, tuple[nn.Module, Maker, str]] = {
@@ -226,7 +226,7 @@ FORMS: dict[str, tuple[nn.Module, Maker, str]] = {
 @pytest.mark.parametrize("name", FORMS)
 def test_a_known_loss_is_known_by_its_form(name: str) -> None:
     known, data, form = FORMS[name]
-    loss = summed(known, *data(5, generator(0)))
+    loss = summing_form(known, *data(5, generator(0)))
     assert loss.form == form
     assert loss.original == type(known).__name__
 
@@ -265,7 +265,7 @@ FUNCTIONS: dict[str, tuple[Callable[..., Tensor], Maker, str]] = {
 def test_a_function_is_recognised_by_its_form(name: str) -> None:
     function, data, form = FUNCTIONS[name]
     output, target = data(7, generator(4))
-    loss = summed(function, output, target)
+    loss = summing_form(function, output, target)
     assert loss.form == form
     assert_same_over_shares(loss, function, output, target, [2, 3])
 
@@ -277,7 +277,7 @@ def test_parts_of_an_output_may_come_in_a_tree() -> None:
     g = generator(5)
     output = {"class": normal(6, CLASSES, g=g), "box": normal(6, 2, g=g)}
     target = (torch.randint(CLASSES, (6,), generator=g), normal(6, 2, g=g))
-    loss = summed(both, output, target)
+    loss = summing_form(both, output, target)
     share = loss(output, target)
     assert loss.form == "mean"
     assert share.total / share.count == pytest.approx(float(both(output, target)))
@@ -285,7 +285,7 @@ def test_parts_of_an_output_may_come_in_a_tree() -> None:
 
 def test_one_sample_alone_is_taken_for_a_mean() -> None:
     output, target = numbers(1, generator(0))
-    assert summed(lambda o, t: (o - t).abs().sum(), output, target).form == "mean"
+    assert summing_form(lambda o, t: (o - t).abs().sum(), output, target).form == "mean"
 
 
 class Trainable(nn.Module):
@@ -329,7 +329,7 @@ BAD: dict[str, tuple[Any, Maker, str]] = {
 def test_what_does_not_add_up_over_samples_is_refused(name: str) -> None:
     loss, data, reason = BAD[name]
     with pytest.raises(LossError, match=reason):
-        summed(loss, *data(6, generator(4)))
+        summing_form(loss, *data(6, generator(4)))
 
 
 @pytest.mark.filterwarnings("ignore:Using a target size")
@@ -344,7 +344,7 @@ def test_a_column_against_a_row_compares_all_samples_and_is_refused(kind: Any, r
 def test_a_loss_of_zero_is_not_accused_of_comparing_samples() -> None:
     output, target = numbers(6, generator(0))
     with pytest.raises(LossError) as refusal:
-        summed(lambda o, t: (o - t).abs().mean() * 0, output, target)
+        summing_form(lambda o, t: (o - t).abs().mean() * 0, output, target)
     assert "neither" not in str(refusal.value)
 
 
@@ -376,9 +376,9 @@ def test_labels_that_fit_or_are_ignored_or_are_no_labels_pass() -> None:
 
 def test_a_loss_that_knows_its_labels_counts_them_without_a_look() -> None:
     output, labels = torch.randn(4, 3), torch.tensor([0, 2, 1, 2])
-    ignoring = summed(nn.CrossEntropyLoss(ignore_index=1), output, labels)
-    plain = summed(nn.CrossEntropyLoss(), output, labels)
-    weighted = summed(nn.CrossEntropyLoss(weight=torch.ones(3)), output, labels)
+    ignoring = summing_form(nn.CrossEntropyLoss(ignore_index=1), output, labels)
+    plain = summing_form(nn.CrossEntropyLoss(), output, labels)
+    weighted = summing_form(nn.CrossEntropyLoss(weight=torch.ones(3)), output, labels)
     assert plain.knowing(labels, labels).form == "mean"
     assert plain.knowing(labels)(output, labels).count == plain(output, labels).count == 4.0
     assert ignoring.knowing(labels) is ignoring  # one of them is left out
@@ -416,7 +416,7 @@ def test_class_weights_are_exact_one_step_away_from_torchs_object(name: str) -> 
     function, form = HEADS[name]
     output, target = labels(9, generator(6))
     target[:3] = torch.tensor([0, 1, 2])
-    loss = summed(function, output, target)
+    loss = summing_form(function, output, target)
     assert loss.form == form
     if form == "several means":
         return  # workers have to meet in the middle of it: test_same_as_plain.py
@@ -430,7 +430,7 @@ def test_a_label_that_is_ignored_somewhere_counts_although_no_draw_has_it() -> N
     output, target = labels(6, generator(7))
     function = HEADS["ignoring a label"][0]
     target[:] = 0
-    draw = partial(summed, function)
+    draw = partial(summing_form, function)
     assert draw(output, target).form == "mean"
     found = find_form(function, draws_of(output, target), lambda label: label == 1)
     assert found.form == "weighted calls"

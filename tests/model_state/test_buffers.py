@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import parakit as pk
 from parakit.errors import InputError, ModelError
-from parakit.model_state.buffers import RULES, Buffers, Rule, buffers_of, check_rules, merged, rules_for
+from parakit.model_state.buffers import RULES, Buffers, Rule, buffers_of, check_rules, merge, rules_for
 
 BEFORE = (1.0, 10.0)
 VALUES = ((4.0, 10.0), (2.0, 11.0), (3.0, 6.0))  # of three workers
@@ -65,7 +65,7 @@ def after_a_step(rank: int, rule: Rule, dtype: torch.dtype = torch.float32) -> t
 @pytest.mark.parametrize("rule", EXPECTED)
 def test_values_of_several_come_to_one(rule: str) -> None:
     values = [torch.tensor(row) for row in VALUES]
-    assert merged(rule, torch.tensor(BEFORE), values).tolist() == EXPECTED[rule]
+    assert merge(rule, torch.tensor(BEFORE), values).tolist() == EXPECTED[rule]
 
 
 @pytest.mark.parametrize("rank", [0, 1, 2])

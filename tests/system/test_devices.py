@@ -18,7 +18,7 @@ from parakit.events.history import History
 from parakit.events.log import sentence
 from parakit.events.records import Baseline, baseline_name
 from parakit.events.summary import RunSummary
-from parakit.losses.forms import summed
+from parakit.losses.forms import summing_form
 from parakit.system import devices
 from parakit.system.devices import CPU, share_out
 from parakit.widgets import report
@@ -76,7 +76,7 @@ def test_threads_are_not_for_gpus() -> None:
 
 
 def test_a_loss_stays_itself_on_the_cpu() -> None:
-    loss = summed(torch.nn.CrossEntropyLoss(), torch.randn(4, 3), torch.tensor([0, 1, 2, 0]))
+    loss = summing_form(torch.nn.CrossEntropyLoss(), torch.randn(4, 3), torch.tensor([0, 1, 2, 0]))
     assert loss.on(torch.device("cpu")) is loss
 
 

@@ -23,7 +23,7 @@ import numpy.typing as npt
 
 from parakit.errors import InputError
 from parakit.formatting import html_grid
-from parakit.scaling.laws.laws import LAWS, Law, law_named, usl_peak
+from parakit.scaling.laws.laws import LAWS, Law, find_law, usl_peak
 from parakit.scaling.laws.observations import Points, check_asked, check_points
 from parakit.scaling.laws.profile_likelihood import Region
 from parakit.scaling.laws.solver import Face, faces, free_coefficients, squares
@@ -62,7 +62,7 @@ def fit(law: str | Law, workers: Any, rates: Any, *, confidence: float = 0.95) -
     InputError
         If the points cannot be, or are too few for this law.
     """
-    chosen = law if isinstance(law, Law) else law_named(law)
+    chosen = law if isinstance(law, Law) else find_law(law)
     if not isinstance(confidence, float) or not 0 < confidence < 1:
         raise InputError(f"confidence is {confidence!r}; it must be between 0 and 1, such as 0.95.")
     counts, measured = check_points(workers, rates)
@@ -227,7 +227,7 @@ class Fit:
     @property
     def peak(self) -> float:
         """The count with the highest throughput; infinite where the law has none."""
-        return usl_peak(*list(self.parameters.values())[1:]) if self.law == law_named("usl") else math.inf
+        return usl_peak(*list(self.parameters.values())[1:]) if self.law == find_law("usl") else math.inf
 
     @cached_property
     def remarks(self) -> tuple[str, ...]:
@@ -265,7 +265,7 @@ def rate_in_words(rate: float) -> str:
 
 
 def _lost(law: Law, values: list[float]) -> str:
-    if law.name not in LAWS or law != law_named(law.name):
+    if law.name not in LAWS or law != find_law(law.name):
         return "; ".join(f"{name} = {value:.3g}" for name, value in zip(law.coefficients, values, strict=True))
     first = _percent(values)
     return {

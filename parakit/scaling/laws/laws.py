@@ -22,7 +22,7 @@ import numpy.typing as npt
 
 from parakit.errors import InputError
 
-__all__ = ["LAWS", "Law", "efficiency", "karp_flatt", "law_named", "speedup", "usl", "usl_peak"]
+__all__ = ["LAWS", "Law", "efficiency", "find_law", "karp_flatt", "speedup", "usl", "usl_peak"]
 
 Floats = npt.NDArray[np.float64]
 
@@ -121,7 +121,7 @@ _LAWS = {law.name: law for law in (_LINEAR, _AMDAHL, _USL, _LOG, _RING)}
 LAWS = tuple(_LAWS)
 
 
-def law_named(name: Any) -> Law:
+def find_law(name: Any) -> Law:
     """A law by its name.
 
     Raises

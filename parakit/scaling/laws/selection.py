@@ -24,7 +24,7 @@ import numpy.typing as npt
 
 from parakit.errors import InputError
 from parakit.scaling.laws.fit import Fit, check_points, fit
-from parakit.scaling.laws.laws import LAWS, Law, law_named
+from parakit.scaling.laws.laws import LAWS, Law, find_law
 from parakit.scaling.laws.observations import Points
 from parakit.scaling.laws.prediction import Comparison, Prediction
 from parakit.scaling.laws.profile_likelihood import Region
@@ -106,7 +106,7 @@ def compare(
     wanted = _laws(laws)
     fits = {law.name: fit(law, counts, measured) for law in _enough(wanted, len(points.counts))}
     others = _from_elsewhere(extra, fits, points)
-    held_out = {name: error_of(partial(predicted, found.law, points), points) for name, found in fits.items()}
+    held_out = {name: error_of(partial(predict_from_below, found.law, points), points) for name, found in fits.items()}
     good = _as_good(fits, held_out, points)
     best, reason = _best(fits, good, held_out)
     if held_out[best] > _SURELY_GOOD:
@@ -131,7 +131,7 @@ def _laws(laws: Any) -> list[Law]:
         given = [laws] if isinstance(laws, str | Law) else list(laws)
     except TypeError:
         given = [laws]
-    wanted = list(dict.fromkeys(law if isinstance(law, Law) else law_named(law) for law in given))
+    wanted = list(dict.fromkeys(law if isinstance(law, Law) else find_law(law) for law in given))
     if not wanted:
         raise InputError("There are no laws to compare.", remedy=f"leave laws= out, or choose some of {LAWS}")
     names = [law.name for law in wanted]
@@ -229,7 +229,7 @@ def held_out_counts(points: Points) -> Floats:
     return points.counts[min(_SEEN, len(points.counts) - 1) :]
 
 
-def predicted(law: Law, points: Points, count: float) -> float:
+def predict_from_below(law: Law, points: Points, count: float) -> float:
     """The throughput at a count by a fit to those below it; NaN if these are fewer than the parameters."""
     below = points.below(count)
     if len(below.counts) < 1 + len(law.coefficients):

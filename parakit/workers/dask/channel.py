@@ -11,7 +11,7 @@ from typing import Any
 from distributed import Future
 
 from parakit.errors import BatchDependent, Diverged, RunFailed, WorkerLost
-from parakit.failures.run_failed import code_failed
+from parakit.failures.run_failed import code_failure
 from parakit.system.threads import in_thread
 from parakit.workers.commands import Answer, Failure
 from parakit.workers.dask.cluster import DaskCluster
@@ -19,7 +19,7 @@ from parakit.workers.dask.liveness import Limits, Outcome, await_while_alive
 from parakit.workers.dask.worker_ids import address_of
 from parakit.workers.session import Job
 
-__all__ = ["EVALUATING", "SETTING_UP", "Channel", "Held", "settled"]
+__all__ = ["EVALUATING", "SETTING_UP", "Channel", "Held", "answer_of"]
 
 #: The chunks that a member holds, for training and for validation.
 Held = tuple[tuple[int, ...], tuple[int, ...]]
@@ -141,17 +141,17 @@ class Channel:
     def answers(self, futures: Mapping[str, Future[Any]], limits: Limits) -> dict[str, Any]:
         """Wait for answers, and return their values; the first failure that explains the others is raised."""
         self.wait(list(futures.values()), list(futures), limits)
-        answers = self.fetched(futures)
+        answers = self.fetch(futures)
         failures = {member: answer.failure for member, answer in answers.items() if answer.failure is not None}
         if failures:
-            raise self.explained(failures)
+            raise self.explain(failures)
         return {member: answer.value for member, answer in answers.items()}
 
     def answers_of_survivors(self, futures: Mapping[str, Future[Any]], limits: Limits) -> dict[str, Any]:
         """What members answer; those that are gone, hang or fail are left out."""
         outcome = self._outcome(list(futures.values()), list(futures), limits)
         waiting = set(outcome.waiting)
-        answers = self.fetched({m: future for m, future in futures.items() if future not in waiting})
+        answers = self.fetch({m: future for m, future in futures.items() if future not in waiting})
         return {m: answer.value for m, answer in answers.items() if answer.failure is None}
 
     def wait(self, futures: Sequence[Any], members: Sequence[str], limits: Limits | None = None) -> None:
@@ -169,7 +169,7 @@ class Channel:
         self.cluster.exclude(outcome.blamed)
         return outcome
 
-    def fetched(self, futures: Mapping[str, Future[Any]]) -> dict[str, Answer]:
+    def fetch(self, futures: Mapping[str, Future[Any]]) -> dict[str, Answer]:
         """The answers of futures that are done: all in one request, or one by one if any is lost."""
         fetching = in_thread(self.cluster.client.gather, list(futures.values()))
         limit = self._job.limit_seconds
@@ -184,11 +184,11 @@ class Channel:
             return dict(zip(futures, fetching.result(), strict=True))
         # Who died after answering took the answer along, and Dask waits for somebody to compute it again.
         self.cluster.cancel([futures[member] for member in outcome.gone])
-        return {member: settled(future, limit) for member, future in futures.items()}
+        return {member: answer_of(future, limit) for member, future in futures.items()}
 
     # --- what went wrong
 
-    def explained(self, failures: Mapping[str, Failure]) -> RunFailed | WorkerLost:
+    def explain(self, failures: Mapping[str, Failure]) -> RunFailed | WorkerLost:
         """The error that a user should see: code that raised explains a lost partner, not the other way round."""
         gone = set(self.members) - set(self.cluster.names)
         member, failure = min(failures.items(), key=lambda item: _TELLING.index(item[1].kind))
@@ -207,7 +207,7 @@ class Channel:
         held = self.held.get(member)
         rows = [] if held is None or failure.step < 0 else self._job.rows(failure.step, held[0])
         inline = "'inline'" if self.cluster.device == "cpu" else f"'inline', device='{self.cluster.device}'"
-        failed = code_failed(
+        failed = code_failure(
             f"Step {failure.step} failed on {self.cluster.label(member)}", failure, rows,
             remedy=f"try the same batch in this notebook: pk.train(..., on=pk.connect({inline})) raises it here",
         )  # fmt: skip
@@ -230,7 +230,7 @@ class Channel:
         )
 
 
-def settled(future: Future[Any], limit_seconds: float) -> Answer:
+def answer_of(future: Future[Any], limit_seconds: float) -> Answer:
     """The answer of a future that is done; a task that Dask itself gave up on answers that its worker is lost."""
     try:
         answer: Answer = future.result(timeout=limit_seconds)

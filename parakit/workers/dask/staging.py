@@ -79,10 +79,10 @@ class Staging:
 
         futures = channel.submit(members, remote.stage, order)
         channel.wait(list(futures.values()), members, channel.patience(SETTING_UP))
-        failures = {m: f for m, answer in channel.fetched(futures).items() if (f := answer.failure) is not None}
+        failures = {m: f for m, answer in channel.fetch(futures).items() if (f := answer.failure) is not None}
         others = {member: failure for member, failure in failures.items() if failure.kind != "unreachable"}
         if others:
-            raise channel.explained(others)
+            raise channel.explain(others)
         return list(failures)
 
     def bring_chunks(self, assignment: GroupAssignment) -> Brought:
@@ -106,7 +106,7 @@ class Staging:
             return {}
         if self._channel.closed:
             raise WorkerLost("The run ended while its chunks were under way.")
-        return self._channel.send({chunk: load.packed(chunk) for chunk in chunks}, member)
+        return self._channel.send({chunk: load.pack(chunk) for chunk in chunks}, member)
 
     def take(self, generation: int) -> Brought:
         """What was brought for a generation; from now on it is its members'."""

@@ -12,12 +12,12 @@ from parakit.checkpoints.state import State
 from parakit.engines.account import EXCHANGE, UPDATE, StepRecord
 from parakit.engines.make import make_engine
 from parakit.errors import RunError
-from parakit.failures.run_failed import code_failed
+from parakit.failures.run_failed import code_failure
 from parakit.gradients.gradient_sum import GradientSum
 from parakit.trees import pack
 from parakit.workers import remote
 from parakit.workers.commands import Answer, Failure
-from parakit.workers.dask.channel import Channel, settled
+from parakit.workers.dask.channel import Channel, answer_of
 from parakit.workers.session import Job, Report
 
 __all__ = ["TaskTeam", "squared_norm"]
@@ -56,7 +56,7 @@ class TaskTeam:
         except RunError:
             raise
         except Exception as error:
-            raise code_failed(
+            raise code_failure(
                 f"Step {step} failed in the notebook's process", Failure.of("code", step, error),
                 self._job.rows(step),
                 remedy="run.model holds the last state that was kept; parakit.train(..., resume=run) goes on from it",
@@ -98,9 +98,9 @@ class TaskTeam:
     def _fetch(self, root: Future[Any]) -> GradientSum:
         channel = self._channel
         channel.wait([root], channel.members)
-        answer = settled(root, self._job.limit_seconds)
+        answer = answer_of(root, self._job.limit_seconds)
         if answer.failure is not None:
-            raise channel.explained({channel.members[max(0, answer.failure.rank)]: answer.failure})
+            raise channel.explain({channel.members[max(0, answer.failure.rank)]: answer.failure})
         total: GradientSum = answer.value
         return total
 
@@ -127,7 +127,7 @@ class TaskTeam:
         collected = channel.ask(channel.members, remote.collect, alone, limits=channel.patience())
         self.replica.adopt(collected)
         together = self.replica.account.take_records()
-        norms = [settled(norm, self._job.limit_seconds).value for norm in self._norms] or [None] * len(collected)
+        norms = [answer_of(norm, self._job.limit_seconds).value for norm in self._norms] or [None] * len(collected)
         return tuple(
             [_completed(record, one.records, norm) for record in together]
             for one, norm in zip(collected, norms, strict=True)

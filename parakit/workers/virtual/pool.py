@@ -18,7 +18,7 @@ import torch
 from parakit.checkpoints.state import State
 from parakit.collectives.base import ExchangeMethod
 from parakit.costs.model import CostModel, costs_of
-from parakit.costs.networks import network_named
+from parakit.costs.networks import find_network
 from parakit.data.chunks import DEFAULT_CHUNKS
 from parakit.engines.account import StepRecord
 from parakit.engines.evaluation import Tally
@@ -36,7 +36,7 @@ __all__ = ["ORDINARY", "SimulatedWorkers", "VirtualClock", "simulated"]
 #: cores of an ordinary server, where a sample took 1.26 ms; each worker on a core of its own, nodes of 8.
 ORDINARY = CostModel(
     sample_seconds=1.26e-3, batch_size=256, nbytes=2.2e6, fixed_seconds=0.5e-3, update_seconds=0.3e-3,
-    control_seconds=5e-3, spread=0.03, network=network_named("10GbE"), within=network_named("shared memory"),
+    control_seconds=5e-3, spread=0.03, network=find_network("10GbE"), within=find_network("shared memory"),
     workers_per_node=8, cores=8, ports=1,
 )  # fmt: skip
 
@@ -149,7 +149,7 @@ def _costs_of(like: Any) -> CostModel:
 
 def _placed(costs: CostModel, network: Any, cores_per_node: int | None) -> CostModel:
     """The workers on nodes: a machine that was measured becomes one of many."""
-    between = None if network is None else network_named(network)
+    between = None if network is None else find_network(network)
     # The text of a strategy says when to exchange, so an exchange is priced whole.
     costs = costs.with_(strategy="all-reduce") if costs.strategy == "local SGD" else costs
     if costs.workers_per_node is None and (cores_per_node or costs.cores):

@@ -59,7 +59,7 @@ def trial(model: nn.Module, *, optimizer: Any = torch.optim.SGD, loss: Any = Non
         scheduler_every="epoch", clip_norm=1.0, seed=0, order=EpochOrder((ROWS,), BATCH, 0),
     )  # fmt: skip
     assert recipe.frozen.memory is not None
-    memory, rows = recipe.frozen.memory.array(), Samples(inputs, targets).packed()
+    memory, rows = recipe.frozen.memory.array(), Samples(inputs, targets).pack()
     return PlainTrial("trial", dumps(recipe), memory, rows, **{"batch_size": BATCH, "seconds": 0.2} | how)
 
 

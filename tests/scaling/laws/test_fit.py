@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from parakit.errors import InputError
 from parakit.scaling.laws.fit import fit
-from parakit.scaling.laws.laws import LAWS, Law, law_named, usl
+from parakit.scaling.laws.laws import LAWS, Law, find_law, usl
 from parakit.scaling.laws.solver import minimise
 
 DATA = Path(__file__).parents[2] / "data" / "scaling"
@@ -122,7 +122,7 @@ def test_the_usl_gives_exact_parameters_back(counts: list[int], sigma: float, ka
 @FEW
 @given(counts=COUNTS, name=st.sampled_from(LAWS), share=st.floats(0.0, 0.8), rate=RATES)
 def test_every_law_gives_its_exact_curve_back(counts: list[int], name: str, share: float, rate: float) -> None:
-    law = law_named(name)
+    law = find_law(name)
     values = [share / 10**place for place in range(len(law.coefficients))]
     found = fit(name, counts, law.throughput(counts, rate, values))
     assert found.predict(counts) == pytest.approx(law.throughput(counts, rate, values), rel=1e-6)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from parakit.errors import InputError
 from parakit.scaling.laws import laws
-from parakit.scaling.laws.laws import LAWS, law_named
+from parakit.scaling.laws.laws import LAWS, find_law
 
 COUNTS = st.integers(2, 100_000)
 FRACTIONS = st.floats(0.0, 1.0)
@@ -34,7 +34,7 @@ def test_without_pairs_the_usl_is_amdahls_law(n: int, serial: float) -> None:
 def test_one_worker_has_a_speedup_of_one(serial: float, kappa: float, rate: float) -> None:
     assert laws.usl(1, serial, kappa, rate) == pytest.approx(rate)
     for name in LAWS:
-        law = law_named(name)
+        law = find_law(name)
         assert law.throughput(1, rate, [serial] * len(law.coefficients)) == pytest.approx(rate)
 
 
@@ -57,7 +57,7 @@ def test_speedup_and_efficiency(rate: float, n: int) -> None:
 
 @pytest.mark.parametrize("name", LAWS)
 def test_every_law_begins_at_the_rate_of_one_worker_and_loses_from_there(name: str) -> None:
-    law = law_named(name)
+    law = find_law(name)
     values = [0.01] * len(law.coefficients)
     assert law.throughput(1, 7.0, values) == pytest.approx(7.0)
     grid = np.arange(1, 200)
@@ -67,7 +67,7 @@ def test_every_law_begins_at_the_rate_of_one_worker_and_loses_from_there(name: s
 
 
 def test_laws_of_a_steps_time() -> None:
-    assert law_named("log").loss(8, [0.1]) == pytest.approx(1 + 0.1 * 3)
-    assert law_named("Ring").loss(4, [0.1]) == pytest.approx(1 + 0.1 * 2 * 3 / 4)
+    assert find_law("log").loss(8, [0.1]) == pytest.approx(1 + 0.1 * 3)
+    assert find_law("Ring").loss(4, [0.1]) == pytest.approx(1 + 0.1 * 2 * 3 / 4)
     with pytest.raises(InputError, match=r"no law 'moore'.*\n.*'usl'"):
-        law_named("moore")
+        find_law("moore")

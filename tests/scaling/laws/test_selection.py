@@ -10,7 +10,7 @@ import pytest
 
 from parakit.errors import InputError
 from parakit.scaling.laws.fit import fit
-from parakit.scaling.laws.laws import LAWS, Law, law_named, usl
+from parakit.scaling.laws.laws import LAWS, Law, find_law, usl
 from parakit.scaling.laws.observations import Points
 from parakit.scaling.laws.selection import Prediction, akaike, compare, held_out_counts
 from tests.benchmarks.coverage import choose, other_curves, prefixes, training_curves
@@ -152,7 +152,7 @@ def test_held_out_counts() -> None:
 
 def test_nothing_is_chosen_by_rounding() -> None:
     for name in ("amdahl", "log", "ring"):
-        law = law_named(name)
+        law = find_law(name)
         counts = [1, 2, 3, 4, 6, 8] * 2
         found = compare(counts, law.throughput(counts, 10.0, [0.1]))
         assert found.best == name
@@ -214,7 +214,7 @@ def test_few_counts_let_few_laws_compete() -> None:
 def test_laws_by_name_as_laws_and_ones_own() -> None:
     data = noisy([1, 2, 4, 8], 2, 0.1, 0.0)
     assert set(compare(*data, laws="amdahl").fits) == {"amdahl"}
-    assert set(compare(*data, laws=[law_named("log"), "log", "amdahl"]).fits) == {"log", "amdahl"}
+    assert set(compare(*data, laws=[find_law("log"), "log", "amdahl"]).fits) == {"log", "amdahl"}
     assert compare(*data, laws=["linear"]).best == "linear"
     counts = [1, 2, 4, 9, 16]
     found = compare(counts, OWN.throughput(counts, 5.0, [0.9]), laws=[*LAWS, OWN])
