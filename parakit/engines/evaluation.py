@@ -156,7 +156,7 @@ def _tally_of(model: nn.Module, loss: SummedLoss, part: Samples, judging: bool) 
         share = loss.of_share(lambda: call_model(model, part.inputs), part.targets)
     means = _means(share.value, seen) if loss.meets else ()
     rest = share.total - share.weight * sum(factor * total / (weight or 1.0) for factor, total, weight in means)
-    judged = seen.judged() if judging else None
+    judged = seen.count_right() if judging else None
     right, of = (None, 0) if judged is None else (judged.right, judged.of)
     return Tally(rest, share.count, right, of, len(part), means)
 

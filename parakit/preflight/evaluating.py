@@ -40,7 +40,7 @@ def evaluation_of(trial: Trial, loss: SummedLoss, held_out: Samples | None, trai
         with CallsOfLosses(judging=True) as seen:
             outputs.append(call_model(trial.model, given.inputs))
             loss.function(outputs[-1], given.targets)
-        return seen.judged() is not None
+        return seen.count_right() is not None
 
     try:
         try:

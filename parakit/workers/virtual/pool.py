@@ -267,11 +267,13 @@ class SimulatedCrew(InlineSession):
     def _advance(self, first: int, count: int, request: int) -> Report:
         """Do a segment; a shorter one, where the real clock would let requests wait."""
         began = perf_counter()
-        records = self._do(first, min(count, self._steps_at_once), request)
+        part = min(count, self._steps_at_once)
+        records = self._do(first, part, request)
         steps = len(records[0])
         pace = max(1e-9, (perf_counter() - began) / steps)
         self._steps_at_once = max(1, min(4 * self._steps_at_once, int(_REAL_SECONDS / pace)))
-        self._clock.advance(self._timed.take_seconds() + self._costs.control_seconds)
+        # Virtual workers would have done all of it with the same orders, so a part has its share of what those cost.
+        self._clock.advance(self._timed.take_seconds() + self._costs.control_seconds * part / count)
         return Report(records, 0.0, excerpt=self._timed.take_excerpt())
 
     def _do(self, first: int, count: int, request: int) -> tuple[list[StepRecord], ...]:
