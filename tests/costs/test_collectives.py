@@ -131,7 +131,7 @@ def test_a_number_of_workers_that_cannot_be_is_refused(n: Any) -> None:
 
 
 def test_names_are_found_in_any_writing_and_unknown_ones_are_refused_with_the_list() -> None:
-    assert collectives.algorithm_named("Halving_Doubling") == "halving-doubling"
+    assert collectives.find_algorithm("Halving_Doubling") == "halving-doubling"
     with pytest.raises(InputError, match="'ring', 'recursive doubling'"):
         all_reduce_seconds("rings", 2, BYTES, LINK)
     with pytest.raises(InputError, match="latency_seconds"):

@@ -492,17 +492,26 @@ def crowded_above(cores: int) -> Scaling:
     return Scaling(found, replace(ABOUT, cores=cores))
 
 
+def taken_by_fits(study: Scaling, crowded: bool | None) -> tuple[Any, Any]:
+    """Worker counts and rates that a fit is made of."""
+    taken: list[Any] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("parakit.scaling.laws.fit.fit", lambda law, *given: taken.append(given))
+        study.fit(crowded=crowded)
+    return taken[0]
+
+
 def test_crowded_counts_take_part_in_a_fit_only_if_few_others_are_there() -> None:
     enough = crowded_above(4)
-    counts, rates = enough._for_fits(None)
+    counts, rates = taken_by_fits(enough, None)
     assert counts.tolist() == [1, 2, 4] * 2
     assert rates.tolist() == [100.0, 200.0, 400.0] * 2
     assert "more than there are cores" not in words(enough)
-    assert enough._for_fits(True)[0].tolist() == [1, 2, 4, 8] * 2
+    assert taken_by_fits(enough, True)[0].tolist() == [1, 2, 4, 8] * 2
     few = crowded_above(2)
-    assert few._for_fits(None)[0].tolist() == [1, 2, 4, 8] * 2
-    assert few._for_fits(None)[1].shape == (8,)
+    assert taken_by_fits(few, None)[0].tolist() == [1, 2, 4, 8] * 2
+    assert taken_by_fits(few, None)[1].shape == (8,)
     assert "4, 8 workers too, more than there are cores" in words(few)
-    assert few._for_fits(False)[0].tolist() == [1, 2] * 2
+    assert taken_by_fits(few, False)[0].tolist() == [1, 2] * 2
     with pytest.raises(InputError, match="more workers than cores are left out"):
         crowded_above(1).fit(crowded=False)
