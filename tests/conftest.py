@@ -50,6 +50,13 @@ def pytest_configure() -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Members of a group are processes, whichever test asks them for something."""
+    for item in items:
+        if "team" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.processes)
+
+
 def _threads() -> set[str]:
     return {
         f"{thread.name}#{thread.ident}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import importlib
 import inspect
 import json
@@ -35,6 +36,7 @@ def name_of(path: Path) -> str:
 FILES = {name_of(path): path for path in sorted((ROOT / "parakit").rglob("*.py"))}
 
 
+@functools.cache
 def imports(module: str) -> set[str]:
     """What a module imports, anywhere in its text, for type checkers too; of a package's part, the part."""
     found = set()

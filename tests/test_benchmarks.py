@@ -59,6 +59,7 @@ def test_what_has_a_picture_is_drawn(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.processes
 @pytest.mark.parametrize("kind", ["plain", "ddp"])
 def test_a_rival_answers_and_ends(kind: str, nothing_left: None) -> None:
     with rival(kind, 0, 1, tuned=True) as opened:

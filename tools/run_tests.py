@@ -14,19 +14,16 @@ from typing import IO
 # Parts by their markers and files, one after the other. Every test belongs to one part, and both lanes take about as
 # long: which is why the second one takes some files of clusters too.
 _CLUSTERS = "(dask or notebook) and not browser"
-_SHIFTED = "test_memory.py or test_scaling.py"
+_SHIFTED = "test_memory.py or test_scaling.py or test_processes_of_runs.py"
 LANES = {
     "clusters": [["-m", _CLUSTERS, "-k", f"not ({_SHIFTED})"]],
     "others": [["-m", "not (dask or notebook or browser)"], ["-m", "browser"], ["-m", _CLUSTERS, "-k", _SHIFTED]],
 }
 PYTEST = [sys.executable, "-m", "pytest"]
-# Tests are shared out again as a process runs out of work.
-QUICK = [*PYTEST, "-n", "2", "--dist", "worksteal", "-q", "-m", "not (dask or notebook or browser)"]
-STYLE = (
-    [sys.executable, "-m", "ruff", "check"],
-    [sys.executable, "-m", "ruff", "format", "--check"],
-    [sys.executable, "-m", "mypy"],
-)
+# Three processes for two cores, as some tests wait; each gets more tests as it runs out of them.
+QUICK = [*PYTEST, "-n", "3", "--dist", "worksteal", "-q", "-m", "not (dask or processes or notebook or browser)"]
+STYLE = ([sys.executable, "-m", "ruff", "check"], [sys.executable, "-m", "ruff", "format", "--check"])
+TYPES = [sys.executable, "-m", "mypy"]
 
 
 class Lane:
@@ -68,13 +65,19 @@ class Lane:
 
 
 def check(arguments: list[str]) -> int:
-    """Style and types first, for they are quick and what most often is wrong; then the quick tests."""
+    """Style first, for that takes a moment; then types beside the quick tests, as some of those wait."""
     began = time.monotonic()
-    for command in (*STYLE, [*QUICK, *arguments]):
+    for command in STYLE:
         if code := subprocess.call(command):
             return code
+    with subprocess.Popen(TYPES, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as types:
+        try:
+            code = subprocess.call([*QUICK, *arguments])
+            print(types.communicate()[0], end="")
+        finally:
+            types.terminate()
     print(f"Style, types and quick tests: {(time.monotonic() - began) / 60:.1f} minutes")
-    return 0
+    return code or types.returncode
 
 
 def main() -> int:

@@ -569,6 +569,7 @@ print(json.dumps(told))
 """
 
 
+@pytest.mark.processes
 def test_a_writer_killed_at_any_moment_leaves_its_last_checkpoint_whole(tmp_path: Path, nothing_left: None) -> None:
     rounds = 50
     done = subprocess.run(

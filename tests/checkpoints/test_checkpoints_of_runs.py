@@ -204,6 +204,7 @@ def saved_in(folder: Path) -> bool:
 
 
 @pytest.mark.slow
+@pytest.mark.processes
 @pytest.mark.timeout(240)
 def test_after_50_kills_there_is_always_a_checkpoint_as_young_as_promised(tmp_path: Path, inline: pk.Workers) -> None:
     every, slack = 0.1, 0.75  # seconds; a segment, and what a machine with other work to do may take to write

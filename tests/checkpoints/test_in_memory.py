@@ -216,6 +216,7 @@ WRITER = textwrap.dedent(
 
 
 @pytest.mark.slow
+@pytest.mark.processes
 def test_whoever_is_killed_while_it_writes_leaves_a_whole_state(tmp_path: Path) -> None:
     steps = []
     for wait_seconds in (0.05, 0.171, 0.0333):

@@ -102,6 +102,7 @@ def add(kept: dict[str, Any], rank: int, folder: str, exchange: Any, codec: Code
     return vector.tolist(), sent
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("exchange", ["shared memory", "gloo"])
 def test_half_the_bytes_give_the_sum_to_their_rounding(
     team: list[Member], boards: Callable[[], str], exchange: str
