@@ -92,7 +92,8 @@ class Membership:
         self._group = GroupState(
             plan.assignment.members, formed=False, patience=_PREPARE_LIMITS * plan.job.limit_seconds
         )  # fmt: skip
-        self._known: set[str] = set()  # workers of the pool, active or not, when a group was last staged or formed
+        self._there: tuple[str, ...] = ()  # workers of the pool, active or not, when that was last asked
+        self._known: set[str] = set()  # those of them when a group was last staged
 
     @property
     def session(self) -> Session:
@@ -108,8 +109,13 @@ class Membership:
     def seen(self, goals: Goals, *, idle: bool) -> GroupState:
         """How the group is now; who is there is asked for only where that matters, as in a group that is idle."""
         group, change = self._group, self._change
-        asked = not group.formed or (idle and change is None and goals.target != len(group.members))
-        there, staged = self._pool.names if asked else (), None if change is None else change.seen()
+        if group.formed:
+            asked = idle and change is None and goals.target != len(group.members)
+        else:
+            asked = change is not None and not change.ready.done()
+        if asked:
+            self._there = self._pool.names  # which asks the scheduler, and takes some milliseconds
+        there, staged = self._there if asked else (), None if change is None else change.seen()
         return replace(group, there=there, staged=staged, orders_ahead=self.session.orders_ahead)
 
     def _note(self, **changes: Any) -> None:
@@ -118,6 +124,7 @@ class Membership:
     def open(self) -> None:
         """Take hold of the pool."""
         self._opened = self._pool.open(self._plan.job)
+        self._there = self._pool.names
         self._requests.interrupt = self._opened.halt
 
     def release(self) -> None:
@@ -156,7 +163,7 @@ class Membership:
         change.ready.add_done_callback(lambda _: self._requests.interrupt_segment())
 
     def _begin(self, assignment: GroupAssignment, target: int, moved: int, state: State | None = None) -> _Change:
-        self._known = set(self._pool.names)
+        self._known = set(self._there)
         self._change = _Change(assignment, target, self._now(), self.session.stage(assignment), moved, state)
         return self._change
 
@@ -180,7 +187,6 @@ class Membership:
         requested = self._group.formed and self._requests.goals.asked_at > self._group.lost_at
         goes_on = step if state is None else int(state["step"])
         began = self._pool.clock()
-        self._known = set(self._pool.names)
         self._generation = max(self._generation, assignment.generation)
         method = self.session.form(assignment, state)
         self.assignment, self._recovery = assignment, None
@@ -273,7 +279,7 @@ class Membership:
         members = [*survivors.intact, *(m for m in survivors.training if m not in survivors.intact)]
         # If no active worker is left, idle ones go on; whoever came in place of the lost is as good as they are. But
         # when all are lost, that is for the user to know, before it happens again.
-        there = self._pool.names
+        there = self._there = self._pool.names
         if not members and self._known.intersection(there):
             return there[: len(self.assignment.members)]
         return members
