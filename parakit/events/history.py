@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from parakit.errors import InputError
-from parakit.events.reader import data_frame, event_from_dict, parse
+from parakit.events.reader import event_from_dict, parse
 from parakit.events.records import KINDS, PHASES, Event, GradientNorms, SegmentDone, StepDone
 from parakit.system.files import write_whole
 
@@ -152,14 +152,10 @@ class History:
         return cls.from_dicts(records)
 
     def to_frame(self) -> pandas.DataFrame:
-        """The steps as a pandas data frame, one row a step and worker.
+        """The steps as a pandas data frame, one row a step and worker."""
+        import pandas  # half a second, which few need
 
-        Raises
-        ------
-        ParakitError
-            If pandas is not installed.
-        """
-        return data_frame(self._rows(), self._COLUMNS, otherwise="history.to_dicts()")
+        return pandas.DataFrame(list(self._rows()), columns=list(self._COLUMNS))
 
     def to_csv(self) -> str:
         """The steps as comma-separated values: the rows and columns of `to_frame`, below a line of their names."""

@@ -7,19 +7,19 @@ a record could not have held. Refuses to know what the values mean.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from functools import cache
 from types import NoneType
 from typing import TYPE_CHECKING, Any, TypeVar, get_args, get_origin, get_type_hints
 
-from parakit.errors import InputError, ParakitError
+from parakit.errors import InputError
 from parakit.events.records import KINDS, Event
 
 if TYPE_CHECKING:
-    import pandas
+    pass
 
-__all__ = ["Reader", "data_frame", "event_from_dict", "parse"]
+__all__ = ["Reader", "event_from_dict", "parse"]
 
 # The plain types whose values may stand in a record, and what a file may hold in their place.
 _ACCEPTS: dict[type, tuple[type, ...]] = {
@@ -121,28 +121,3 @@ def parse(text: str, what: str) -> Any:
         ) from error
     except (TypeError, ValueError) as error:
         raise InputError(f"This text is no JSON: {error}.") from error
-
-
-def data_frame(rows: Iterable[Any], columns: Sequence[str], *, otherwise: str) -> pandas.DataFrame:
-    """Rows as a pandas data frame.
-
-    Parameters
-    ----------
-    rows : iterable
-    columns : sequence of str
-    otherwise : str
-        What serves without pandas.
-
-    Raises
-    ------
-    ParakitError
-        If pandas is not installed.
-    """
-    try:
-        import pandas
-    except ImportError as error:
-        raise ParakitError(
-            "A data frame needs pandas, which is not installed here.",
-            remedy=f"pip install pandas, or use {otherwise}",
-        ) from error
-    return pandas.DataFrame(list(rows), columns=list(columns))

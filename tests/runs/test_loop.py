@@ -23,7 +23,7 @@ from tests.runs.test_exact import wait_for
 LIMIT = 60
 
 
-class AheadCrew(InlineSession):
+class AheadSession(InlineSession):
     """A session that takes an order while another has no report yet, and tells of all that is asked of it."""
 
     orders_ahead = True
@@ -72,7 +72,7 @@ class AheadWorkers(InlineWorkers):
         self.log: list[tuple[Any, ...]] = []
 
     def open(self, job: Job) -> InlineSession:
-        return AheadCrew(job, 1, self.log)
+        return AheadSession(job, 1, self.log)
 
 
 def net() -> nn.Module:
@@ -189,7 +189,7 @@ def test_who_watches_has_news_more_often(inline: pk.Workers) -> None:
     run.wait(LIMIT, progress=False)
 
 
-class UnreadyCrew(InlineSession):
+class UnreadySession(InlineSession):
     """A session of which somebody is lost again and again before the group is formed."""
 
     def __init__(self, job: Job, losses: int) -> None:
@@ -211,7 +211,7 @@ class UnreadyWorkers(InlineWorkers):
         self._losses = losses
 
     def open(self, job: Job) -> InlineSession:
-        return UnreadyCrew(job, self._losses)
+        return UnreadySession(job, self._losses)
 
 
 def test_a_cluster_has_time_to_notice_who_is_gone() -> None:

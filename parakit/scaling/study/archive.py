@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from parakit.errors import InputError
 from parakit.events.history import History
-from parakit.events.reader import Reader, data_frame, parse
+from parakit.events.reader import Reader, parse
 from parakit.events.records import PHASES, Event, StepDone
 from parakit.scaling.study.records import About, Measurement
 from parakit.system.files import write_whole
@@ -203,14 +203,10 @@ _COLUMNS = [
 
 
 def frame(measurements: Sequence[Measurement]) -> pandas.DataFrame:
-    """Measurements as a pandas data frame, a row each.
+    """Measurements as a pandas data frame, a row each."""
+    import pandas  # half a second, which few need
 
-    Raises
-    ------
-    ParakitError
-        If pandas is not installed.
-    """
-    return data_frame(map(_flat, measurements), _COLUMNS, otherwise="study.to_dict()")
+    return pandas.DataFrame(list(map(_flat, measurements)), columns=list(_COLUMNS))
 
 
 def _flat(measured: Measurement) -> dict[str, Any]:

@@ -307,13 +307,7 @@ class Scaling:
         return cls.from_json(archive.read(path))
 
     def to_frame(self) -> pandas.DataFrame:
-        """The repeats as a pandas data frame, one row a measurement.
-
-        Raises
-        ------
-        ParakitError
-            If pandas is not installed.
-        """
+        """The repeats as a pandas data frame, one row a measurement."""
         return archive.frame(self.measurements)
 
     # --- showing

@@ -216,7 +216,7 @@ class SimulatedWorkers(Workers):
                 remedy=f"simulated({count})",
             )
 
-    def open(self, job: Job) -> SimulatedCrew:
+    def open(self, job: Job) -> SimulatedSession:
         """Begin a run."""
         costs = self.costs
         if self._fitting:
@@ -224,7 +224,7 @@ class SimulatedWorkers(Workers):
             costs = costs.with_(nbytes=sum(sizes))
         if (codec := requirements_of(job.strategy).codec) is not None:
             costs = costs.with_(nbytes=codec.nbytes(round(costs.nbytes / 4), torch.float32))
-        kind = SimulatedCrew if self.arithmetic else TimedCrew
+        kind = SimulatedSession if self.arithmetic else TimedSession
         return kind(job, costs, self._virtual, self._seed)
 
 
@@ -236,7 +236,7 @@ def _cores(costs: CostModel, count: int) -> int:
     return nodes * costs.cores
 
 
-class SimulatedCrew(InlineSession):
+class SimulatedSession(InlineSession):
     """A run's hold on simulated workers: what is computed is computed inline, and the clock is moved beside it."""
 
     def __init__(self, job: Job, costs: CostModel, clock: VirtualClock, seed: int) -> None:
@@ -292,7 +292,7 @@ class SimulatedCrew(InlineSession):
         return float(computing) * (1 - self._costs.phases[2])
 
 
-class TimedCrew(SimulatedCrew):
+class TimedSession(SimulatedSession):
     """Simulated workers that compute nothing: the strategy's text runs over parts that hold no numbers."""
 
     def _inner_team(self) -> InlineTeam | None:

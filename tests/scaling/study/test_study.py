@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 from dataclasses import FrozenInstanceError, replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from parakit.errors import InputError, ParakitError
+from parakit.errors import InputError
 from parakit.events.history import History
 from parakit.events.records import PHASES, GradientNorms, Resized, RunStart, SegmentDone, StepDone, WorkerStep
 from parakit.scaling.laws.laws import karp_flatt
@@ -453,12 +452,6 @@ def test_a_frame_has_a_row_a_measurement() -> None:
     assert frame.loc[0, "backward_seconds"] == 0.004
     assert frame[frame.kind == "plain"].backward_seconds.isna().all()
     assert len(Scaling([]).to_frame()) == 0
-
-
-def test_without_pandas_that_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "pandas", None)
-    with pytest.raises(ParakitError, match="needs pandas"):
-        study().to_frame()
 
 
 # --- what follows
