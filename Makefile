@@ -16,7 +16,7 @@ LAB_FLAGS := $(shell [ "$$(id -u)" != 0 ] || echo --allow-root) \
 	$(shell [ "$$(uname)" != Linux ] || [ -n "$$DISPLAY$$WAYLAND_DISPLAY" ] || echo --no-browser)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lab check test soak bench browser binder lint format notebooks pins clean
+.PHONY: help setup lab check quick test soak bench browser binder lint format notebooks pins clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -33,6 +33,9 @@ lab: setup ## Open the first notebook in JupyterLab
 		--LabApp.default_url=/lab/tree/notebooks/00_start_here.ipynb $(ARGS)
 
 check: setup ## Check style and types, and run the tests that need no cluster, browser or notebook
+	@$(MAKE) --no-print-directory -j2 lint quick
+
+quick: setup
 	@$(BIN)/python tools/run_tests.py --quick $(ARGS)
 
 test: setup ## Check style and types, then run all tests

@@ -1,7 +1,7 @@
 """Run all tests, in two lanes side by side: each waits much of its time, for processes to start and pages to load.
 
-With --quick, style, types and the tests that need no cluster, browser or notebook, on both cores. With other arguments,
-pytest gets them, and does nothing else.
+With --quick, only the tests that need no cluster, no processes beside them, no browser and no notebook, on both cores.
+With other arguments, pytest gets them, and does nothing else.
 """
 
 import subprocess
@@ -22,8 +22,6 @@ LANES = {
 PYTEST = [sys.executable, "-m", "pytest"]
 # Three processes for two cores, as some tests wait; each gets more tests as it runs out of them.
 QUICK = [*PYTEST, "-n", "3", "--dist", "worksteal", "-q", "-m", "not (dask or processes or notebook or browser)"]
-STYLE = ([sys.executable, "-m", "ruff", "check"], [sys.executable, "-m", "ruff", "format", "--check"])
-TYPES = [sys.executable, "-m", "mypy"]
 
 
 class Lane:
@@ -64,25 +62,9 @@ class Lane:
             self._part.terminate()
 
 
-def check(arguments: list[str]) -> int:
-    """Style first, for that takes a moment; then types beside the quick tests, as some of those wait."""
-    began = time.monotonic()
-    for command in STYLE:
-        if code := subprocess.call(command):
-            return code
-    with subprocess.Popen(TYPES, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as types:
-        try:
-            code = subprocess.call([*QUICK, *arguments])
-            print(types.communicate()[0], end="")
-        finally:
-            types.terminate()
-    print(f"Style, types and quick tests: {(time.monotonic() - began) / 60:.1f} minutes")
-    return code or types.returncode
-
-
 def main() -> int:
     if sys.argv[1:2] == ["--quick"]:
-        return check(sys.argv[2:])
+        return subprocess.call([*QUICK, *sys.argv[2:]])
     if sys.argv[1:]:
         return subprocess.call([*PYTEST, *sys.argv[1:]])
     began = time.monotonic()
