@@ -90,7 +90,7 @@ class CostNumbers:
 
 
 def _of_machine(machine: Any) -> dict[str, Any]:
-    """What a machine means for a cost numbers."""
+    """What a machine means for the numbers of a cost model."""
     node = find_machine(machine)
     return {
         "workers_per_node": node.cores, "cores": node.cores, "ports": node.ports, "threads": 1,

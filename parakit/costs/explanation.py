@@ -9,6 +9,7 @@ from __future__ import annotations
 import html
 
 from parakit.costs.breakdown import TERMS, StepCosts
+from parakit.formatting import many
 
 __all__ = ["explain", "gains", "table"]
 
@@ -60,13 +61,9 @@ def _largest_term(model: StepCosts, n: int) -> str:
     crowding = model.crowding(n)
     crowded = f", with {crowding:.3g} threads to a core" if crowding > 1 else ""
     return (
-        f"{_WORDS[term]} is {100 * parts.share(term):.0f} % of a step at {_many(n)} "
+        f"{_WORDS[term]} is {100 * parts.share(term):.0f} % of a step at {many(n, 'worker')} "
         f"({1e3 * parts.step_seconds:.3g} ms, {model.throughput(n):,.0f} samples/s){crowded}."
     )
-
-
-def _many(n: int) -> str:
-    return "1 worker" if n == 1 else f"{n:,} workers"
 
 
 def table(model: StepCosts) -> str:

@@ -34,17 +34,14 @@ class Source(Protocol):
     ----------
     loaded_by : {"notebook", "worker"}
         Who reads the rows of a chunk: the notebook's process, which sends them, or the worker that owns the chunk.
-    fingerprint : str
-        Differs whenever the rows do; a run is resumed only on data with the same one.
     """
 
     @property
     def loaded_by(self) -> Literal["notebook", "worker"]:
         """Who reads the rows of a chunk."""
 
-    @property
     def fingerprint(self) -> str:
-        """A short mark of the data."""
+        """A short mark that differs whenever the rows do: a run is resumed only on data with the same one."""
 
     def __len__(self) -> int:
         """How many rows there are."""
@@ -60,7 +57,6 @@ class InMemory:
     samples: Samples
     loaded_by: Literal["notebook", "worker"] = "notebook"
 
-    @property
     def fingerprint(self) -> str:
         """Of forms, and of values of some rows spread over all of them."""
         return fingerprint_of(self.samples)
@@ -132,7 +128,7 @@ class ChunkLoader:
     pieces : sequence of int64 arrays or tensors
         The rows of each chunk.
     check : callable or None
-        For rows that only workers read; see `Unread`.
+        For rows that were not looked at before; see `Unread`.
     """
 
     source: Source
@@ -145,10 +141,7 @@ class ChunkLoader:
 
     def pack(self, chunk: int) -> Samples | Unread:
         """What is sent to the owner of a chunk: its samples, or where it gets them."""
-        if self.source.loaded_by == "notebook":
-            return self.source.take(self.pieces[chunk]).pack()
-        return self._unread(chunk)
+        return self(chunk).pack() if self.source.loaded_by == "notebook" else self._unread(chunk)
 
     def _unread(self, chunk: int) -> Unread:
-        check = self.check if self.source.loaded_by == "worker" else None  # what is in memory was checked as a whole
-        return Unread(self.source, np.asarray(self.pieces[chunk], np.int64), check)
+        return Unread(self.source, np.asarray(self.pieces[chunk], np.int64), self.check)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from parakit.events.records import (
     Baseline,
     EpochEnded,
@@ -17,11 +15,7 @@ from parakit.events.records import (
     SlowWorker,
     WorkersLost,
 )
-from parakit.formatting import unit_of
-
-if TYPE_CHECKING:
-    pass
-from parakit.formatting import many, three_digits
+from parakit.formatting import many, three_digits, unit_of
 
 __all__ = ["sentence"]
 

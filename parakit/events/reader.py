@@ -11,13 +11,10 @@ from collections.abc import Callable
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from functools import cache
 from types import NoneType
-from typing import TYPE_CHECKING, Any, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from parakit.errors import InputError
 from parakit.events.records import KINDS, Event
-
-if TYPE_CHECKING:
-    pass
 
 __all__ = ["Reader", "event_from_dict", "parse"]
 

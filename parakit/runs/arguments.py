@@ -99,13 +99,14 @@ def check_options(given: TrainOptions, pool: Workers) -> Asked:
     check_positive("limit_seconds", options["limit_seconds"])
     check_choice("on_nonfinite", options["on_nonfinite"], ("stop", "continue"))
     check_whole("seed", options["seed"], 0)
-    share, strategy = _share_of_time(options["check"]), options["strategy"]
+    share = _share_of_time(options["check"])
     wanted = Wanted(check_rules(options["buffers"]), _flag("gather", options["gather"]), checks=share > 0)
     chunks = pool.chunks if options["chunks"] is None else options["chunks"]
     check_whole("chunks", chunks, 1)
-    _check_strategy(strategy)
-    _check_exchange(strategy or AllReduce(), pool)
-    return Asked(options, workers, chunks, strategy or AllReduce(), wanted, share)
+    _check_strategy(options["strategy"])
+    strategy = options["strategy"] or AllReduce()
+    _check_exchange(strategy, pool)
+    return Asked(options, workers, chunks, strategy, wanted, share)
 
 
 def _plain(options: TrainOptions) -> TrainOptions:

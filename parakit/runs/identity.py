@@ -45,7 +45,7 @@ def identity_of(recipe: Recipe, parts: Parts, source: Source) -> dict[str, Any]:
         "batch_size": order.batch_size,
         "samples": sum(order.sizes),
         "chunks": len(order.sizes),
-        "data": source.fingerprint,
+        "data": source.fingerprint(),
         "clip_norm": recipe.clip_norm,
         "optimizer": type(made).__name__,
         "scheduler": None if schedule is None else type(schedule).__name__,

@@ -6,6 +6,7 @@ fetched as often as a small share of the time allows. States are saved from here
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Callable
@@ -64,12 +65,8 @@ class LatestState:
     @property
     def copied(self) -> Copied:
         """Of which step there is a state here, and when a newer one and a checkpoint are due."""
-        step = self.step if self._some else -1
-        return (
-            Copied(step, self._not_before)
-            if self._saver is None
-            else Copied(step, self._not_before, self._saver.due_at)
-        )
+        save_at = math.inf if self._saver is None else self._saver.due_at
+        return Copied(self.step if self._some else -1, self._not_before, save_at)
 
     def count(self, step: int) -> None:
         """Note how many steps of the run count."""

@@ -307,12 +307,19 @@ def _saving(options: TrainOptions, recipe: Recipe) -> Saving | None:
 
 
 def _job(asked: Asked, split: _Split, tried: _Tried, validation: Sequence[Tensor]) -> Job:
-    labels = tried.labels
+    held_out = split.source if split.validation is None else split.validation
     return Job(
-        uuid.uuid4().hex[:8], tried.recipe, asked.strategy, ChunkLoader(split.source, split.pieces, labels),
-        ChunkLoader(split.validation or split.source, validation, labels and replace(labels, what="validation")),
-        float(asked.options["limit_seconds"]), asked.options["threads"], split.pieces,
+        uuid.uuid4().hex[:8], tried.recipe, asked.strategy, _loader(split.source, split.pieces, tried.labels, "data"),
+        _loader(held_out, validation, tried.labels, "validation"),
+        float(asked.options["limit_seconds"]), asked.options["threads"],
     )  # fmt: skip
+
+
+def _loader(source: Source, pieces: Sequence[Any], labels: LabelRange | None, what: str) -> ChunkLoader:
+    """Loads chunks; rows in memory have had their labels checked already, all at once."""
+    if labels is None or isinstance(source, InMemory):
+        return ChunkLoader(source, pieces)
+    return ChunkLoader(source, pieces, replace(labels, what=what))
 
 
 def _start(job: Job, assignment: GroupAssignment, split: _Split, tried: _Tried, pool: Workers) -> RunStart:

@@ -117,8 +117,7 @@ class InlineSession:
         }
         for name, holding in held.items():
             mine = assignment.training.chunks_of[name]
-            keep = set(mine) & set(holding.chunks)
-            holding.change(keep, {chunk: job.load(chunk) for chunk in mine if chunk not in keep})
+            holding.take_over(mine, {chunk: job.load(chunk) for chunk in mine if chunk not in holding.chunks})
         self._by_name = held
         self._holdings[:] = held.values()
         if assignment.validation is not None and not self._validation.chunks:

@@ -1,6 +1,6 @@
 """The protocol between a run and its workers: narrow, and free of Dask, processes and torch.distributed.
 
-Four nouns. A *pool* (`Workers`) is what `connect` returns. A *session* (`Session`) is a run's hold on a pool. A
+Four nouns. A *pool* (`Workers`) is what `connect` returns. A *session* (`Session`) is a run's hold on a pool. An
 *assignment* (`GroupAssignment`) says who is active and holds what. A *team* (`Team`) is what a strategy's text sees.
 
 One text of an algorithm serves every kind of worker. A strategy whose text runs on the workers is written as if for

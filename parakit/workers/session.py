@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Protocol
-
-import numpy as np
-import numpy.typing as npt
 
 from parakit.checkpoints.in_shared_memory import SnapshotsReader
 from parakit.checkpoints.state import State
@@ -44,8 +41,6 @@ class Job:
         The longest that a worker may say nothing beyond what its work should take.
     threads : int or None
         That torch uses in each worker; None for those of the pool.
-    pieces : sequence of int64 arrays
-        The rows of the data that make up each chunk, as far as anybody knows.
     """
 
     run_id: str
@@ -55,15 +50,12 @@ class Job:
     load_validation: ChunkLoader
     limit_seconds: float
     threads: int | None = None
-    pieces: Sequence[npt.NDArray[np.int64]] = ()
 
     def rows(self, step: int, chunks: Iterable[int] | None = None) -> list[int]:
         """Which rows of the data the holder of some chunks has in a step; of all chunks, if none are given."""
-        order = self.recipe.order
-        if not self.pieces:
-            return []
+        order, pieces = self.recipe.order, self.load.pieces
         chosen = range(len(order.sizes)) if chunks is None else chunks
-        return [int(row) for chunk in chosen for row in self.pieces[chunk][order.rows(step, chunk)]]
+        return [int(row) for chunk in chosen for row in pieces[chunk][order.rows(step, chunk)]]
 
 
 @dataclass(frozen=True)

@@ -32,9 +32,8 @@ class Parts:
     """Files of a hundred rows each; rows are read where they lie, and who read them is noted beside them."""
 
     folder: str
-    loaded_by: Literal["worker"] = "worker"
+    loaded_by: Literal["notebook", "worker"] = "worker"
 
-    @property
     def fingerprint(self) -> str:
         return "-".join(f"{path.name}:{path.stat().st_size}" for path in sorted(Path(self.folder).glob("*.npz")))
 
@@ -67,12 +66,12 @@ def everything() -> tuple[Tensor, Tensor]:
     return inputs, inputs[:, :CLASSES].argmax(1)
 
 
-def written(folder: Path, targets: Tensor | None = None) -> Parts:
+def written(folder: Path, targets: Tensor | None = None, loaded_by: Literal["notebook", "worker"] = "worker") -> Parts:
     inputs, right = everything()
     for first in range(0, ROWS, PART):
         rows = slice(first, first + PART)
         np.savez(folder / f"{first // PART:03}", x=inputs[rows], y=(right if targets is None else targets)[rows])
-    return Parts(str(folder))
+    return Parts(str(folder), loaded_by)
 
 
 def trained(pool: pk.Workers, data: Any, **options: Any) -> pk.Run:
@@ -111,17 +110,20 @@ def test_inline_workers_train_as_with_rows_in_memory(tmp_path: Path, plain: nn.M
     assert largest_difference(run.model, plain) < EXACT
 
 
-def test_labels_out_of_range_are_found_where_rows_are_read(tmp_path: Path) -> None:
+@pytest.mark.parametrize("loaded_by", ["notebook", "worker"])
+def test_labels_out_of_range_are_found_where_rows_are_read(
+    tmp_path: Path, loaded_by: Literal["notebook", "worker"]
+) -> None:
     targets = everything()[1]
     source = written(tmp_path)
     tried = set(probed_rows(source).tolist())
     row = max(set(range(ROWS)) - tried)
     targets[row] = CLASSES + 4
     with pk.connect("inline") as workers, pytest.raises(RunFailed, match=f"label {CLASSES + 4} at row {row}, but"):
-        trained(workers, written(tmp_path, targets)).wait(30, progress=False)
+        trained(workers, written(tmp_path, targets, loaded_by)).wait(30, progress=False)
     targets[row], targets[max(tried)] = 0, -3
     with pk.connect("inline") as workers, pytest.raises(DataError, match=f"label -3 at row {max(tried)}, but"):
-        trained(workers, written(tmp_path, targets))
+        trained(workers, written(tmp_path, targets, loaded_by))
 
 
 @pytest.mark.dask
